@@ -1,0 +1,10 @@
+"""Triton kernels of ekfac_fast, installed as `ekfac_fast.triton_kernels`.
+
+`triton_kernels` alone is the import name of another package (triton-lang's), so the bare name is refused.
+"""
+
+if __name__ == "triton_kernels":
+    raise ImportError(
+        "this folder is `ekfac_fast.triton_kernels`; `triton_kernels` is another package's name. "
+        "Run Python from another folder, or import `ekfac_fast.triton_kernels`."
+    )
