@@ -1,8 +1,8 @@
 """Build `ekfac_fast._C` where torch can be imported; otherwise install the reference tier only.
 
-Everything else about the package is in pyproject.toml. The extension is compiled against the torch it
-will run with, so it needs `pip install --no-build-isolation`; an isolated build has no torch, and
-gives a package that works on plain torch kernels (`python -m ekfac_fast doctor` says which tier runs).
+Everything else about the package is in pyproject.toml. The extension is compiled against the torch
+it will run with, so it needs `pip install --no-build-isolation`; an isolated build has no torch,
+and gives a package on plain torch kernels (`python -m ekfac_fast doctor` says which tier runs).
 """
 
 import os

@@ -1,6 +1,6 @@
 """Triton kernels of ekfac_fast, installed as `ekfac_fast.triton_kernels`.
 
-`triton_kernels` alone is the import name of another package (triton-lang's), so the bare name is refused.
+`triton_kernels` alone is another package's import name (triton-lang's): the bare name is refused.
 """
 
 if __name__ == "triton_kernels":

@@ -1,9 +1,9 @@
 """The six ops, each declared once (its card) and run by PyTorch's dispatcher.
 
 `torch.ops.ekfac_fast.<stem>` is the call; `ekfac_fast.ops.<stem>` is the card: equation, shapes,
-schema, reference, samples, cost. The reference is registered for every device; `csrc/cpu/<stem>.cpp`
-(CPU) and `triton_kernels/<stem>.py` (CUDA) take over where they are installed. Adding an op is one
-card, one file per tier and one name in `ALL`.
+schema, reference, samples, cost. The reference is registered for every device;
+`csrc/cpu/<stem>.cpp` (CPU) and `triton_kernels/<stem>.py` (CUDA) take over where they are installed.
+Adding an op is one card, one file per tier and one name in `ALL`.
 """
 
 import importlib

@@ -3,7 +3,7 @@
 The square is taken per sequence, after the sum over its tokens.
 
     lam_sum  [O,J]    fp32 (fp64)  running sum over sequences
-    g        [B,T,O]  operand      gradient of the summed loss at the layer's output; padding: zero rows
+    g        [B,T,O]  operand      gradient of the summed loss at the output; padding: zero rows
     a        [B,T,I]  operand      the layer's input
     Qg, Qa   [O,O], [J,J]          eigenvectors in columns; None: that side is already rotated
                                    (then a has J features and bias is False)

@@ -5,8 +5,8 @@
     damping  >= 0                absolute, added to every eigenvalue
     returns  [B,O,J] fp32 (fp64); Qg P Qa^T is the preconditioned gradient in weight space
 
-The divide happens on the gradient tile while it is in cache. Truncation (`queries.truncate`) follows
-in the eigenbasis, so that only thin factors are ever rotated back.
+The divide happens on the gradient tile while it is in cache. Truncation (`queries.truncate`)
+follows in the eigenbasis, so that only thin factors are ever rotated back.
 """
 
 from collections.abc import Iterator

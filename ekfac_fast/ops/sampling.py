@@ -12,7 +12,7 @@ from .shapes import Shape
 
 @dataclass(frozen=True)
 class Sample:
-    """One call of an op: why it is tested, its sizes, its arguments, the terms of its longest sum."""
+    """One call of an op: why it is tested, sizes, arguments, the terms of its longest sum."""
 
     why: str
     shape: Shape

@@ -1,8 +1,8 @@
 """The letters of every op, and the one check of its arguments.
 
-A card states its tensors in one line, e.g. `s[Q,B]|[Q,B,T] P[Q,O,J] g[B,T,O] a[B,T,I]`: each name with
-its shape, alternatives separated by `|`. `check` binds the letters left to right and refuses the first
-argument that contradicts them. `csrc/check.h` reads the same line the same way.
+A card states its tensors in one line, e.g. `s[Q,B]|[Q,B,T] P[Q,O,J] g[B,T,O] a[B,T,I]`: each name
+with its shape, alternatives separated by `|`. `check` binds the letters left to right and refuses
+the first argument that contradicts them. `csrc/check.h` reads the same line the same way.
 
     B sequences  T tokens  I input features  O output features  Q queries  K rank  N rows
     J = I + 1 where the layer has a bias, else I
@@ -64,11 +64,11 @@ def check(
 ) -> dict[str, int]:
     """Bind the letters of `line` to the sizes of `args`; return them.
 
-    An argument that is None is skipped. With a bias, J is I + 1; without, J is I. Where `Qa` is None the
-    activations are already in the eigenbasis, so their features count as J and `bias` must be False.
+    An argument that is None is skipped. J is I + 1 with a bias, else I. Where `Qa` is None
+    the activations are already in the eigenbasis: their features count as J, `bias` must be False.
 
     Raises:
-        ValueError: a rank, size or damping is wrong; the message names op, argument and both shapes.
+        ValueError: a rank, size or damping is wrong; names the op, the argument and both shapes.
         TypeError: a dtype is wrong, or dtypes that must agree differ.
         RuntimeError: tensors are on different devices.
     """
@@ -81,8 +81,8 @@ def check(
     ]
     if bias and any(name == "Qa" and x is None for name, _, x in named):
         raise ValueError(
-            f"{op}: bias=True but Qa is None. Activations already in the eigenbasis include the bias "
-            "row of Qa: pass them with bias=False"
+            f"{op}: bias=True but Qa is None. Activations already in the eigenbasis include the "
+            "bias row of Qa: pass them with bias=False"
         )
     for name, alternatives, x in named:
         if x is None:
@@ -90,9 +90,7 @@ def check(
         shape = next((s for s in alternatives if len(s) == x.ndim), None)
         if shape is None:
             expected = " or ".join(f"[{','.join(s)}]" for s in alternatives)
-            raise ValueError(
-                f"{op}: {name} has shape {list(x.shape)}, expected {expected} ({len(alternatives[0])}-D)"
-            )
+            raise ValueError(f"{op}: {name} has shape {list(x.shape)}, expected {expected}")
         for letter, size in zip(shape, x.shape, strict=True):
             # I and J are one letter apart from the bias, so either may be seen first.
             key, value = ("I", size - bias) if letter == "J" else (letter, size)
@@ -107,7 +105,7 @@ def check(
         first = x if first is None else first
         if x.device != first.device:
             raise RuntimeError(
-                f"{op}: {name} is on {x.device}, {parse(line)[0][0]} on {first.device}; move one of them"
+                f"{op}: {name} is on {x.device} but {named[0][0]} is on {first.device}; move one"
             )
         if name not in ACCUMULATORS and name != "mask":
             if x.dtype not in FLOATS:
