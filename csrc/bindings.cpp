@@ -1,11 +1,13 @@
 // Module `ekfac_fast._C`: loading it registers the CPU (and CUDA) kernels with PyTorch's dispatcher.
 // Ops are called through the dispatcher; pybind11 carries only `build_info`, for `doctor`.
-#include <ATen/cpu/Utils.h>
-#include <ATen/native/CPUBlas.h>
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 
+#include "cpu/isa.h"
+
 namespace {
+
+using namespace ekfac_fast;
 
 pybind11::dict build_info() {
   pybind11::dict info;
@@ -14,10 +16,9 @@ pybind11::dict build_info() {
 #ifdef _OPENMP
   info["openmp"] = _OPENMP;
 #endif
-  info["avx2"] = at::cpu::is_avx2_supported();
-  info["avx512"] = at::cpu::is_avx512_supported();
-  info["avx512_bf16"] = at::cpu::is_avx512_bf16_supported();
-  info["amx_tile"] = at::cpu::is_amx_tile_supported();
+  info["avx2"] = has_avx2();
+  info["avx512"] = has_avx512();
+  info["bf16 products"] = has_bf16_products();
   return info;
 }
 

@@ -1,0 +1,17 @@
+// What this CPU multiplies natively. Zero on other architectures than x86-64: there every 16-bit
+// operand is widened to fp32 when it is packed.
+#pragma once
+
+namespace ekfac_fast {
+
+#if defined(__x86_64__)
+inline bool has_avx2() { return __builtin_cpu_supports("avx2"); }
+inline bool has_avx512() { return __builtin_cpu_supports("avx512f"); }
+inline bool has_bf16_products() { return __builtin_cpu_supports("avx512bf16"); }
+#else
+inline bool has_avx2() { return false; }
+inline bool has_avx512() { return false; }
+inline bool has_bf16_products() { return false; }
+#endif
+
+}  // namespace ekfac_fast
