@@ -2,7 +2,8 @@
 
 `torch.ops.ekfac_fast.<stem>` is the call; `ekfac_fast.ops.<stem>` is the card: equation, shapes,
 schema, reference, samples, cost. The reference is registered for every device;
-`csrc/cpu/<stem>.cpp` (CPU) and `triton_kernels/<stem>.py` (CUDA) take over where installed. Adding an op is one card, one file per tier and one name in `ALL`.
+`csrc/cpu/<stem>.cpp` (CPU) and `triton_kernels/<stem>.py` (CUDA) take over where installed.
+Adding an op is one card, one file per tier and one name in `ALL`.
 """
 
 import importlib
