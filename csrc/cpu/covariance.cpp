@@ -1,0 +1,61 @@
+// cov += x^T diag(mask) x: tiles on and above the diagonal, each added to both triangles.
+#include <ATen/ops/nonzero.h>
+#include <torch/library.h>
+
+#include "../check.h"
+#include "endings.h"
+#include "gemm.h"
+
+namespace ekfac_fast {
+namespace {
+
+template <class Acc>
+void add_tile(Acc* cov, int64_t J, int64_t m0, int64_t m, int64_t n0, int64_t n, const Acc* C,
+              int64_t ld) {
+  for (int64_t i = 0; i < m; i++) add(cov + (m0 + i) * J + n0, C + i * ld, n);
+  if (m0 == n0) return;  // a tile on the diagonal is both triangles
+  for (int64_t i0 = 0; i0 < m; i0 += kLanes) {
+    for (int64_t k = 0; k < n; k++) {
+      Acc* to = cov + (n0 + k) * J + m0;
+      for (int64_t i = i0; i < std::min(i0 + kLanes, m); i++) to[i] += C[i * ld + k];
+    }
+  }
+}
+
+template <class Acc>
+void accumulate(at::Tensor& cov, const at::Tensor& x, const at::Tensor& rows, bool bias) {
+  at::Tensor sum = cov.contiguous();
+  Acc* data = sum.mutable_data_ptr<Acc>();
+  const int64_t J = sum.size(0), N = rows.defined() ? rows.numel() : x.size(0);
+  // Rows are packed 64 MiB at a time, as x^T and as x.
+  const int64_t step = std::max<int64_t>(1024, (int64_t{64} << 20) / (2 * 4 * J));
+  for (int64_t r = 0; r < N; r += step) {
+    const int64_t n = std::min(step, N - r);
+    const at::Tensor pick = rows.defined() ? rows.narrow(0, r, n) : rows;
+    const at::Tensor part = (rows.defined() ? x : x.narrow(0, r, n)).unsqueeze(0);
+    product<Acc>(
+        pack_rows(part.mT(), bias, pick), pack_columns(part, bias, pick),
+        [&](int64_t, int64_t m0, int64_t m, int64_t n0, int64_t n, const Acc* C, int64_t ld,
+            int64_t) { add_tile(data, J, m0, m, n0, n, C, ld); },
+        /*upper=*/true);
+  }
+  if (!sum.is_same(cov)) cov.copy_(sum);
+}
+
+void covariance(at::Tensor& cov, const at::Tensor& x, const std::optional<at::Tensor>& mask,
+                bool bias) {
+  const Letters size = check("covariance", "cov[J,J] x[N,I] mask[N]", {cov, x, mask}, bias);
+  if (size.J == 0) return;
+  // Masked rows are never read: their products are saved, and a NaN in them cannot spread.
+  const at::Tensor rows = mask ? at::nonzero(*mask).flatten().contiguous() : at::Tensor();
+  if (x.scalar_type() == at::kDouble) {
+    accumulate<double>(cov, x, rows, bias);
+  } else {
+    accumulate<float>(cov, x, rows, bias);
+  }
+}
+
+}  // namespace
+}  // namespace ekfac_fast
+
+TORCH_LIBRARY_IMPL(ekfac_fast, CPU, m) { m.impl("covariance", &ekfac_fast::covariance); }

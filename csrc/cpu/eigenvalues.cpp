@@ -1,0 +1,41 @@
+// lam_sum += sum_b (Qg^T G_b Qa)^2: each gradient tile is squared into lam_sum where it was computed.
+#include <torch/library.h>
+
+#include "endings.h"
+#include "gradients.h"
+
+namespace ekfac_fast {
+namespace {
+
+template <class Acc>
+void accumulate(at::Tensor& lam_sum, const at::Tensor& g, const at::Tensor& a,
+                const std::optional<at::Tensor>& Qg, const std::optional<at::Tensor>& Qa, bool bias,
+                const Letters& size, const std::optional<c10::string_view>& order) {
+  at::Tensor sum = lam_sum.contiguous();
+  Acc* data = sum.mutable_data_ptr<Acc>();
+  gradient_tiles<Acc>(g, a, Qg, Qa, bias, size, order,
+                      [&](int64_t, int64_t o0, int64_t o, int64_t j0, int64_t j, const Acc* C,
+                          int64_t ld, int64_t) {
+                        for (int64_t i = 0; i < o; i++) {
+                          add_squares(data + (o0 + i) * size.J + j0, C + i * ld, j);
+                        }
+                      });
+  if (!sum.is_same(lam_sum)) lam_sum.copy_(sum);
+}
+
+void eigenvalues(at::Tensor& lam_sum, const at::Tensor& g, const at::Tensor& a,
+                 const std::optional<at::Tensor>& Qg, const std::optional<at::Tensor>& Qa, bool bias,
+                 std::optional<c10::string_view> order) {
+  const Letters size = check("eigenvalues", "lam_sum[O,J] g[B,T,O] a[B,T,I] Qg[O,O] Qa[J,J]",
+                             {lam_sum, g, a, Qg, Qa}, bias);
+  if (g.scalar_type() == at::kDouble) {
+    accumulate<double>(lam_sum, g, a, Qg, Qa, bias, size, order);
+  } else {
+    accumulate<float>(lam_sum, g, a, Qg, Qa, bias, size, order);
+  }
+}
+
+}  // namespace
+}  // namespace ekfac_fast
+
+TORCH_LIBRARY_IMPL(ekfac_fast, CPU, m) { m.impl("eigenvalues", &ekfac_fast::eigenvalues); }

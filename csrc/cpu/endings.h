@@ -1,0 +1,44 @@
+// What is done to a tile while it is in cache: plain loops, compiled for AVX-512, AVX2 and the baseline.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <cstdint>
+
+namespace ekfac_fast {
+
+// y[i] = x[i], converted
+void convert(float* y, const float* x, int64_t n);
+void convert(float* y, const c10::BFloat16* x, int64_t n);
+void convert(float* y, const c10::Half* x, int64_t n);
+void convert(c10::BFloat16* y, const float* x, int64_t n);
+void convert(c10::BFloat16* y, const c10::BFloat16* x, int64_t n);
+void convert(c10::Half* y, const float* x, int64_t n);
+void convert(double* y, const double* x, int64_t n);
+// y[2 i], y[2 i + 1] = even[i], odd[i]
+void interleave(c10::BFloat16* y, const c10::BFloat16* even, const c10::BFloat16* odd, int64_t n);
+
+// y += x
+void add(float* y, const float* x, int64_t n);
+void add(double* y, const double* x, int64_t n);
+// y += x^2
+void add_squares(float* y, const float* x, int64_t n);
+void add_squares(double* y, const double* x, int64_t n);
+// y = x / (lam + damping)
+void divide(float* y, const float* x, const float* lam, float damping, int64_t n);
+void divide(double* y, const double* x, const double* lam, double damping, int64_t n);
+// sum x^2 / (lam + damping)
+float damped_norm(const float* x, const float* lam, float damping, int64_t n);
+double damped_norm(const double* x, const double* lam, double damping, int64_t n);
+// y += u (v + bias), elementwise
+void add_products(float* y, const float* u, const float* v, const float* bias, int64_t n);
+void add_products(double* y, const double* u, const double* v, const double* bias, int64_t n);
+// sum x y
+float dot(const float* x, const float* y, int64_t n);
+double dot(const double* x, const double* y, int64_t n);
+// S[p,q] += sum_i X_p[i] Y_q[i] for p, q < 4
+void dot_4x4(float* S, const float* const* X, const float* const* Y, int64_t n);
+void dot_4x4(double* S, const double* const* X, const double* const* Y, int64_t n);
+
+}  // namespace ekfac_fast

@@ -1,0 +1,43 @@
+// s_b += sum (Qg^T G_b Qa)^2 / (lam + damping): a tile becomes one number where it was computed.
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include "endings.h"
+#include "gradients.h"
+
+namespace ekfac_fast {
+namespace {
+
+void self_influence(at::Tensor& s, const at::Tensor& g, const at::Tensor& a,
+                    const std::optional<at::Tensor>& Qg, const std::optional<at::Tensor>& Qa,
+                    const at::Tensor& lam, double damping, bool bias,
+                    std::optional<c10::string_view> order) {
+  const Letters size = check("self_influence", "s[B] g[B,T,O] a[B,T,I] Qg[O,O] Qa[J,J] lam[O,J]",
+                             {s, g, a, Qg, Qa, lam}, bias, damping);
+  const at::Tensor values = lam.contiguous();
+  auto run = [&]<class Acc>(Acc) {
+    // One partial sum a row of a tile grid, added up in fixed order: the result never depends on which
+    // thread was first.
+    const int64_t most = ceil_div(size.O, kLanes) * ceil_div(size.J, kLanes);
+    at::Tensor partial = at::zeros({size.B, std::max<int64_t>(most, 1)}, at::dtype(at::kDouble));
+    double* sums = partial.mutable_data_ptr<double>();
+    const Acc* lams = values.const_data_ptr<Acc>();
+    gradient_tiles<Acc>(g, a, Qg, Qa, bias, size, order,
+                        [&](int64_t b, int64_t o0, int64_t o, int64_t j0, int64_t j, const Acc* C,
+                            int64_t ld, int64_t index) {
+                          double sum = 0;
+                          for (int64_t i = 0; i < o; i++) {
+                            sum += damped_norm(C + i * ld, lams + (o0 + i) * size.J + j0,
+                                               static_cast<Acc>(damping), j);
+                          }
+                          sums[b * most + index] = sum;
+                        });
+    s.add_(partial.sum(1).to(s.scalar_type()));
+  };
+  g.scalar_type() == at::kDouble ? run(double{}) : run(float{});
+}
+
+}  // namespace
+}  // namespace ekfac_fast
+
+TORCH_LIBRARY_IMPL(ekfac_fast, CPU, m) { m.impl("self_influence", &ekfac_fast::self_influence); }
