@@ -1,0 +1,261 @@
+"""s[q,b] += sum_oj P_q[o,j] G_b[o,j], and per token s[q,b,t] += sum_j (g_bt P_q)[j] (a_bt, 1)[j].
+
+Three ways, by shape. A few queries: each gradient tile meets every P_q in registers, one number a
+tile, query and sequence, summed by a second launch. Many queries: a multiply-add a query and
+element would cost more than the tile itself, so strips of G that stay in L2 are contracted with all
+queries by cuBLAS. Per token: a program closes tiles of g P_q with a before they leave registers.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .gradient_tile import gradient_tile, grouped, product_tile
+from .launch import chip, fold, launcher, precision, splits, tile
+
+# Above this, multiply-adds on plain cores (1/15 of the tensor cores' rate) outweigh the tile.
+FEW_QUERIES = 8
+STRIP_BYTES = 24 << 20
+
+
+@triton.jit
+def dense_scores_kernel(
+    out,  # s [Q,B], or parts [tiles,Q,B]
+    P,  # [Q,O,J]
+    g,  # [B,T,O]
+    a,  # [B,T,I]
+    tiles,
+    Q,
+    T,
+    O,
+    I,
+    J,
+    out_tile,
+    out_q,
+    out_b,
+    P_q,
+    P_o,
+    P_j,
+    g_b,
+    g_t,
+    g_o,
+    a_b,
+    a_t,
+    a_i,
+    ADD: tl.constexpr,
+    BIAS: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The share of one tile in the scores of one sequence, for all queries in turn."""
+    p = tl.program_id(0)
+    b = (p // tiles).to(tl.int64)
+    row, column = grouped(p % tiles, tl.cdiv(O, BLOCK_O), tl.cdiv(J, BLOCK_J), 8)
+    o = row * BLOCK_O + tl.arange(0, BLOCK_O)
+    j = column * BLOCK_J + tl.arange(0, BLOCK_J)
+    G = gradient_tile(
+        g + b * g_b,
+        a + b * a_b,
+        o,
+        j,
+        T,
+        O,
+        I,
+        g_t,
+        g_o,
+        a_t,
+        a_i,
+        BIAS,
+        BLOCK_O,
+        BLOCK_J,
+        BLOCK_T,
+        PRECISION,
+    )
+    inside = (o < O)[:, None] & (j < J)[None, :]
+    query = P + o.to(tl.int64)[:, None] * P_o + j.to(tl.int64)[None, :] * P_j
+    at = out + (p % tiles).to(tl.int64) * out_tile + b * out_b
+    for _ in range(Q):
+        value = tl.sum(G * tl.load(query, mask=inside, other=0.0).to(tl.float32))
+        if ADD:
+            value += tl.load(at)
+        tl.store(at, value)
+        query += P_q
+        at += out_q
+
+
+@triton.jit
+def dense_token_scores_kernel(
+    out,  # [S,Q,B,T] by strides: s, or parts of it
+    P,  # [Q,O,J]
+    g,  # [B,T,O]
+    a,  # [B,T,I]
+    Q,
+    N,
+    T,
+    O,
+    I,
+    J,
+    out_s,
+    out_q,
+    out_b,
+    out_t,
+    P_q,
+    P_o,
+    P_j,
+    g_b,
+    g_t,
+    g_o,
+    a_b,
+    a_t,
+    a_i,
+    per_split,
+    ADD: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Scores of ROWS tokens (of all sequences) by one query, `per_split` columns of P_q."""
+    split = tl.program_id(1)
+    blocks = tl.cdiv(N, ROWS)
+    q = (tl.program_id(0) // blocks).to(tl.int64)
+    n = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
+    b, t = (n // T).to(tl.int64), (n % T).to(tl.int64)
+    rows, activations = g + b * g_b + t * g_t, a + b * a_b + t * a_t
+    score = tl.zeros((ROWS,), tl.float32)
+    for first in range(split * per_split, min(J, (split + 1) * per_split), COLUMNS):
+        j = first + tl.arange(0, COLUMNS)
+        H = product_tile(
+            rows,
+            P + q * P_q + j.to(tl.int64) * P_j,
+            n < N,
+            j < J,
+            O,
+            g_o,
+            P_o,
+            None,
+            0,
+            ROWS,
+            COLUMNS,
+            BLOCK,
+            PRECISION,
+        )
+        at = activations[:, None] + j.to(tl.int64)[None, :] * a_i
+        A = tl.load(at, mask=(n < N)[:, None] & (j < I)[None, :], other=0.0).to(tl.float32)
+        # Column I exists only with a bias, and meets a 1; columns past J of H are zero.
+        score += tl.sum(H * tl.where(j[None, :] == I, 1.0, A), 1)
+    at = out + split.to(tl.int64) * out_s + q * out_q + b * out_b + t * out_t
+    if ADD:
+        score += tl.load(at, mask=n < N, other=0.0)
+    tl.store(at, score, mask=n < N)
+
+
+@launcher
+def dense_scores(s: Tensor, P: Tensor, g: Tensor, a: Tensor, bias: bool = False) -> None:
+    """The op `ekfac_fast::dense_scores` on a GPU; s [Q,B] or, per token, [Q,B,T]."""
+    if 0 in (s.shape[0], g.shape[0], g.shape[1]):
+        return
+    if s.ndim == 3:
+        per_token(s, P, g, a)
+    elif s.shape[0] <= FEW_QUERIES:
+        few_queries(s, P, g, a, bias)
+    else:
+        many_queries(s, P, g, a, bias)
+
+
+def few_queries(s: Tensor, P: Tensor, g: Tensor, a: Tensor, bias: bool) -> None:
+    """One launch over tiles and sequences, one over their numbers: s [Q,B]."""
+    (B, T, I), (Q, O, J) = a.shape, P.shape
+    by = tile(O, J, g.element_size(), chip(g.device), accumulators=1)
+    tiles = triton.cdiv(O, by.rows) * triton.cdiv(J, by.columns)
+    out = s[None] if tiles == 1 else torch.empty((tiles, Q, B), device=g.device)
+    dense_scores_kernel[(tiles * B,)](
+        out,
+        P,
+        g,
+        a,
+        tiles,
+        Q,
+        T,
+        O,
+        I,
+        J,
+        *out.stride(),
+        *P.stride(),
+        *g.stride(),
+        *a.stride(),
+        ADD=tiles == 1,
+        BIAS=bias,
+        BLOCK_O=by.rows,
+        BLOCK_J=by.columns,
+        BLOCK_T=by.step,
+        PRECISION=precision(g.dtype),
+        **by.options,
+    )
+    if tiles > 1:
+        fold(s, out)
+
+
+def many_queries(s: Tensor, P: Tensor, g: Tensor, a: Tensor, bias: bool) -> None:
+    """Strips of G, [B,rows,I] in the operands' dtype, contracted with all queries: s [Q,B]."""
+    (B, _, I), (Q, O, _) = a.shape, P.shape
+    rows = min(O, max(16, STRIP_BYTES // (B * I * g.element_size())))
+    G = g.new_empty(B * rows * I)
+    for first in range(0, O, rows):
+        gs, Ps = g[:, :, first : first + rows], P[:, first : first + rows, :I]
+        strip = G[: B * gs.shape[2] * I].view(B, -1, I)
+        torch.bmm(gs.mT, a, out=strip)
+        s += wide_product(Ps.reshape(Q, -1), strip.view(B, -1).T)
+    if bias:
+        s += wide_product(P[..., -1], g.sum(1).T)
+
+
+def wide_product(x: Tensor, y: Tensor) -> Tensor:
+    """x y in fp32 from operands of either width; without a GPU, where only tests run, by a cast."""
+    if x.dtype == torch.float32 or not x.is_cuda:
+        return x.float() @ y.float()
+    return torch.mm(x, y, out_dtype=torch.float32)
+
+
+def per_token(s: Tensor, P: Tensor, g: Tensor, a: Tensor) -> None:
+    """Rows of all sequences by tiles, columns of P_q in turn: s [Q,B,T]."""
+    (B, T, I), (Q, O, J) = a.shape, P.shape
+    on = chip(g.device)
+    by = tile(B * T, J, g.element_size(), on, accumulators=1)
+    blocks, steps = triton.cdiv(B * T, by.rows), triton.cdiv(J, by.columns)
+    # The second stage runs over flattened tokens; a scattered s is not split.
+    limit = steps if s.stride(1) == T * s.stride(2) else 1
+    per_split = triton.cdiv(steps, splits(blocks * Q, steps * O, limit, on)) * by.columns
+    S = triton.cdiv(J, per_split)
+    out = s[None] if S == 1 else torch.empty((S, Q, B, T), device=g.device)
+    dense_token_scores_kernel[(blocks * Q, S)](
+        out,
+        P,
+        g,
+        a,
+        Q,
+        B * T,
+        T,
+        O,
+        I,
+        J,
+        *out.stride(),
+        *P.stride(),
+        *g.stride(),
+        *a.stride(),
+        per_split,
+        ADD=S == 1,
+        ROWS=by.rows,
+        COLUMNS=by.columns,
+        BLOCK=by.step,
+        PRECISION=precision(g.dtype),
+        **by.options,
+    )
+    if S > 1:
+        fold(s.flatten(1), out.flatten(2))
+
+
+torch.library.impl("ekfac_fast::dense_scores", "cuda", dense_scores)

@@ -1,0 +1,132 @@
+"""lam_sum[o,j] += sum_b G_b[o,j]^2, G_b rotated: a program keeps one tile of lam over sequences.
+
+Two fp32 tiles live in registers, the gradient and the sum: 128x128 on 8 warps holds both, 128x256
+spills. Sequences are split between programs where tiles alone do not fill the chip.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .gradient_tile import gradient_tile, grouped
+from .launch import chip, fold, launcher, precision, splits, tile
+from .rotations import operands
+
+
+@triton.jit
+def eigenvalues_kernel(
+    out,  # lam_sum [O,J], or parts [S,O,J]
+    g,  # [B,T,>=O]
+    a,  # [B,T,>=J]
+    B,
+    T,
+    O,
+    J,
+    g_width,
+    a_width,
+    out_s,
+    out_o,
+    out_j,
+    g_b,
+    g_t,
+    g_o,
+    a_b,
+    a_t,
+    a_j,
+    per_split,
+    ADD: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile of lam over `per_split` sequences; ADD: onto what is there."""
+    p, split = tl.program_id(0), tl.program_id(1)
+    row, column = grouped(p, tl.cdiv(O, BLOCK_O), tl.cdiv(J, BLOCK_J), 8)
+    o = row * BLOCK_O + tl.arange(0, BLOCK_O)
+    j = column * BLOCK_J + tl.arange(0, BLOCK_J)
+    lam = tl.zeros((BLOCK_O, BLOCK_J), tl.float32)
+    g += split.to(tl.int64) * per_split * g_b
+    a += split.to(tl.int64) * per_split * a_b
+    for _ in range(min(B - split * per_split, per_split)):
+        G = gradient_tile(
+            g,
+            a,
+            o,
+            j,
+            T,
+            g_width,
+            a_width,
+            g_t,
+            g_o,
+            a_t,
+            a_j,
+            False,
+            BLOCK_O,
+            BLOCK_J,
+            BLOCK_T,
+            PRECISION,
+        )
+        lam += G * G
+        g += g_b
+        a += a_b
+    at = out + split.to(tl.int64) * out_s
+    at += o.to(tl.int64)[:, None] * out_o + j.to(tl.int64)[None, :] * out_j
+    inside = (o < O)[:, None] & (j < J)[None, :]
+    if ADD:
+        lam += tl.load(at, mask=inside)
+    tl.store(at, lam, mask=inside)
+
+
+@launcher
+def eigenvalues(
+    lam_sum: Tensor,
+    g: Tensor,
+    a: Tensor,
+    Qg: Tensor | None,
+    Qa: Tensor | None,
+    bias: bool = False,
+    order: str | None = None,
+) -> None:
+    """The op `ekfac_fast::eigenvalues` on a GPU."""
+    if g.numel() == 0:
+        return
+    for _, x, y in operands(g, a, Qg, Qa, bias, order):
+        _accumulate(lam_sum, x, y)
+
+
+def _accumulate(lam_sum: Tensor, g: Tensor, a: Tensor) -> None:
+    (O, J), (B, T, _) = lam_sum.shape, g.shape
+    on = chip(g.device)
+    by = tile(O, J, g.element_size(), on, accumulators=2)
+    tiles = triton.cdiv(O, by.rows) * triton.cdiv(J, by.columns)
+    per_split = triton.cdiv(B, splits(tiles, B * T, B, on))
+    S = triton.cdiv(B, per_split)
+    out = lam_sum[None] if S == 1 else torch.empty((S, O, J), device=g.device)
+    eigenvalues_kernel[(tiles, S)](
+        out,
+        g,
+        a,
+        B,
+        T,
+        O,
+        J,
+        g.shape[2],
+        a.shape[2],
+        *out.stride(),
+        *g.stride(),
+        *a.stride(),
+        per_split,
+        ADD=S == 1,
+        BLOCK_O=by.rows,
+        BLOCK_J=by.columns,
+        BLOCK_T=by.step,
+        PRECISION=precision(g.dtype),
+        **by.options,
+    )
+    if S > 1:
+        fold(lam_sum, out)
+
+
+torch.library.impl("ekfac_fast::eigenvalues", "cuda", eigenvalues)

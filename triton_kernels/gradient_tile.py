@@ -1,0 +1,125 @@
+"""The loop that every kernel of this folder is an ending of: one tile of a product, in fp32.
+
+    product_tile   Z[m,n] = sum_k x[m,k] y[k,n]            rows and columns given by pointers
+    gradient_tile  G[o,i] = sum_t g[b,t,o] (a[b,t,i], 1)   the per-sequence gradient
+
+Pointers instead of shapes: rows may be gathered over (b, t), columns over (q, k), and operands may
+have any strides, with one loop and no copy. The ones column is never loaded: it is the column sum
+of the other operand, a second short loop that only the tiles holding that column run.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def grouped(p, rows, columns, GROUP: tl.constexpr):
+    """Tile p of a rows x columns grid, GROUP rows at a time so that a wave shares them in L2."""
+    first = p // (GROUP * columns) * GROUP
+    height = min(rows - first, GROUP)
+    p %= GROUP * columns
+    return first + p % height, p // height
+
+
+@triton.jit
+def product_tile(
+    x,  # [M] pointers to x[m,0]
+    y,  # [N] pointers to y[0,n]
+    x_in,  # [M] rows that exist; the others count as zero
+    y_in,  # [N] columns that exist
+    K,
+    x_k,
+    y_k,
+    keep,  # pointer to keep[k], or None: terms with a 0 are skipped, whatever they hold
+    keep_k,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Z[m,n] = sum_k keep[k] x[m,k] y[k,n]: [M,N] fp32."""
+    k = tl.arange(0, BLOCK_K)
+    # 64-bit: one step along a strided k can be long.
+    xs = x[:, None] + k[None, :].to(tl.int64) * x_k
+    ys = y[None, :] + k[:, None].to(tl.int64) * y_k
+    Z = tl.zeros((M, N), tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        k_in = k < K - k0
+        if keep is not None:
+            k_in &= tl.load(keep + (k0 + k).to(tl.int64) * keep_k, mask=k_in, other=0) != 0
+        xt = tl.load(xs, mask=x_in[:, None] & k_in[None, :], other=0.0)
+        yt = tl.load(ys, mask=y_in[None, :] & k_in[:, None], other=0.0)
+        Z = tl.dot(xt, yt, Z, input_precision=PRECISION)
+        xs += tl.cast(BLOCK_K, tl.int64) * x_k
+        ys += tl.cast(BLOCK_K, tl.int64) * y_k
+    return Z
+
+
+@triton.jit
+def column_sums(
+    y,  # [N] pointers to y[0,n]
+    y_in,
+    ones,  # [N] columns that hold an implied 1
+    K,
+    y_k,
+    keep,
+    keep_k,
+    N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """sum_k keep[k] y[k,n], and sum_k keep[k] where `ones`: [N] fp32."""
+    k = tl.arange(0, BLOCK_K)
+    total = tl.zeros((BLOCK_K, N), tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        k_in = k < K - k0
+        at = (k0 + k).to(tl.int64)
+        if keep is not None:
+            k_in &= tl.load(keep + at * keep_k, mask=k_in, other=0) != 0
+        yt = tl.load(
+            y[None, :] + at[:, None] * y_k, mask=y_in[None, :] & k_in[:, None], other=0.0
+        ).to(tl.float32)
+        total += tl.where(ones[None, :] & k_in[:, None], 1.0, yt)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def gradient_tile(
+    g,  # pointer to g[b,0,0]
+    a,
+    o,  # [BLOCK_O] output features
+    i,  # [BLOCK_I] input features; i = I is the ones column where BIAS
+    T,
+    O,
+    I,
+    g_t,
+    g_o,
+    a_t,
+    a_i,
+    BIAS: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """G[o,i] = sum_t g[b,t,o] (a[b,t,i], 1): [BLOCK_O,BLOCK_I] fp32."""
+    gs = g + o.to(tl.int64) * g_o
+    G = product_tile(
+        gs,
+        a + i.to(tl.int64) * a_i,
+        o < O,
+        i < I,
+        T,
+        g_t,
+        a_t,
+        None,
+        0,
+        BLOCK_O,
+        BLOCK_I,
+        BLOCK_T,
+        PRECISION,
+    )
+    if BIAS:
+        tokens = tl.where(tl.max(i, 0) >= I, T, 0)
+        sums = column_sums(gs, o < O, o < 0, tokens, g_t, None, 0, BLOCK_O, BLOCK_T)
+        G = tl.where(i[None, :] == I, sums[:, None], G)
+    return G

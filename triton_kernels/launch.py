@@ -1,0 +1,181 @@
+"""What all launchers share: checked arguments, the chip, tiles, splits and their second stage.
+
+Nothing here or in a launcher synchronises, tunes or reads the environment: tiles and splits are
+functions of shapes, dtype and chip, so a call gives the same bits and the same launches every time.
+"""
+
+from collections.abc import Callable
+from functools import cache, lru_cache, wraps
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+class Chip(NamedTuple):
+    """What tiles depend on: 90 for sm_90, multiprocessors, bytes of shared memory a program."""
+
+    capability: int
+    processors: int
+    shared: int
+
+
+class Tile(NamedTuple):
+    """One configuration of a kernel: rows x columns of the product, step along the sum."""
+
+    rows: int
+    columns: int
+    step: int
+    warps: int
+    stages: int
+
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """Keyword arguments of the launch."""
+        return options(self.warps, self.stages)
+
+
+def options(warps: int, stages: int = 2) -> dict[str, int | bool]:
+    """Options of a launch; multiply-adds are fused by name, since Triton's default will change."""
+    return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+
+
+@cache
+def chip(device: torch.device) -> Chip:
+    """The chip behind a device; for CPU tensors (Triton's interpreter) a small made-up one."""
+    if device.type != "cuda":
+        return Chip(80, 4, 166912)
+    has = torch.cuda.get_device_properties(device)
+    capability = 10 * has.major + has.minor
+    return Chip(capability, has.multi_processor_count, has.shared_memory_per_block_optin)
+
+
+def stages(rows: int, columns: int, step: int, itemsize: int, chip: Chip) -> int:
+    """Loads in flight: as many pipeline stages as shared memory holds, at most 4."""
+    return max(2, min(4, (chip.shared - 2048) // ((rows + columns) * step * itemsize)))
+
+
+def tile(rows: int, columns: int, itemsize: int, chip: Chip, *, accumulators: int) -> Tile:
+    """Tile of a [rows,columns] product whose kernel holds `accumulators` fp32 tiles at once.
+
+    Three configurations a kernel and architecture: wide and small for 16-bit operands, one for
+    fp32. 128x256 spills with two accumulators; four warps a 64x64 tile keep narrow layers busy.
+    """
+    if itemsize == 4:
+        # The tile of IEEE products too, which have no tensor cores: registers are the limit.
+        return Tile(64, 64, 16, 4, 4)
+    if min(rows, columns) <= 64 or chip.shared < 99 * 1024:
+        return Tile(64, 64, 32, 4, 4)
+    wide = 256 if accumulators == 1 and chip.capability // 10 == 9 and columns > 128 else 128
+    step = 64 if chip.capability >= 90 else 32
+    return Tile(128, wide, step, 8, stages(128, wide, step, itemsize, chip))
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How fp32 products are made, after PyTorch's own switch; 16-bit products have one way."""
+    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "ieee"
+
+
+def splits(tiles: int, terms: int, limit: int, chip: Chip) -> int:
+    """Into how many parts a sum of `terms` is cut so that `tiles` of it fill the chip.
+
+    Time in units of one term of one tile: whole waves of the longest part, then, if there is more
+    than one part, about 8 a tile to write and read it back and 500 for the second launch.
+    """
+
+    def time(parts: int) -> float:
+        waves = -(-tiles * parts // chip.processors)
+        second = 8 * tiles * parts / chip.processors + 500 if parts > 1 else 0
+        return waves * -(-terms // parts) + second
+
+    return min(range(1, max(1, min(limit, 32)) + 1), key=time)
+
+
+@triton.jit
+def fold_kernel(
+    out,
+    parts,
+    S,
+    R,
+    C,
+    out_r,
+    out_c,
+    parts_s,
+    parts_n,
+    BLOCK_S: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out[r,c] += sum_s parts[s,n], n = r C + c; always in the same order."""
+    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    s = tl.arange(0, BLOCK_S)
+    inside = n // C < R
+    total = tl.zeros((BLOCK_S, BLOCK), tl.float32)
+    for s0 in range(0, S, BLOCK_S):
+        at = parts + (s0 + s).to(tl.int64)[:, None] * parts_s + n[None, :] * parts_n
+        total += tl.load(at, mask=(s < S - s0)[:, None] & inside[None, :], other=0.0)
+    at = out + n // C * out_r + n % C * out_c
+    tl.store(at, tl.load(at, mask=inside) + tl.sum(total, 0), mask=inside)
+
+
+def fold(out: Tensor, parts: Tensor) -> None:
+    """out[...] += sum_s parts[s, ...]: the second stage of a split, in a fixed order.
+
+    out [R,C] or [C], any strides; parts [S,R,C] or [S,C], the last axes flattenable.
+    """
+    R, C = out.shape if out.ndim == 2 else (1, *out.shape)
+    S, n = parts.shape[0], R * C
+    # Many short parts (one a tile) are read 128 at a time, a few long ones side by side.
+    block_s, block = (128, 32) if S > 16 else (16, 256)
+    fold_kernel[(triton.cdiv(n, block),)](
+        out,
+        parts,
+        S,
+        R,
+        C,
+        out.stride(0) if out.ndim == 2 else 0,
+        out.stride(-1),
+        parts.stride(0),
+        parts.stride(-1),
+        BLOCK_S=block_s,
+        BLOCK=block,
+        **options(4),
+    )
+
+
+@lru_cache(maxsize=4096)
+def _accepted(name: str, signature: tuple) -> None:
+    """Run the op on meta tensors: its reference refuses what its card does not allow."""
+    args = (
+        torch.empty(x[0], dtype=x[1], device="meta") if isinstance(x, tuple) else x
+        for x in signature
+    )
+    getattr(torch.ops.ekfac_fast, name)(*args)
+
+
+def launcher(function: Callable) -> Callable:
+    """Make `function` the kernel of the op of its name.
+
+    Arguments are checked by the op's reference (its checks are the only ones), once a signature of
+    shapes, dtypes and scalars: a known signature costs 3 us, a new one a call on meta tensors.
+    fp64 is left to the reference: it serves validation, and tensor cores of GPUs do without it.
+    """
+    name = function.__name__
+    default = torch._C.DispatchKeySet(torch._C.DispatchKey.CompositeExplicitAutograd)
+
+    @wraps(function)
+    def launch(*args):
+        tensors = [x for x in args if isinstance(x, Tensor)]
+        device = tensors[0].device
+        if tensors[0].dtype == torch.float64 or any(x.device != device for x in tensors):
+            return getattr(torch.ops.ekfac_fast, name).default.redispatch(default, *args)
+        _accepted(name, tuple((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in args))
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return function(*args)
+        return function(*args)
+
+    return launch

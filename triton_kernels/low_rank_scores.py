@@ -1,0 +1,194 @@
+"""s[q,b] += sum_tk (g_bt . L_q[:,k]) (R_q[k,:] . (a_bt, 1)): two products, closed in registers.
+
+A program holds two fp32 tiles, U = g L and V = (a, 1) R^T, of the same rows (tokens) and columns
+(query, rank), multiplies them and sums over rank, then over tokens: no [B,T,Q,K] tensor. Rows are
+tokens of one sequence, or of all sequences where one would leave a tile empty or tokens are kept.
+Ranks are padded to a power of two, so that a tile holds whole queries, or one query takes several.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .gradient_tile import grouped, product_tile
+from .launch import chip, fold, launcher, precision, tile
+
+
+@triton.jit
+def low_rank_scores_kernel(
+    out,  # [S,Q,B,T] by strides: s, or parts of it
+    L,  # [Q,O,K]
+    R,  # [Q,K,>=I]
+    last,  # R[:,:,I] [Q,K], the column that meets the ones
+    g,  # [B,T,O]
+    a,  # [B,T,I]
+    Q,
+    K,
+    B,
+    T,
+    O,
+    I,
+    blocks,
+    out_s,
+    out_q,
+    out_b,
+    out_t,
+    L_q,
+    L_o,
+    L_k,
+    R_q,
+    R_k,
+    R_i,
+    last_q,
+    last_k,
+    g_b,
+    g_t,
+    g_o,
+    a_b,
+    a_t,
+    a_i,
+    RANK: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    ADD: tl.constexpr,
+    BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Scores of ROWS tokens by COLUMNS / RANK queries, summed over tokens unless PER_TOKEN."""
+    QUERIES: tl.constexpr = COLUMNS // RANK
+    # blocks is the number of row tiles a sequence; per token, one sequence of B T rows.
+    sequences = 1 if PER_TOKEN else B
+    length = B * T if PER_TOKEN else T
+    row, column = grouped(tl.program_id(0), sequences * blocks, tl.cdiv(Q, QUERIES), 8)
+    within = row % blocks * ROWS + tl.arange(0, ROWS)
+    n = row // blocks * length + within
+    n_in = within < length
+    b, t = (n // T).to(tl.int64), (n % T).to(tl.int64)
+    c = tl.arange(0, COLUMNS)
+    q = column * QUERIES + c // RANK
+    q64 = q.to(tl.int64)
+    score = tl.zeros((ROWS, QUERIES) if PER_TOKEN else (QUERIES,), tl.float32)
+    for first in range(0, K, RANK):
+        k = first + c % RANK
+        c_in = (q < Q) & (k < K)
+        U = product_tile(
+            g + b * g_b + t * g_t,
+            L + q64 * L_q + k * L_k,
+            n_in,
+            c_in,
+            O,
+            g_o,
+            L_o,
+            None,
+            0,
+            ROWS,
+            COLUMNS,
+            BLOCK,
+            PRECISION,
+        )
+        V = product_tile(
+            a + b * a_b + t * a_t,
+            R + q64 * R_q + k * R_k,
+            n_in,
+            c_in,
+            I,
+            a_i,
+            R_i,
+            None,
+            0,
+            ROWS,
+            COLUMNS,
+            BLOCK,
+            PRECISION,
+        )
+        if BIAS:
+            V += tl.load(last + q64 * last_q + k * last_k, mask=c_in, other=0.0)[None, :]
+        if PER_TOKEN:
+            score += tl.sum(tl.reshape(U * V, (ROWS, QUERIES, RANK)), 2)
+        else:
+            score += tl.sum(tl.reshape(tl.sum(U * V, 0), (QUERIES, RANK)), 1)
+    q = column * QUERIES + tl.arange(0, QUERIES)
+    if PER_TOKEN:
+        at = out + (b * out_b + t * out_t)[:, None] + q.to(tl.int64)[None, :] * out_q
+        inside = n_in[:, None] & (q < Q)[None, :]
+    else:
+        at = out + (row % blocks).to(tl.int64) * out_s + (row // blocks).to(tl.int64) * out_b
+        at += q.to(tl.int64) * out_q
+        inside = q < Q
+    if ADD:
+        score += tl.load(at, mask=inside, other=0.0)
+    tl.store(at, score, mask=inside)
+
+
+@launcher
+def low_rank_scores(
+    s: Tensor, L: Tensor, R: Tensor, g: Tensor, a: Tensor, bias: bool = False
+) -> None:
+    """The op `ekfac_fast::low_rank_scores` on a GPU; s [Q,B] or, per token, [Q,B,T]."""
+    (B, T, O), (Q, K, _), I = g.shape, R.shape, a.shape[-1]
+    if 0 in (B, T, Q, K):
+        return
+    on = chip(g.device)
+    rank = triton.next_power_of_2(K)
+    by = tile(B * T, Q * rank, g.element_size(), on, accumulators=2)
+    rank = min(rank, by.columns)
+    per_token = s.ndim == 3 or by.rows > T
+    blocks = triton.cdiv(B * T if per_token else T, by.rows)
+    if s.ndim == 3:
+        out, parts = s[None], None
+    elif per_token:
+        # A part a token, as [T,Q,B]: sequences shorter than a tile share one.
+        parts = torch.empty((Q, B, T), device=g.device)
+        out, parts = parts[None], parts.permute(2, 0, 1)
+    else:
+        parts = torch.empty((blocks, Q, B), device=g.device) if blocks > 1 else None
+        out = (s[None] if parts is None else parts)[..., None]
+    right = _aligned(R[..., :I])
+    low_rank_scores_kernel[(blocks * (1 if per_token else B) * triton.cdiv(Q * rank, by.columns),)](
+        out,
+        L,
+        right,
+        R[..., -1],
+        g,
+        a,
+        Q,
+        K,
+        B,
+        T,
+        O,
+        I,
+        blocks,
+        *out.stride(),
+        *L.stride(),
+        *right.stride(),
+        *R.stride()[:2],
+        *g.stride(),
+        *a.stride(),
+        RANK=rank,
+        PER_TOKEN=per_token,
+        ADD=parts is None,
+        BIAS=bias,
+        ROWS=by.rows,
+        COLUMNS=by.columns,
+        BLOCK=by.step,
+        PRECISION=precision(g.dtype),
+        **by.options,
+    )
+    if parts is not None:
+        fold(s, parts)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """`x`, copied if its rows start off 16 bytes though their length allows it.
+
+    The bias column of R makes its rows odd; a copy of Q K I numbers buys 16-byte loads.
+    """
+    unit = 16 // x.element_size()
+    odd = x.stride(-1) == 1 and x.stride(-2) % unit and not x.shape[-1] % unit
+    return x.contiguous() if odd else x
+
+
+torch.library.impl("ekfac_fast::low_rank_scores", "cuda", low_rank_scores)

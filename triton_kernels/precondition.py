@@ -1,0 +1,117 @@
+"""P_b[o,j] = G_b[o,j] / (lam[o,j] + damping), G_b rotated: divided where the tile was computed."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .gradient_tile import gradient_tile, grouped
+from .launch import chip, launcher, precision, tile
+from .rotations import operands
+
+
+@triton.jit
+def precondition_kernel(
+    P,  # [B,O,J]
+    g,  # [B,T,>=O]
+    a,  # [B,T,>=J]
+    lam,  # [O,J]
+    damping,
+    tiles,
+    T,
+    O,
+    J,
+    g_width,
+    a_width,
+    P_b,
+    P_o,
+    P_j,
+    g_b,
+    g_t,
+    g_o,
+    a_b,
+    a_t,
+    a_j,
+    lam_o,
+    lam_j,
+    BLOCK_O: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile of one sequence's P; `g` and `a` may be wider than O and J, padded by anything."""
+    p = tl.program_id(0)
+    b = (p // tiles).to(tl.int64)
+    row, column = grouped(p % tiles, tl.cdiv(O, BLOCK_O), tl.cdiv(J, BLOCK_J), 8)
+    o = row * BLOCK_O + tl.arange(0, BLOCK_O)
+    j = column * BLOCK_J + tl.arange(0, BLOCK_J)
+    G = gradient_tile(
+        g + b * g_b,
+        a + b * a_b,
+        o,
+        j,
+        T,
+        g_width,
+        a_width,
+        g_t,
+        g_o,
+        a_t,
+        a_j,
+        False,
+        BLOCK_O,
+        BLOCK_J,
+        BLOCK_T,
+        PRECISION,
+    )
+    inside = (o < O)[:, None] & (j < J)[None, :]
+    o, j = o.to(tl.int64)[:, None], j.to(tl.int64)[None, :]
+    scale = tl.load(lam + o * lam_o + j * lam_j, mask=inside, other=1.0) + damping
+    tl.store(P + b * P_b + o * P_o + j * P_j, G / scale, mask=inside)
+
+
+@launcher
+def precondition(
+    g: Tensor,
+    a: Tensor,
+    Qg: Tensor | None,
+    Qa: Tensor | None,
+    lam: Tensor,
+    damping: float,
+    bias: bool = False,
+    order: str | None = None,
+) -> Tensor:
+    """The op `ekfac_fast::precondition` on a GPU: [B,O,J] fp32."""
+    (B, T, _), (O, J) = g.shape, lam.shape
+    P = torch.empty((B, O, J), device=g.device)
+    if B == 0 or T == 0:
+        return P.zero_()
+    on = chip(g.device)
+    by = tile(O, J, g.element_size(), on, accumulators=2)
+    tiles = triton.cdiv(O, by.rows) * triton.cdiv(J, by.columns)
+    for part, x, y in operands(g, a, Qg, Qa, bias, order):
+        precondition_kernel[(tiles * x.shape[0],)](
+            P[part],
+            x,
+            y,
+            lam,
+            damping,
+            tiles,
+            x.shape[1],
+            O,
+            J,
+            x.shape[2],
+            y.shape[2],
+            *P.stride(),
+            *x.stride(),
+            *y.stride(),
+            *lam.stride(),
+            BLOCK_O=by.rows,
+            BLOCK_J=by.columns,
+            BLOCK_T=by.step,
+            PRECISION=precision(g.dtype),
+            **by.options,
+        )
+    return P
+
+
+torch.library.impl("ekfac_fast::precondition", "cuda", precondition)

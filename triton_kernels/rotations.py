@@ -1,0 +1,81 @@
+"""Rotation into the eigenbasis, left to cuBLAS, so that one gradient tile finishes the product.
+
+`operands` reduces Qg^T G_b Qa to sum_t x_t y_t^T whatever the contraction order: sides rotated by
+tokens are rotated first; where a side is rotated on the gradient, the last such rotation is itself
+a sum of that form, its "tokens" being the rows of the eigenvectors. Kernels need one loop, then.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# Gradients rotated as such are formed a few sequences at a time: what is written stays in L2.
+CHUNK_BYTES = 32 << 20
+
+
+def cheapest_order(T: int, O: int, J: int) -> str:
+    """Contraction order of least FLOPs; `ekfac_fast/ops/gradients.py` computes the same."""
+    return ("tokens" if T < J else "a_tokens") if T < O else "g_tokens" if T < J else "gradient"
+
+
+def padded(width: int) -> int:
+    """Row pitch that keeps 16-byte loads: 769 columns of a layer with a bias are held in 784."""
+    return -(-width // 16) * 16
+
+
+def rotate(x: Tensor, Q: Tensor, bias: bool) -> Tensor:
+    """(x, 1) Q without the ones column: x [B,T,I], Q [J,J] -> [B,T,padded(J)].
+
+    Columns past J are uninitialised: kernels may load them, and drop what comes of them.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    out = x.new_empty(rows.shape[0], padded(Q.shape[1]))
+    inside = out[:, : Q.shape[1]]
+    if bias:
+        torch.addmm(Q[-1], rows, Q[:-1], out=inside)
+    else:
+        torch.mm(rows, Q, out=inside)
+    return out.view(*x.shape[:-1], -1)
+
+
+def operands(
+    g: Tensor,
+    a: Tensor,
+    Qg: Tensor | None,
+    Qa: Tensor | None,
+    bias: bool,
+    order: str | None,
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Sequences with the x [b,t,>=O] and y [b,t,>=J] for which sum_t x_t y_t^T = Qg^T G_b Qa."""
+    B, T, O = g.shape
+    J = a.shape[-1] + bias
+    by = order or cheapest_order(T, O, J)
+    if Qg is not None and by in ("tokens", "g_tokens"):
+        g, Qg = rotate(g, Qg, False), None
+    if Qa is not None and by in ("tokens", "a_tokens"):
+        a, Qa, bias = rotate(a, Qa, bias), None, False
+    if Qg is None and Qa is None:
+        yield slice(0, B), g, a
+        return
+    step = max(1, CHUNK_BYTES // (g.element_size() * O * padded(J)))
+    for first in range(0, B, step):
+        part = slice(first, min(first + step, B))
+        G = _gradients(g[part, :, :O], a[part, :, : J - bias], bias)
+        n = G.shape[0]
+        if Qa is None:
+            yield part, Qg.expand(n, O, O), G
+        elif Qg is None:
+            yield part, G.mT, Qa.expand(n, J, J)
+        else:
+            yield part, Qg.expand(n, O, O), rotate(G, Qa, False)
+
+
+def _gradients(g: Tensor, a: Tensor, bias: bool) -> Tensor:
+    """sum_t g_bt (a_bt, 1)^T in the operands' dtype: [b,O,J], rows `padded(J)` apart."""
+    (b, _, O), I = g.shape, a.shape[-1]
+    G = g.new_empty(b, O, padded(I + bias))[..., : I + bias]
+    torch.bmm(g.mT, a, out=G[..., :I])
+    if bias:
+        torch.sum(g, 1, out=G[..., I])
+    return G

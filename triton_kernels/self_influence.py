@@ -1,0 +1,128 @@
+"""s[b] += sum_oj G_b[o,j]^2 / (lam[o,j] + damping), G_b rotated: each tile leaves one number.
+
+Those numbers, [tiles,B], are summed by a second launch in a fixed order: no atomics.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .gradient_tile import gradient_tile, grouped
+from .launch import chip, fold, launcher, precision, tile
+from .rotations import operands
+
+
+@triton.jit
+def self_influence_kernel(
+    out,  # s [B], or parts [tiles,B]
+    g,  # [B,T,>=O]
+    a,  # [B,T,>=J]
+    lam,  # [O,J]
+    damping,
+    tiles,
+    T,
+    O,
+    J,
+    g_width,
+    a_width,
+    out_tile,
+    out_b,
+    g_b,
+    g_t,
+    g_o,
+    a_b,
+    a_t,
+    a_j,
+    lam_o,
+    lam_j,
+    ADD: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The share of one tile in one sequence's score; padding as in `precondition_kernel`."""
+    p = tl.program_id(0)
+    b = (p // tiles).to(tl.int64)
+    row, column = grouped(p % tiles, tl.cdiv(O, BLOCK_O), tl.cdiv(J, BLOCK_J), 8)
+    o = row * BLOCK_O + tl.arange(0, BLOCK_O)
+    j = column * BLOCK_J + tl.arange(0, BLOCK_J)
+    G = gradient_tile(
+        g + b * g_b,
+        a + b * a_b,
+        o,
+        j,
+        T,
+        g_width,
+        a_width,
+        g_t,
+        g_o,
+        a_t,
+        a_j,
+        False,
+        BLOCK_O,
+        BLOCK_J,
+        BLOCK_T,
+        PRECISION,
+    )
+    inside = (o < O)[:, None] & (j < J)[None, :]
+    at = lam + o.to(tl.int64)[:, None] * lam_o + j.to(tl.int64)[None, :] * lam_j
+    scale = tl.load(at, mask=inside, other=1.0) + damping
+    value = tl.sum(tl.where(inside, G * G / scale, 0.0))
+    at = out + (p % tiles) * out_tile + b * out_b
+    if ADD:
+        value += tl.load(at)
+    tl.store(at, value)
+
+
+@launcher
+def self_influence(
+    s: Tensor,
+    g: Tensor,
+    a: Tensor,
+    Qg: Tensor | None,
+    Qa: Tensor | None,
+    lam: Tensor,
+    damping: float,
+    bias: bool = False,
+    order: str | None = None,
+) -> None:
+    """The op `ekfac_fast::self_influence` on a GPU."""
+    if g.numel() == 0:
+        return
+    O, J = lam.shape
+    on = chip(g.device)
+    by = tile(O, J, g.element_size(), on, accumulators=1)
+    tiles = triton.cdiv(O, by.rows) * triton.cdiv(J, by.columns)
+    for part, x, y in operands(g, a, Qg, Qa, bias, order):
+        B = x.shape[0]
+        out = s[None, part] if tiles == 1 else torch.empty((tiles, B), device=g.device)
+        self_influence_kernel[(tiles * B,)](
+            out,
+            x,
+            y,
+            lam,
+            damping,
+            tiles,
+            x.shape[1],
+            O,
+            J,
+            x.shape[2],
+            y.shape[2],
+            *out.stride(),
+            *x.stride(),
+            *y.stride(),
+            *lam.stride(),
+            ADD=tiles == 1,
+            BLOCK_O=by.rows,
+            BLOCK_J=by.columns,
+            BLOCK_T=by.step,
+            PRECISION=precision(g.dtype),
+            **by.options,
+        )
+        if tiles > 1:
+            fold(s[part], out)
+
+
+torch.library.impl("ekfac_fast::self_influence", "cuda", self_influence)
