@@ -27,8 +27,7 @@ void accumulate(at::Tensor& cov, const at::Tensor& x, const at::Tensor& rows, bo
   at::Tensor sum = cov.contiguous();
   Acc* data = sum.mutable_data_ptr<Acc>();
   const int64_t J = sum.size(0), N = rows.defined() ? rows.numel() : x.size(0);
-  // Rows are packed 64 MiB at a time, as x^T and as x.
-  const int64_t step = std::max<int64_t>(1024, (int64_t{64} << 20) / (2 * 4 * J));
+  const int64_t step = slab_lines(J);
   for (int64_t r = 0; r < N; r += step) {
     const int64_t n = std::min(step, N - r);
     const at::Tensor pick = rows.defined() ? rows.narrow(0, r, n) : rows;

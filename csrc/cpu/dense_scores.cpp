@@ -9,62 +9,71 @@
 namespace ekfac_fast {
 namespace {
 
-// s [Q,B]. Four gradient tiles and four query tiles at a time: sixteen dot products from eight streams.
+constexpr int64_t kSequences = 16;  // gradient tiles held at a time: 1 MiB of fp32
+
+// A tile of P_q where dot products can read it: in place if it is Acc already, else widened into `room`.
+template <class Acc>
+const Acc* query_tile(const at::Tensor& P, int64_t q, int64_t o, int64_t m, int64_t j, int64_t n,
+                      Acc* room, int64_t& ld) {
+  auto from = [&]<class In>(In) -> const Acc* {
+    const In* data = P.const_data_ptr<In>() + q * P.stride(0) + o * P.stride(1) + j;
+    if constexpr (std::is_same_v<In, Acc>) {
+      ld = P.stride(1);
+      return data;
+    } else {
+      ld = n;
+      for (int64_t r = 0; r < m; r++) convert(room + r * n, data + r * P.stride(1), n);
+      return room;
+    }
+  };
+  if constexpr (std::is_same_v<Acc, double>) return from(double{});
+  else if (P.scalar_type() == at::kBFloat16) return from(at::BFloat16{});
+  else if (P.scalar_type() == at::kHalf) return from(at::Half{});
+  else return from(float{});
+}
+
+// s [Q,B]. Four queries meet four sequences at a time: sixteen dot products from eight streams.
 template <class Acc>
 void by_sequence(at::Tensor& s, const at::Tensor& P, const at::Tensor& g, const at::Tensor& a,
                  bool bias, const Letters& size) {
   const Panels A = pack_rows(g.mT()), B = pack_columns(a, bias);
   const int64_t tiles = A.count * B.count, area = A.width * B.width;
-  const int64_t groups = ceil_div(size.B, 4), queries = round_up(size.Q, 4);
-  // Partial sums of one block of tiles a row; blocks depend on the shape alone, so results repeat.
-  const int64_t blocks = std::min<int64_t>(tiles, 64), a_block = ceil_div(tiles, blocks);
-  at::Tensor partial = at::zeros({blocks, groups, queries, 4}, at::dtype(s.scalar_type()));
+  const int64_t Q4 = round_up(size.Q, 4), B4 = round_up(size.B, 4);
+  // Partial sums of a few tiles a block; blocks depend on the shape alone, so results repeat.
+  const int64_t a_block = ceil_div(tiles, 64), blocks = ceil_div(tiles, a_block);
+  at::Tensor partial = at::zeros({blocks, Q4 / 4, B4 / 4, 4, 4}, at::dtype(s.scalar_type()));
   Acc* sums = partial.mutable_data_ptr<Acc>();
   const at::Tensor rows = P.stride(2) == 1 ? P : P.contiguous();
   at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    Tile<Acc> G(4 * area), P_tile(queries * area);
-    const Acc *x[4], *y[4];
-    for (int64_t block = begin; block < end; block++) {
-      for (int64_t tile = block * a_block; tile < std::min(tiles, (block + 1) * a_block); tile++) {
-        const int64_t i = tile / B.count, j = tile % B.count;
-        const int64_t m = A.size(i), n = B.size(j), used = m * B.width;
-        std::fill_n(P_tile.data, queries * used, Acc(0));
-        for (int64_t q = 0; q < size.Q; q++) {
-          for (int64_t r = 0; r < m; r++) {
-            const int64_t at = q * rows.stride(0) + (A.begin(i) + r) * rows.stride(1) + B.begin(j);
-            Acc* to = P_tile.data + q * used + r * B.width;
-            switch (rows.scalar_type()) {
-              case at::kDouble:
-                if constexpr (std::is_same_v<Acc, double>) convert(to, rows.const_data_ptr<double>() + at, n);
-                break;
-              case at::kBFloat16:
-                if constexpr (std::is_same_v<Acc, float>) convert(to, rows.const_data_ptr<at::BFloat16>() + at, n);
-                break;
-              case at::kHalf:
-                if constexpr (std::is_same_v<Acc, float>) convert(to, rows.const_data_ptr<at::Half>() + at, n);
-                break;
-              default:
-                if constexpr (std::is_same_v<Acc, float>) convert(to, rows.const_data_ptr<float>() + at, n);
-            }
-          }
+    Tile<Acc> G(std::min(kSequences, B4) * area), room(4 * area);
+    for (int64_t tile = begin * a_block; tile < std::min(tiles, end * a_block); tile++) {
+      const int64_t i = tile / B.count, j = tile % B.count, block = tile / a_block;
+      const int64_t m = A.size(i), n = B.size(j);
+      for (int64_t b0 = 0; b0 < B4; b0 += kSequences) {
+        const int64_t held = std::min(kSequences, B4 - b0);
+        for (int64_t k = 0; k < held; k++) {
+          // Groups of four are filled up with the last sequence, whose surplus sums are dropped below.
+          const int64_t b = std::min(b0 + k, size.B - 1);
+          multiply<Acc>(A, b, i, B, b, j, G.data + k * area);
         }
-        for (int64_t group = 0; group < groups; group++) {
+        for (int64_t q = 0; q < Q4; q += 4) {
+          const Acc *x[4], *y[4];
+          int64_t ld = 0;
           for (int64_t k = 0; k < 4; k++) {
-            // The last group repeats a sequence; its surplus columns are dropped below.
-            const int64_t b = std::min(4 * group + k, size.B - 1);
-            multiply<Acc>(A, b, i, B, b, j, G.data + k * area);
-            y[k] = G.data + k * area;
+            x[k] = query_tile(rows, std::min(q + k, size.Q - 1), A.begin(i), m, B.begin(j), n,
+                              room.data + k * area, ld);
           }
-          for (int64_t q = 0; q < queries; q += 4) {
-            for (int64_t k = 0; k < 4; k++) x[k] = P_tile.data + (q + k) * used;
-            dot_4x4(sums + ((block * groups + group) * queries + q) * 4, x, y, used);
+          for (int64_t b = 0; b < held; b += 4) {
+            for (int64_t k = 0; k < 4; k++) y[k] = G.data + (b + k) * area;
+            dot_4x4(sums + ((block * (Q4 / 4) + q / 4) * (B4 / 4) + (b0 + b) / 4) * 16, x, ld, y,
+                    B.width, m, n);
           }
         }
       }
     }
     release(A);
   });
-  const at::Tensor total = partial.sum(0).transpose(0, 1).reshape({queries, 4 * groups});
+  const at::Tensor total = partial.sum(0).transpose(1, 2).reshape({Q4, B4});
   s.add_(total.narrow(0, 0, size.Q).narrow(1, 0, size.B));
 }
 

@@ -37,8 +37,10 @@ void add_products(double* y, const double* u, const double* v, const double* bia
 // sum x y
 float dot(const float* x, const float* y, int64_t n);
 double dot(const double* x, const double* y, int64_t n);
-// S[p,q] += sum_i X_p[i] Y_q[i] for p, q < 4
-void dot_4x4(float* S, const float* const* X, const float* const* Y, int64_t n);
-void dot_4x4(double* S, const double* const* X, const double* const* Y, int64_t n);
+// S[p,q] += sum_ri X_p[r,i] Y_q[r,i] for p, q < 4, over m rows of n
+void dot_4x4(float* S, const float* const* X, int64_t ldx, const float* const* Y, int64_t ldy,
+             int64_t m, int64_t n);
+void dot_4x4(double* S, const double* const* X, int64_t ldx, const double* const* Y, int64_t ldy,
+             int64_t m, int64_t n);
 
 }  // namespace ekfac_fast

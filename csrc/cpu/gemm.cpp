@@ -96,31 +96,31 @@ void fill_columns(Out* out, int64_t ld, int64_t n, int64_t depth, const In* x, i
 }
 
 template <class Out, class In>
-void fill_panel(const Panels& panels, int64_t b, int64_t panel, int64_t to, int64_t n,
-                const Matrix& x, bool ones, bool last, const int64_t* pick) {
+void fill_block(const Panels& panels, int64_t b, int64_t panel, int64_t to, int64_t n, const Matrix& x,
+                bool ones, bool last, const int64_t* pick, int64_t k0, int64_t k1) {
   constexpr int64_t pair = sizeof(Out) == 2 ? 2 : 1;
-  const int64_t end = last ? panels.width : to + n + ones;
-  for (int64_t k0 = 0; k0 < panels.padded_depth; k0 += kDepth) {
-    Out* out = reinterpret_cast<Out*>(panels.at(b, panel, k0 / kDepth));
-    const int64_t padded = std::min(kDepth, panels.padded_depth - k0);
-    const int64_t real = std::clamp<int64_t>(panels.depth - k0, 0, padded);
-    const In* in = reinterpret_cast<const In*>(x.data) + (pick ? 0 : k0 * x.sk);
-    const int64_t* picked = pick ? pick + k0 : nullptr;
-    auto cell = [&](int64_t f, int64_t k) -> Out& {
-      return panels.columns ? out[(k / pair) * pair * panels.width + f * pair + k % pair]
-                            : out[f * padded + k];
-    };
-    if (panels.columns) {
-      fill_columns(out + to * pair, panels.width, n, real, in, x.sf, x.sk, picked);
-    } else {
-      fill_rows(out + to * padded, padded, n, real, in, x.sf, x.sk, picked);
-    }
-    for (int64_t k = real; k < padded; k++) {
-      for (int64_t f = to; f < to + n; f++) cell(f, k) = Out(0);
-    }
-    for (int64_t f = to + n; f < end; f++) {
-      for (int64_t k = 0; k < padded; k++) cell(f, k) = Out(ones && f == to + n && k < real ? 1 : 0);
-    }
+  const int64_t end = last ? panels.width : to + n + ones, block = k1 - k0;
+  const int64_t chunk = k0 / kDepth, offset = k0 % kDepth;
+  const int64_t ld = panels.columns ? panels.width
+                                    : std::min(kDepth, panels.padded_depth - chunk * kDepth);
+  Out* out = reinterpret_cast<Out*>(panels.at(b, panel, chunk)) +
+             (panels.columns ? offset * panels.width : offset);
+  const int64_t real = std::clamp<int64_t>(panels.depth - k0, 0, block);
+  const In* in = reinterpret_cast<const In*>(x.data) + (pick ? 0 : k0 * x.sk);
+  const int64_t* picked = pick ? pick + k0 : nullptr;
+  auto cell = [&](int64_t f, int64_t k) -> Out& {
+    return panels.columns ? out[(k / pair) * pair * ld + f * pair + k % pair] : out[f * ld + k];
+  };
+  if (panels.columns) {
+    fill_columns(out + to * pair, ld, n, real, in, x.sf, x.sk, picked);
+  } else {
+    fill_rows(out + to * ld, ld, n, real, in, x.sf, x.sk, picked);
+  }
+  for (int64_t k = real; k < block; k++) {
+    for (int64_t f = to; f < to + n; f++) cell(f, k) = Out(0);
+  }
+  for (int64_t f = to + n; f < end; f++) {
+    for (int64_t k = 0; k < block; k++) cell(f, k) = Out(ones && f == to + n && k < real ? 1 : 0);
   }
 }
 
@@ -129,12 +129,18 @@ Panels pack(const at::Tensor& x, bool columns, bool ones, const at::Tensor& pick
   const int64_t extent = x.size(free_dim), depth = pick.defined() ? pick.numel() : x.size(k_dim);
   const int64_t* picked = pick.defined() ? pick.const_data_ptr<int64_t>() : nullptr;
   Panels panels(columns, x.size(0), extent + ones, depth, compute_dtype(x.scalar_type()));
-  at::parallel_for(0, panels.batch * panels.count, 1, [&](int64_t begin, int64_t end) {
+  // A few k at a time across all panels: both sides are then read and written as streams.
+  const int64_t blocks = ceil_div(panels.padded_depth, kBlock);
+  at::parallel_for(0, panels.batch * blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t u = begin; u < end; u++) {
-      const int64_t b = u / panels.count, p = u % panels.count, from = panels.begin(p);
-      const int64_t n = std::clamp<int64_t>(extent - from, 0, panels.width);
-      const bool one = ones && from + panels.width > extent;
-      panels.fill(b, p, 0, n, Matrix(x, free_dim, k_dim, b, from), one, true, picked);
+      const int64_t b = u / blocks, k = u % blocks * kBlock;
+      for (int64_t p = 0; p < panels.count; p++) {
+        const int64_t from = panels.begin(p);
+        const int64_t n = std::clamp<int64_t>(extent - from, 0, panels.width);
+        const bool one = ones && from + panels.width > extent;
+        panels.fill(b, p, 0, n, Matrix(x, free_dim, k_dim, b, from), one, true, picked, k,
+                    std::min(k + kBlock, panels.padded_depth));
+      }
     }
   });
   return panels;
@@ -143,14 +149,14 @@ Panels pack(const at::Tensor& x, bool columns, bool ones, const at::Tensor& pick
 }  // namespace
 
 void Panels::fill(int64_t b, int64_t panel, int64_t to, int64_t n, const Matrix& x, bool ones,
-                  bool last, const int64_t* pick) {
+                  bool last, const int64_t* pick, int64_t k0, int64_t k1) {
   auto from = [&]<class In>(In) {
     if constexpr (std::is_same_v<In, double>) {
-      fill_panel<double, In>(*this, b, panel, to, n, x, ones, last, pick);
+      fill_block<double, In>(*this, b, panel, to, n, x, ones, last, pick, k0, k1);
     } else if (storage.scalar_type() == at::kFloat) {
-      fill_panel<float, In>(*this, b, panel, to, n, x, ones, last, pick);
+      fill_block<float, In>(*this, b, panel, to, n, x, ones, last, pick, k0, k1);
     } else if constexpr (!std::is_same_v<In, at::Half>) {
-      fill_panel<at::BFloat16, In>(*this, b, panel, to, n, x, ones, last, pick);
+      fill_block<at::BFloat16, In>(*this, b, panel, to, n, x, ones, last, pick, k0, k1);
     }
   };
   switch (x.dtype) {

@@ -16,9 +16,8 @@ Order contraction_order(const Letters& size, const std::optional<c10::string_vie
   return {false, false};
 }
 
-int64_t sequences_at_once(const Letters& size, int64_t itemsize) {
-  const int64_t bytes = size.T * (size.O + size.J) * std::max<int64_t>(itemsize, 4);
-  return std::max<int64_t>(1, (int64_t{32} << 20) / std::max<int64_t>(1, bytes));
+int64_t sequences_at_once(const Letters& size) {
+  return std::max<int64_t>(1, kSlabBytes / (4 * std::max<int64_t>(1, size.T * std::max(size.O, size.J))));
 }
 
 namespace {
@@ -38,12 +37,12 @@ void store(Out* y, int64_t m, int64_t n, const Acc* C, int64_t ld, int64_t strid
   }
 }
 
-at::Tensor products(const Panels& A, const Panels& B, const at::Tensor& bias) {
-  const int64_t batch = std::max(A.batch, B.batch), M = A.extent, N = B.extent;
-  at::Tensor y = at::empty({batch, M, N}, at::dtype(A.storage.scalar_type()));
+// Columns [at, at + B.extent) of y [batch, m, n] = A B + bias.
+void multiply_into(at::Tensor& y, int64_t at, const Panels& A, const Panels& B, const at::Tensor& bias) {
+  const int64_t M = A.extent, N = y.size(2);
   auto run = [&]<class Out, class Acc>(Out, Acc) {
-    Out* data = y.mutable_data_ptr<Out>();
-    const Acc* row = bias.defined() ? bias.const_data_ptr<Acc>() : nullptr;
+    Out* data = y.mutable_data_ptr<Out>() + at;
+    const Acc* row = bias.defined() ? bias.const_data_ptr<Acc>() + at : nullptr;
     product<Acc>(A, B, [&](int64_t b, int64_t m0, int64_t m, int64_t n0, int64_t n, const Acc* C,
                            int64_t ld, int64_t) {
       store(data + (b * M + m0) * N + n0, m, n, C, ld, N, row ? row + n0 : nullptr);
@@ -54,7 +53,6 @@ at::Tensor products(const Panels& A, const Panels& B, const at::Tensor& bias) {
     case at::kBFloat16: run(at::BFloat16{}, float{}); break;
     default: run(float{}, float{});
   }
-  return y;
 }
 
 }  // namespace
@@ -64,13 +62,21 @@ at::Tensor rotate_tokens(const at::Tensor& x, const at::Tensor& Q, bool bias) {
   const at::Tensor rows = x.reshape({1, -1, F});
   const auto wide = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const at::Tensor last = bias ? Q.select(0, F).to(wide).contiguous() : at::Tensor();
-  const at::Tensor y =
-      products(pack_rows(rows), pack_columns(Q.narrow(0, 0, F).unsqueeze(0)), last);
+  const Panels A = pack_rows(rows);
+  at::Tensor y = at::empty({1, A.extent, Q.size(1)}, at::dtype(A.storage.scalar_type()));
+  const int64_t step = slab_lines(F);
+  for (int64_t n = 0; n < Q.size(1); n += step) {
+    const at::Tensor slab = Q.narrow(0, 0, F).narrow(1, n, std::min(step, Q.size(1) - n));
+    multiply_into(y, n, A, pack_columns(slab.unsqueeze(0)), last);
+  }
   return y.view({x.size(0), x.size(1), Q.size(1)});
 }
 
 at::Tensor one_gradient(const at::Tensor& g, const at::Tensor& a, bool bias) {
-  return products(pack_rows(g.mT()), pack_columns(a, bias), {});
+  const Panels A = pack_rows(g.mT()), B = pack_columns(a, bias);
+  at::Tensor G = at::empty({1, A.extent, B.extent}, at::dtype(A.storage.scalar_type()));
+  multiply_into(G, 0, A, B, {});
+  return G;
 }
 
 }  // namespace ekfac_fast

@@ -22,8 +22,8 @@ at::Tensor rotate_tokens(const at::Tensor& x, const at::Tensor& Q, bool bias);
 // sum_t g_bt (a_bt, 1)^T of one sequence, in the dtype products use.
 at::Tensor one_gradient(const at::Tensor& g, const at::Tensor& a, bool bias);
 
-// How many sequences are packed at a time: about 32 MiB, which last-level caches hold.
-int64_t sequences_at_once(const Letters& size, int64_t itemsize);
+// How many sequences are packed at a time: a slab of the wider side.
+int64_t sequences_at_once(const Letters& size);
 
 // ending(b, o0, o, j0, j, tile, ld, index) for every tile of every Qg^T G_b Qa. Tiles of one index run on
 // one thread in the order of b, so an ending may accumulate over b.
@@ -54,7 +54,7 @@ void gradient_tiles(const at::Tensor& g, const at::Tensor& a, const std::optiona
     }
     return;
   }
-  const int64_t step = sequences_at_once(size, g.element_size());
+  const int64_t step = sequences_at_once(size);
   for (int64_t b0 = 0; b0 < size.B; b0 += step) {
     const int64_t n = std::min(step, size.B - b0);
     at::Tensor g_n = g.narrow(0, b0, n), a_n = a.narrow(0, b0, n);

@@ -18,11 +18,13 @@ Panels pack_factors(const at::Tensor& x, int64_t depth_dim, int64_t rank_dim, in
   const int64_t Q = x.size(0), K = x.size(rank_dim);
   Panels panels(true, 1, ceil_div(Q, group) * round_up(group * K, kLanes), depth,
                 compute_dtype(x.scalar_type()), round_up(group * K, kLanes));
-  at::parallel_for(0, panels.count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; p++) {
-      const int64_t last = std::min(Q, (p + 1) * group) - 1;
-      for (int64_t q = p * group; q <= last; q++) {
-        panels.fill(0, p, (q - p * group) * K, K, Matrix(x, rank_dim, depth_dim, q, 0), false, q == last);
+  at::parallel_for(0, Q, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t q = begin; q < end; q++) {
+      const int64_t p = q / group, to = q % group * K;
+      const bool last = q == Q - 1 || to + K == group * K;
+      for (int64_t k = 0; k < panels.padded_depth; k += kBlock) {
+        panels.fill(0, p, to, K, Matrix(x, rank_dim, depth_dim, q, 0), false, last, nullptr, k,
+                    std::min(k + kBlock, panels.padded_depth));
       }
     }
   });
@@ -30,7 +32,7 @@ Panels pack_factors(const at::Tensor& x, int64_t depth_dim, int64_t rank_dim, in
 }
 
 template <class Acc>
-void accumulate(at::Tensor& s, const at::Tensor& L, const at::Tensor& R, const at::Tensor& g,
+void accumulate(at::Tensor s, const at::Tensor& L, const at::Tensor& R, const at::Tensor& g,
                 const at::Tensor& a, bool bias, const Letters& size) {
   const int64_t K = size.K, group = std::max<int64_t>(1, kTile / K);
   const Panels G = pack_rows(g), A = pack_rows(a);
@@ -49,12 +51,12 @@ void accumulate(at::Tensor& s, const at::Tensor& L, const at::Tensor& R, const a
                                : at::zeros({G.count, size.Q, size.B}, s.options());
   const Acc* addend = ones.const_data_ptr<Acc>();
   Acc* sums = total.mutable_data_ptr<Acc>();
-  // Column panels outermost: a thread keeps its factors while the rows stream past.
-  const int64_t rows = size.B * G.count;
-  at::parallel_for(0, left.count * rows, 1, [&](int64_t begin, int64_t end) {
+  // Column panels innermost: the slabs of factors stay in the last-level cache while rows stream past.
+  at::parallel_for(0, size.B * G.count * left.count, 1, [&](int64_t begin, int64_t end) {
     Tile<Acc> U(G.width * width), V(G.width * width), column(width);
     for (int64_t unit = begin; unit < end; unit++) {
-      const int64_t p = unit / rows, b = unit % rows / G.count, i = unit % G.count;
+      const int64_t p = unit % left.count, row = unit / left.count;
+      const int64_t b = row / G.count, i = row % G.count;
       const int64_t queries = std::min(group, size.Q - p * group);
       multiply<Acc>(G, b, i, left, 0, p, U.data);
       multiply<Acc>(A, b, i, right, 0, p, V.data);
@@ -90,10 +92,24 @@ void low_rank_scores(at::Tensor& s, const at::Tensor& L, const at::Tensor& R, co
   const Letters size = check("low_rank_scores", "s[Q,B]|[Q,B,T] L[Q,O,K] R[Q,K,J] g[B,T,O] a[B,T,I]",
                              {s, L, R, g, a}, bias);
   if (s.numel() == 0 || size.K == 0 || size.T == 0) return;
-  if (g.scalar_type() == at::kDouble) {
-    accumulate<double>(s, L, R, g, a, bias, size);
-  } else {
-    accumulate<float>(s, L, R, g, a, bias, size);
+  // A slab of queries against a slab of sequences at a time.
+  const int64_t group = std::max<int64_t>(1, kTile / size.K);
+  const int64_t queries = round_up(ceil_div(slab_lines(std::max(size.O, size.I)), size.K), group);
+  const int64_t sequences = ceil_div(slab_lines(std::max(size.O, size.I)), size.T);
+  for (int64_t q = 0; q < size.Q; q += queries) {
+    Letters part = size;
+    part.Q = std::min(queries, size.Q - q);
+    const at::Tensor L_q = L.narrow(0, q, part.Q), R_q = R.narrow(0, q, part.Q);
+    for (int64_t b = 0; b < size.B; b += sequences) {
+      part.B = std::min(sequences, size.B - b);
+      const at::Tensor s_qb = s.narrow(0, q, part.Q).narrow(1, b, part.B);
+      const at::Tensor g_b = g.narrow(0, b, part.B), a_b = a.narrow(0, b, part.B);
+      if (g.scalar_type() == at::kDouble) {
+        accumulate<double>(s_qb, L_q, R_q, g_b, a_b, bias, part);
+      } else {
+        accumulate<float>(s_qb, L_q, R_q, g_b, a_b, bias, part);
+      }
+    }
   }
 }
 
