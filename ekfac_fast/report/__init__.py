@@ -1,0 +1,134 @@
+"""Results -> one HTML file which needs nothing else: no network, no fonts, no files beside it.
+
+It reads without JavaScript; the script only adds arrow keys and the value under the cursor. All
+text of the model and of the corpus passes through jinja2's autoescape, and the page's policy
+(Content-Security-Policy) runs no script but ours, known by its hash.
+"""
+
+import base64
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+
+from .. import analysis
+from ..analysis import QueryResult, RankedSequence, RunFacts
+from . import charts, text
+
+# Sequences up to this long are shown whole, longer ones first as their strongest spans.
+SHORT = 160
+SPAN = 56
+
+
+def write(path: str | os.PathLike[str], facts: RunFacts, results: Sequence[QueryResult]) -> Path:
+    """Write the report and return its path; a file that is there is replaced as a whole.
+
+    Raises ModuleNotFoundError without jinja2, ValueError where `facts` and `results` disagree.
+    """
+    path = Path(path)
+    page = render(facts, results)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(page, encoding="utf-8", newline="\n")
+    return partial.replace(path)
+
+
+def render(facts: RunFacts, results: Sequence[QueryResult]) -> str:
+    """The page; the same input gives the same bytes."""
+    if find_spec("jinja2") is None:
+        raise ModuleNotFoundError("the report needs jinja2: pip install 'ekfac-fast[report]'")
+    import jinja2
+    from markupsafe import Markup
+
+    check(facts, results)
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(source),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "pieces": text.pieces,
+        "plain": text.plain,
+        "number": text.number,
+        "signed": text.signed,
+        "duration": text.duration,
+    }
+    script = source("behaviour.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.get_template("report.html.j2").render(
+        facts=facts,
+        results=results,
+        analysis=analysis,
+        charts=charts,
+        excerpts=excerpts,
+        heat=heat,
+        rows=row_names(facts.layers),
+        tokens_by_layer=tokens_by_layer,
+        sequences_by_layer=sequences_by_layer,
+        style=Markup(source("style.css")),
+        script=Markup(script),
+        script_hash=digest,
+    )
+
+
+def source(name: str) -> str:
+    """A template, style sheet or script of this package."""
+    return files(__name__).joinpath(name).read_text(encoding="utf-8")
+
+
+def check(facts: RunFacts, results: Sequence[QueryResult]) -> None:
+    """One layer axis for all, a scale that exists."""
+    if facts.train_size < 1:
+        raise ValueError(f"report: train_size is {facts.train_size}, the scale 1/N needs N >= 1")
+    for query in results:
+        for sequence in (*query.ranked, *query.bottom):
+            if len(sequence.per_layer) != len(facts.layers):
+                raise ValueError(
+                    f"report: query {query.name!r}, sequence {sequence.index}: "
+                    f"{len(sequence.per_layer)} layer scores for {len(facts.layers)} layers"
+                )
+
+
+def excerpts(sequence: RankedSequence) -> tuple[analysis.Span, ...]:
+    """What is shown first: the whole, or the spans with the most |influence|."""
+    T = len(sequence.tokens)
+    width = T if T <= SHORT else SPAN
+    weights = np.abs(np.nan_to_num(sequence.per_token, posinf=0, neginf=0))
+    return analysis.spans(weights, width=max(width, 1), limit=2)
+
+
+def heat(
+    sequence: RankedSequence, start: int, stop: int, train_size: int
+) -> Iterator[tuple[str, str, str]]:
+    """(token, class, influence / N) of the tokens in a span; intensity relative to all tokens."""
+    tones = charts.levels(sequence.per_token)
+    for t in range(start, stop):
+        value = text.brief(float(sequence.per_token[t]) / train_size)
+        yield sequence.tokens[t], charts.tone(int(tones[t])), value
+
+
+def row_names(layers: tuple[str, ...]) -> list[str]:
+    """Labels of the layer axis, top to bottom: names, or numbers where layers are grouped."""
+    groups = min(analysis.GROUPS, len(layers))
+    if groups == len(layers):
+        return text.short_names(layers)
+    return [f"{i}{' upper' * (i == groups)}{' lower' * (i == 1)}" for i in range(groups, 0, -1)]
+
+
+def tokens_by_layer(sequence: RankedSequence) -> np.ndarray | None:
+    """[groups, T], the highest layers first, or None where the scan kept no such detail."""
+    if sequence.per_layer_token is None:
+        return None
+    return analysis.layer_groups(sequence.per_layer_token)[::-1]
+
+
+def sequences_by_layer(ranked: Sequence[RankedSequence]) -> np.ndarray:
+    """[groups, sequences]: shares, highest layers first, columns by centre of mass (Fig. 18)."""
+    depth = np.argsort([analysis.centre_of_mass(s.per_layer) for s in ranked], kind="stable")
+    return np.stack([analysis.layer_shares(ranked[i].per_layer) for i in depth], axis=1)[::-1]

@@ -1,0 +1,92 @@
+"""Tokens and numbers as a reader sees them. Nothing here is HTML: the templates escape it."""
+
+import math
+import re
+from itertools import takewhile
+
+# What would vanish, break the line order or turn the text around: controls, soft hyphen, bidi and
+# other format characters, surrogates, private use, noncharacters. The joiners U+200C and U+200D
+# stay, since scripts and emoji need them.
+HIDDEN = re.compile(
+    "([\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
+    "\ufff9-\ufffb\ufdd0-\ufdef\ufffe\uffff\ud800-\uf8ff\U000e0000-\U000e007f"
+    "\U000f0000-\U0010ffff])"
+)
+SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def pieces(token: str) -> list[str]:
+    """Text and placeholders by turns, text first; an empty token is one placeholder."""
+    if not token:
+        return ["", "∅"]
+    found = HIDDEN.split(token)
+    found[1::2] = map(placeholder, found[1::2])
+    return found
+
+
+def placeholder(char: str) -> str:
+    """A visible name: ↵ for a line end, ␀ for a control, E2 for a byte that is no UTF-8."""
+    code = ord(char)
+    if code in (0x09, 0x0A):
+        return "⇥\t" if code == 0x09 else "↵\n"
+    if code < 0x20 or code == 0x7F:
+        return chr(0x2421 if code == 0x7F else 0x2400 + code)
+    if 0xDC80 <= code <= 0xDCFF:  # bytes.decode("utf-8", "surrogateescape")
+        return f"{code - 0xDC00:02X}"
+    return f"U+{code:04X}"
+
+
+def plain(tokens: tuple[str, ...]) -> str:
+    """Tokens as one line, for titles and navigation."""
+    return " ".join("".join(piece for token in tokens for piece in pieces(token)).split())
+
+
+def number(x: float, digits: int = 3, sign: bool = False) -> str:
+    """1234.5 -> 1,230; 1.23e-5 -> 1.23·10⁻⁵; a true minus; a sign always on request."""
+    if not math.isfinite(x):
+        return "not finite"
+    plus = "+" if sign and x > 0 else ""
+    if x == 0:
+        return "0"
+    mantissa, exponent = f"{x:.{digits - 1}e}".split("e")
+    if -3 <= int(exponent) < 6:
+        places = max(digits - 1 - int(exponent), 0)
+        shown = f"{round(x, digits - 1 - int(exponent)):,.{places}f}"
+    else:
+        shown = f"{mantissa}·10{str(int(exponent)).translate(SUPERSCRIPT)}"
+    return plus + shown.replace("-", "−")
+
+
+def tick(x: float) -> str:
+    """Three digits at most, for an axis: 0.02, 5·10⁻⁵."""
+    mantissa, times, power = number(x).partition("·")
+    if "." in mantissa:
+        mantissa = mantissa.rstrip("0").rstrip(".")
+    return mantissa + times + power
+
+
+def signed(x: float) -> str:
+    """Three digits and the sign."""
+    return number(x, 3, sign=True)
+
+
+def brief(x: float) -> str:
+    """Two digits in few bytes, for the title of every token: +1.2e-5."""
+    shown = f"{x:+.1e}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
+    return shown.removesuffix("e0")
+
+
+def duration(seconds: float) -> str:
+    """0.42 s, 7.3 s, 1 min 35 s, 2 h 10 min."""
+    if seconds < 60:
+        return f"{number(seconds, 2)} s"
+    if seconds < 3600:
+        return f"{int(seconds) // 60} min {int(seconds) % 60} s"
+    return f"{int(seconds) // 3600} h {int(seconds) % 3600 // 60} min"
+
+
+def short_names(layers: tuple[str, ...]) -> list[str]:
+    """Layer names without the modules that all of them share, last to first: as rows are drawn."""
+    paths = [name.split(".") for name in layers]
+    common = len(list(takewhile(lambda level: len(set(level)) == 1, zip(*paths, strict=False))))
+    return [".".join(path[common:] or path[-1:]) for path in reversed(paths)]
