@@ -16,6 +16,8 @@ from .launch import Chip, Tile, chip, launcher, options, precision, splits, tile
 
 def configuration(I: int, itemsize: int, on: Chip) -> Tile:
     """Square tiles, for the triangle: wide or small ones of 16-bit operands, one for fp32."""
+    if itemsize == 4:
+        return Tile(64, 64, 16, 4, 4)
     return tile(I, I, itemsize, on, accumulators=2)
 
 

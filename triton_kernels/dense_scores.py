@@ -224,11 +224,9 @@ def per_token(s: Tensor, P: Tensor, g: Tensor, a: Tensor) -> None:
     """Rows of all sequences by tiles, columns of P_q in turn: s [Q,B,T]."""
     (B, T, I), (Q, O, J) = a.shape, P.shape
     on = chip(g.device)
-    by = tile(B * T, J, g.element_size(), on, accumulators=1)
+    by = tile(B * T, J, g.element_size(), on, accumulators=2)
     blocks, steps = triton.cdiv(B * T, by.rows), triton.cdiv(J, by.columns)
-    # The second stage runs over flattened tokens; a scattered s is not split.
-    limit = steps if s.stride(1) == T * s.stride(2) else 1
-    per_split = triton.cdiv(steps, splits(blocks * Q, steps * O, limit, on)) * by.columns
+    per_split = triton.cdiv(steps, splits(blocks * Q, steps * O, steps, on)) * by.columns
     S = triton.cdiv(J, per_split)
     out = s[None] if S == 1 else torch.empty((S, Q, B, T), device=g.device)
     dense_token_scores_kernel[(blocks * Q, S)](
@@ -255,7 +253,7 @@ def per_token(s: Tensor, P: Tensor, g: Tensor, a: Tensor) -> None:
         **by.options,
     )
     if S > 1:
-        fold(s.flatten(1), out.flatten(2))
+        fold(s, out)
 
 
 torch.library.impl("ekfac_fast::dense_scores", "cuda", dense_scores)

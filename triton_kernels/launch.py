@@ -61,11 +61,11 @@ def tile(rows: int, columns: int, itemsize: int, chip: Chip, *, accumulators: in
     """Tile of a [rows,columns] product whose kernel holds `accumulators` fp32 tiles at once.
 
     Three configurations a kernel and architecture: wide and small for 16-bit operands, one for
-    fp32. 128x256 spills with two accumulators; four warps a 64x64 tile keep narrow layers busy.
+    fp32. Larger ones spill registers: 128x256 with two accumulators or where it is stored, on
+    sm_100 always; fp32 by 32 steps, since IEEE products have no tensor cores.
     """
     if itemsize == 4:
-        # The tile of IEEE products too, which have no tensor cores: registers are the limit.
-        return Tile(64, 64, 16, 4, 4)
+        return Tile(128, 64, 16, 8, 4)
     if min(rows, columns) <= 64 or chip.shared < 99 * 1024:
         return Tile(64, 64, 32, 4, 4)
     wide = 256 if accumulators == 1 and chip.capability // 10 == 9 and columns > 128 else 128
@@ -97,47 +97,48 @@ def splits(tiles: int, terms: int, limit: int, chip: Chip) -> int:
 
 @triton.jit
 def fold_kernel(
-    out,
-    parts,
+    out,  # [X,Y,Z]
+    parts,  # [S, X Y Z]
     S,
-    R,
-    C,
-    out_r,
-    out_c,
+    n,
+    Y,
+    Z,
+    out_x,
+    out_y,
+    out_z,
     parts_s,
     parts_n,
     BLOCK_S: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out[r,c] += sum_s parts[s,n], n = r C + c; always in the same order."""
-    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    """out[i] += sum_s parts[s,i], i over all elements in order; always summed the same way."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     s = tl.arange(0, BLOCK_S)
-    inside = n // C < R
+    inside = i < n
     total = tl.zeros((BLOCK_S, BLOCK), tl.float32)
     for s0 in range(0, S, BLOCK_S):
-        at = parts + (s0 + s).to(tl.int64)[:, None] * parts_s + n[None, :] * parts_n
+        at = parts + (s0 + s).to(tl.int64)[:, None] * parts_s + i[None, :] * parts_n
         total += tl.load(at, mask=(s < S - s0)[:, None] & inside[None, :], other=0.0)
-    at = out + n // C * out_r + n % C * out_c
+    at = out + i // Z // Y * out_x + i // Z % Y * out_y + i % Z * out_z
     tl.store(at, tl.load(at, mask=inside) + tl.sum(total, 0), mask=inside)
 
 
 def fold(out: Tensor, parts: Tensor) -> None:
-    """out[...] += sum_s parts[s, ...]: the second stage of a split, in a fixed order.
+    """out += sum_s parts[s]: the second stage of a split, in a fixed order.
 
-    out [R,C] or [C], any strides; parts [S,R,C] or [S,C], the last axes flattenable.
+    out: one to three axes, any strides; parts [S, ...] like it, the elements of a part in one row.
     """
-    R, C = out.shape if out.ndim == 2 else (1, *out.shape)
-    S, n = parts.shape[0], R * C
+    S, n = parts.shape[0], out.numel()
+    out = out[(None,) * (3 - out.ndim)]
     # Many short parts (one a tile) are read 128 at a time, a few long ones side by side.
     block_s, block = (128, 32) if S > 16 else (16, 256)
     fold_kernel[(triton.cdiv(n, block),)](
         out,
         parts,
         S,
-        R,
-        C,
-        out.stride(0) if out.ndim == 2 else 0,
-        out.stride(-1),
+        n,
+        *out.shape[1:],
+        *out.stride(),
         parts.stride(0),
         parts.stride(-1),
         BLOCK_S=block_s,

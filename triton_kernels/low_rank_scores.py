@@ -59,65 +59,63 @@ def low_rank_scores_kernel(
 ):
     """Scores of ROWS tokens by COLUMNS / RANK queries, summed over tokens unless PER_TOKEN."""
     QUERIES: tl.constexpr = COLUMNS // RANK
-    # blocks is the number of row tiles a sequence; per token, one sequence of B T rows.
+    # `blocks` row tiles a sequence; per token, one sequence of B T rows. `chunks` of the rank.
     sequences = 1 if PER_TOKEN else B
     length = B * T if PER_TOKEN else T
-    row, column = grouped(tl.program_id(0), sequences * blocks, tl.cdiv(Q, QUERIES), 8)
+    chunks = tl.cdiv(K, RANK)
+    row, column = grouped(tl.program_id(0), sequences * blocks, tl.cdiv(Q, QUERIES) * chunks, 8)
     within = row % blocks * ROWS + tl.arange(0, ROWS)
     n = row // blocks * length + within
     n_in = within < length
     b, t = (n // T).to(tl.int64), (n % T).to(tl.int64)
     c = tl.arange(0, COLUMNS)
-    q = column * QUERIES + c // RANK
-    q64 = q.to(tl.int64)
-    score = tl.zeros((ROWS, QUERIES) if PER_TOKEN else (QUERIES,), tl.float32)
-    for first in range(0, K, RANK):
-        k = first + c % RANK
-        c_in = (q < Q) & (k < K)
-        U = product_tile(
-            g + b * g_b + t * g_t,
-            L + q64 * L_q + k * L_k,
-            n_in,
-            c_in,
-            O,
-            g_o,
-            L_o,
-            None,
-            0,
-            ROWS,
-            COLUMNS,
-            BLOCK,
-            PRECISION,
-        )
-        V = product_tile(
-            a + b * a_b + t * a_t,
-            R + q64 * R_q + k * R_k,
-            n_in,
-            c_in,
-            I,
-            a_i,
-            R_i,
-            None,
-            0,
-            ROWS,
-            COLUMNS,
-            BLOCK,
-            PRECISION,
-        )
-        if BIAS:
-            V += tl.load(last + q64 * last_q + k * last_k, mask=c_in, other=0.0)[None, :]
-        if PER_TOKEN:
-            score += tl.sum(tl.reshape(U * V, (ROWS, QUERIES, RANK)), 2)
-        else:
-            score += tl.sum(tl.reshape(tl.sum(U * V, 0), (QUERIES, RANK)), 1)
-    q = column * QUERIES + tl.arange(0, QUERIES)
+    q = (column // chunks * QUERIES + c // RANK).to(tl.int64)
+    k = column % chunks * RANK + c % RANK
+    c_in = (q < Q) & (k < K)
+    U = product_tile(
+        g + b * g_b + t * g_t,
+        L + q * L_q + k * L_k,
+        n_in,
+        c_in,
+        O,
+        g_o,
+        L_o,
+        None,
+        0,
+        ROWS,
+        COLUMNS,
+        BLOCK,
+        PRECISION,
+    )
+    V = product_tile(
+        a + b * a_b + t * a_t,
+        R + q * R_q + k * R_k,
+        n_in,
+        c_in,
+        I,
+        a_i,
+        R_i,
+        None,
+        0,
+        ROWS,
+        COLUMNS,
+        BLOCK,
+        PRECISION,
+    )
+    if BIAS:
+        V += tl.load(last + q * last_q + k * last_k, mask=c_in, other=0.0)[None, :]
+    q = (column // chunks * QUERIES + tl.arange(0, QUERIES)).to(tl.int64)
+    part = column % chunks
     if PER_TOKEN:
-        at = out + (b * out_b + t * out_t)[:, None] + q.to(tl.int64)[None, :] * out_q
+        score = tl.sum(tl.reshape(U * V, (ROWS, QUERIES, RANK)), 2)
+        at = (b * out_b + t * out_t)[:, None] + q[None, :] * out_q
         inside = n_in[:, None] & (q < Q)[None, :]
     else:
-        at = out + (row % blocks).to(tl.int64) * out_s + (row // blocks).to(tl.int64) * out_b
-        at += q.to(tl.int64) * out_q
+        score = tl.sum(tl.reshape(tl.sum(U * V, 0), (QUERIES, RANK)), 1)
+        part = part * blocks + row % blocks
+        at = (row // blocks).to(tl.int64) * out_b + q * out_q
         inside = q < Q
+    at += out + part.to(tl.int64) * out_s
     if ADD:
         score += tl.load(at, mask=inside, other=0.0)
     tl.store(at, score, mask=inside)
@@ -135,19 +133,24 @@ def low_rank_scores(
     rank = triton.next_power_of_2(K)
     by = tile(B * T, Q * rank, g.element_size(), on, accumulators=2)
     rank = min(rank, by.columns)
+    chunks = triton.cdiv(K, rank)
+    columns = triton.cdiv(Q, by.columns // rank) * chunks
+    # Sequences shorter than a tile share tiles, as if scores were wanted per token.
     per_token = s.ndim == 3 or by.rows > T
-    blocks = triton.cdiv(B * T if per_token else T, by.rows)
-    if s.ndim == 3:
-        out, parts = s[None], None
+    rows = triton.cdiv(B * T if per_token else T, by.rows)
+    whole = chunks == 1 and (s.ndim == 3 or (not per_token and rows == 1))
+    if whole:
+        out = s[None] if s.ndim == 3 else s[None, ..., None]
+    elif s.ndim == 3:
+        out = parts = torch.empty((chunks, Q, B, T), device=g.device)
     elif per_token:
-        # A part a token, as [T,Q,B]: sequences shorter than a tile share one.
-        parts = torch.empty((Q, B, T), device=g.device)
-        out, parts = parts[None], parts.permute(2, 0, 1)
+        parts = torch.empty((Q, B, chunks * T), device=g.device)
+        out, parts = parts.view(Q, B, chunks, T).permute(2, 0, 1, 3), parts.permute(2, 0, 1)
     else:
-        parts = torch.empty((blocks, Q, B), device=g.device) if blocks > 1 else None
-        out = (s[None] if parts is None else parts)[..., None]
+        parts = torch.empty((chunks * rows, Q, B), device=g.device)
+        out = parts[..., None]
     right = _aligned(R[..., :I])
-    low_rank_scores_kernel[(blocks * (1 if per_token else B) * triton.cdiv(Q * rank, by.columns),)](
+    low_rank_scores_kernel[(rows * (1 if per_token else B) * columns,)](
         out,
         L,
         right,
@@ -160,7 +163,7 @@ def low_rank_scores(
         T,
         O,
         I,
-        blocks,
+        rows,
         *out.stride(),
         *L.stride(),
         *right.stride(),
@@ -169,7 +172,7 @@ def low_rank_scores(
         *a.stride(),
         RANK=rank,
         PER_TOKEN=per_token,
-        ADD=parts is None,
+        ADD=whole,
         BIAS=bias,
         ROWS=by.rows,
         COLUMNS=by.columns,
@@ -177,7 +180,7 @@ def low_rank_scores(
         PRECISION=precision(g.dtype),
         **by.options,
     )
-    if parts is not None:
+    if not whole:
         fold(s, parts)
 
 
