@@ -163,7 +163,7 @@ def test_prompt_completion_and_facts_are_there(html, page):
         assert word in everything
     for word in ("−12.3", "rank 32", "candidate 1,234", "token-sparse", "857 of", "1 min 35 s"):
         assert word in everything
-    assert "<mark> &lt;mark&gt;she<i>FF</i></mark>" in html
+    assert "<mark> &lt;mark&gt;she<i>‹FF›</i></mark>" in html
 
 
 def test_values_are_score_over_n_with_a_sign(page):
@@ -210,11 +210,11 @@ def test_no_invisible_characters_reach_the_page(html):
     ("token", "seen"),
     [
         ("plain", ["plain"]),
-        ("", ["", "∅"]),
+        ("", ["", "‹empty›"]),
         ("a\nb", ["a", "↵\n", "b"]),
-        ("\x00\x7f", ["", "␀", "", "␡", ""]),
-        ("\udce2\udc82", ["", "E2", "", "82", ""]),
-        ("\u202ex", ["", "U+202E", "x"]),
+        ("\x00\x7f", ["", "‹U+0000›", "", "‹U+007F›", ""]),
+        ("\udce2\udc82", ["", "‹E2›", "", "‹82›", ""]),
+        ("\u202ex", ["", "‹U+202E›", "x"]),
         ("👩‍👧", ["👩‍👧"]),
     ],
 )

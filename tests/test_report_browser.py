@@ -159,6 +159,13 @@ def test_phone_has_no_sideways_scroll(visit, scheme, tmp_path):
     assert (tmp_path / f"phone-{scheme}.png").stat().st_size > 10_000
 
 
+def test_layer_rows_keep_their_height(visit):
+    page = visit(viewport=PHONE)
+    open_all(page)
+    heights = page.locator(".matrix").evaluate_all("all => all.map((one) => one.clientHeight)")
+    assert max(heights) < 250
+
+
 def test_both_schemes_have_enough_contrast(visit, tmp_path):
     papers = set()
     for scheme in ("light", "dark"):

@@ -18,22 +18,20 @@ SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 def pieces(token: str) -> list[str]:
     """Text and placeholders by turns, text first; an empty token is one placeholder."""
     if not token:
-        return ["", "∅"]
+        return ["", "‹empty›"]
     found = HIDDEN.split(token)
     found[1::2] = map(placeholder, found[1::2])
     return found
 
 
 def placeholder(char: str) -> str:
-    """A visible name: ↵ for a line end, ␀ for a control, E2 for a byte that is no UTF-8."""
+    """A visible name: ↵ for a line end, ‹E2› for a byte that is no UTF-8, else the code point."""
     code = ord(char)
     if code in (0x09, 0x0A):
         return "⇥\t" if code == 0x09 else "↵\n"
-    if code < 0x20 or code == 0x7F:
-        return chr(0x2421 if code == 0x7F else 0x2400 + code)
     if 0xDC80 <= code <= 0xDCFF:  # bytes.decode("utf-8", "surrogateescape")
-        return f"{code - 0xDC00:02X}"
-    return f"U+{code:04X}"
+        return f"‹{code - 0xDC00:02X}›"
+    return f"‹U+{code:04X}›"
 
 
 def plain(tokens: tuple[str, ...]) -> str:
