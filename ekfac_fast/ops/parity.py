@@ -34,7 +34,8 @@ class Error:
 
 
 def run(op: Callable, args: tuple) -> Tensor:
-    """The result of one call on copies of its arguments: the output, or the first argument if none."""
+    """The result of one call on copies of its arguments: the output, or the first argument if
+    none."""
     # Strides are kept: they are part of what is tested.
     copies = tuple(_copy(x) if isinstance(x, Tensor) else x for x in args)
     out = op(*copies)
@@ -57,7 +58,8 @@ def measure(card, sample: Sample, op: Callable) -> Error:
     result = torch.float64 if operand.dtype == torch.float64 else torch.float32
     eps = torch.finfo(result).eps * sample.terms**0.5
     if operand.element_size() == 2:
-        # Rotated operands are rounded to 16 bits, in the reference as in a kernel, each its own way.
+        # Rotated operands are rounded to 16 bits, in the reference as in a kernel, each its own
+        # way.
         eps += torch.finfo(operand.dtype).eps / 4
     floor = C * eps * (exact.square().mean().sqrt().item() if exact.numel() else 0.0)
     peak = exact.abs().max().item() if exact.numel() else 0.0

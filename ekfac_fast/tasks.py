@@ -1,0 +1,133 @@
+"""What a model is asked: the training loss, the measurement of a query, and which layers count.
+
+A task has the four methods of kronfluence's `Task`, called by keyword, so one written for it works
+here unchanged:
+
+    compute_train_loss(batch, model, sample=False)  sum of the training loss over the batch's
+                                                    examples and tokens; sample=True draws labels
+                                                    from the model
+    compute_measurement(batch, model)               sum of the measurement over the batch's queries
+    get_influence_tracked_modules()                 layer names, or None for the default
+    get_attention_mask(batch)                       [B,T] of real positions, or None
+
+Sign: score = + grad(measurement)^T (G + damping)^-1 grad(train loss). `LanguageModelTask` measures
+the completion's negative log-likelihood, so positive means that the sequence raises its
+log-probability.
+"""
+
+import inspect
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+IGNORED = -100
+# Draws this close to a step of the cumulative distribution may fall either way under other
+# rounding.
+EDGE = 1e-6
+# Rows of logits sampled at a time: 64 x 50k in fp64 is 26 MB.
+ROWS = 64
+
+
+class Task(Protocol):
+    """The methods that `fit`, `prepare_queries` and `score` call; see the module."""
+
+    def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
+        """Sum of the loss over the batch; labels drawn from the model if `sample`."""
+
+    def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
+        """Sum of the measurement over the batch."""
+
+    def get_influence_tracked_modules(self) -> list[str] | None:
+        """Names of the layers whose parameters count."""
+
+    def get_attention_mask(self, batch: Any) -> Tensor | dict[str, Tensor] | None:
+        """Real positions."""
+
+
+class LanguageModelTask:
+    """Next-token prediction with a Hugging Face causal language model.
+
+    Batches hold `input_ids`, `attention_mask`, `labels` [B,T] (unshifted, -100 ignored) and
+    `index` [B], the examples' ids. The training loss is the cross-entropy summed over positions
+    with a label (Eq. 22); the measurement is the same sum over the completion's tokens, -log
+    p(completion | prompt) (Eq. 24).
+
+    Sampled labels (true Fisher, Eq. 11) depend on `seed`, example id and unpadded position alone:
+    Philox, keyed by (seed, id), gives one uniform number a position, inverted through the model's
+    cumulative distribution in fp64. Batch size, order and padding change nothing but rounding;
+    `edge_draws` counts the labels that such rounding could flip.
+    """
+
+    def __init__(self, seed: int = 0):
+        self.seed = seed
+        self.edge_draws = 0
+
+    def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
+        """Cross-entropy summed over the batch: scalar, nats."""
+        logits = self._logits(batch, model)[:, :-1]
+        labels = batch["labels"][:, 1:]
+        if sample:
+            labels = self._sampled(logits.detach(), labels, batch)
+        return _cross_entropy(logits, labels).sum()
+
+    def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
+        """-log p(completion | prompt), summed over the batch: scalar, nats."""
+        return self.negative_log_likelihoods(batch, model).sum()
+
+    def negative_log_likelihoods(self, batch: Any, model: nn.Module) -> Tensor:
+        """-log p of every example's labelled tokens: [B], nats."""
+        return _cross_entropy(self._logits(batch, model)[:, :-1], batch["labels"][:, 1:]).sum(1)
+
+    def get_influence_tracked_modules(self) -> list[str] | None:
+        """The default: MLP matrices."""
+        return None
+
+    def get_attention_mask(self, batch: Any) -> Tensor:
+        """Real positions [B,T]."""
+        return batch["attention_mask"]
+
+    def _logits(self, batch: Any, model: nn.Module) -> Tensor:
+        mask = batch["attention_mask"]
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": mask}
+        if "position_ids" in inspect.signature(model.forward).parameters:
+            # Left padding: without this GPT-2 counts positions from the padding.
+            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+        if "use_cache" in inspect.signature(model.forward).parameters:
+            inputs["use_cache"] = False
+        return model(**inputs).logits
+
+    def _sampled(self, logits: Tensor, labels: Tensor, batch: Any) -> Tensor:
+        draws = torch.zeros(labels.shape, dtype=torch.float64)
+        mask = batch["attention_mask"].cpu()
+        for row, example in enumerate(batch["index"].tolist()):
+            real = mask[row].nonzero().flatten()
+            uniform = np.random.Generator(np.random.Philox(key=[self.seed, example])).random(
+                len(real)
+            )
+            # The label of position t is the token after it, so the last real position has none.
+            draws[row, real[:-1]] = torch.from_numpy(uniform[:-1])
+        wanted = (labels != IGNORED).nonzero(as_tuple=True)
+        draws = draws.to(logits.device)[wanted]
+        rows = logits[wanted]
+        sampled = torch.full_like(labels, IGNORED)
+        drawn = []
+        for some, uniform in zip(rows.split(ROWS), draws.split(ROWS), strict=True):
+            cdf = some.double().softmax(-1).cumsum(-1)
+            # Rounding can leave the last step a little below 1.
+            label = torch.searchsorted(cdf, uniform.unsqueeze(-1), right=True)
+            label = label.clamp(max=cdf.shape[-1] - 1)
+            steps = cdf.gather(1, torch.cat([label, (label - 1).clamp(min=0)], 1))
+            self.edge_draws += int(((steps - uniform.unsqueeze(-1)).abs() < EDGE).any(1).sum())
+            drawn.append(label.flatten())
+        if drawn:
+            sampled[wanted] = torch.cat(drawn)
+        return sampled
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """-log p of every label, 0 where ignored: [B,T-1], fp32 or wider."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(wide.mT, labels, ignore_index=IGNORED, reduction="none")
