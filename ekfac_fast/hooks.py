@@ -46,6 +46,7 @@ class LayerBatch:
 
     layer: Layer
     shared: str
+    readers: int  # how many layers share `a`
     a: Tensor  # [B,T,I]
     g: Tensor  # [B,T,O], gradient of the summed loss
 
@@ -179,7 +180,9 @@ class Capture:
         g = torch.cat([g for _, g in uses], 1) if len(uses) > 1 else uses[0][1]
         calls.release(name)
         # Under autocast a layer multiplies its input in the dtype of its output.
-        consume(LayerBatch(layer, calls.shared[name], a.to(g.dtype), g))
+        shared = calls.shared[name]
+        readers = sum(reader == shared for reader in calls.shared.values())
+        consume(LayerBatch(layer, shared, readers, a.to(g.dtype), g))
 
 
 class _Calls:
