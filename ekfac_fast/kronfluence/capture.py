@@ -1,0 +1,134 @@
+"""From kronfluence's hooks to (g, a) in the shapes of our ops: what every tracker shares.
+
+    a  [B,T,I]  the input of the module, copied in the forward pass
+    g  [B,T,O]  the gradient at its output; T = 1 for a module that sees one row per example
+
+A module that is called several times in one forward pass (`has_shared_parameters`) has as many
+pairs per batch. Its per-example gradient is the sum over them: where an ending is not linear in
+that sum, the pairs are joined along T, which is the same sum.
+"""
+
+import threading
+import weakref
+
+import torch
+from kronfluence.module.tracker.base import BaseTracker
+from torch import Tensor, nn
+
+_last = threading.local()
+
+
+def private_copy(x: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A copy of `x` that later in-place operations cannot reach, in `dtype` on `device`.
+
+    Modules that read the same tensor one after the other (q, k and v; gate and up) share one copy
+    for as long as any of them holds it.
+    """
+    key = (x._version, dtype, device)
+    source, kept, made = getattr(_last, "copy", (None, None, None))
+    if source is not None and source() is x and made == key:
+        copy = kept()
+        if copy is not None:
+            return copy
+    copy = x.detach().to(device=device, dtype=dtype, copy=True)
+    _last.copy = (weakref.ref(x), weakref.ref(copy), key)
+    return copy
+
+
+def by_tokens(x: Tensor) -> Tensor:
+    """[B,...,F] as [B,T,F]."""
+    return x.unsqueeze(1) if x.ndim == 2 else x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The accumulators' dtype for operands of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class TokenTracker(BaseTracker):
+    """A kronfluence tracker that hands each (g, a) of its module to `consume`."""
+
+    # False: `consume` is linear in the gradient, so uses of a shared module may come one by one.
+    joins_uses = True
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.input_ndim = 0
+        # The pairs of a shared module in this batch, until `finalize_iteration` joins them.
+        self.uses: list[tuple[Tensor, Tensor]] = []
+
+    def operand_dtype(self) -> torch.dtype:
+        """The dtype of g and a."""
+        raise NotImplementedError
+
+    def offloads(self) -> bool:
+        """Whether inputs wait for the backward pass in CPU memory."""
+        raise NotImplementedError
+
+    def consume(self, g: Tensor, a: Tensor) -> None:
+        """Do this stage's work on one batch (or one use) of the module."""
+        raise NotImplementedError
+
+    def finished(self, name: str, factor: Tensor) -> Tensor:
+        """`factor` as kronfluence collects it: its dtype, its scale."""
+        del name
+        return factor
+
+    def register_hooks(self) -> None:
+        """Install the forward hook; it hangs a gradient hook on every output."""
+        module = self.module
+
+        @torch.no_grad()
+        def forward(_: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
+            x = inputs[0]
+            device = torch.device("cpu") if self.offloads() else x.device
+            a = private_copy(x, self.operand_dtype(), device)
+            self.input_ndim = x.ndim
+            if module.factor_args.has_shared_parameters:
+                self.cached_activations = [*(self.cached_activations or []), a]
+            else:
+                self.cached_activations = a
+            self.cached_hooks.append(outputs.register_hook(backward))
+
+        @torch.no_grad()
+        def backward(gradient: Tensor) -> None:
+            if self.cached_activations is None:
+                self._raise_cache_not_found_exception()
+            self.cached_hooks.pop().remove()
+            shared = isinstance(self.cached_activations, list)
+            a = self.cached_activations.pop() if shared else self.cached_activations
+            g = by_tokens(gradient.detach().to(self.operand_dtype()))
+            a = by_tokens(a.to(gradient.device))
+            if not shared:
+                self.clear_all_cache()
+                self.consume(g, a)
+            elif self.joins_uses:
+                self.uses.append((g, a))
+            else:
+                self.consume(g, a)
+
+        self.registered_hooks.append(module.register_forward_hook(forward))
+
+    @torch.no_grad()
+    def finalize_iteration(self) -> None:
+        """End of a batch; kronfluence calls it only with `has_shared_parameters`."""
+        if self.uses:
+            g, a = (torch.cat(side, dim=1) for side in zip(*self.uses, strict=True))
+            self.uses.clear()
+            self.consume(g, a)
+        self.clear_all_cache()
+
+    def clear_all_cache(self) -> None:
+        """Drop what a batch left: inputs, gradient hooks, uses."""
+        super().clear_all_cache()
+        self.uses.clear()
+
+    @property
+    def bias(self) -> bool:
+        """Whether the module has a bias."""
+        return self.module.original_module.bias is not None
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """O and J of the module."""
+        return self.module.out_features, self.module.in_features + self.bias

@@ -1,0 +1,129 @@
+"""What one module needs to precondition a gradient: P = (Qg^T G Qa) / (lam + damping).
+
+Built from kronfluence's storage at the start of a scoring stage, for all its strategies:
+
+    identity   no basis, lam + damping = 1
+    diagonal   no basis, mean of G^2
+    kfac       eigenvectors, lam = outer(gradient eigenvalues, activation eigenvalues)
+    ekfac      eigenvectors, corrected eigenvalues
+"""
+
+from dataclasses import dataclass
+
+import torch
+from kronfluence.factor.config import FactorStrategy
+from kronfluence.utils.constants import (
+    ACTIVATION_EIGENVALUES_NAME,
+    ACTIVATION_EIGENVECTORS_NAME,
+    GRADIENT_EIGENVALUES_NAME,
+    GRADIENT_EIGENVECTORS_NAME,
+    HEURISTIC_DAMPING_SCALE,
+    LAMBDA_MATRIX_NAME,
+    NUM_LAMBDA_PROCESSED,
+)
+from torch import Tensor
+
+from .capture import wide
+from .eigenvalues import with_ones
+
+# Share of the free device memory that one module's factors may take; beyond it they stay in
+# pinned CPU memory and travel at each use, as kronfluence's always do.
+RESIDENT_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class Preconditioner:
+    """`Qg` [O,O], `Qa` [J,J] in the operands' dtype, or None; `lam` [O,J], damped, fp32 or fp64."""
+
+    Qg: Tensor | None
+    Qa: Tensor | None
+    lam: Tensor
+
+    def at(self, device: torch.device) -> "Preconditioner":
+        """Itself, on `device`."""
+        if self.lam.device == device:
+            return self
+        return Preconditioner(
+            *(
+                x if x is None else x.to(device, non_blocking=True)
+                for x in (self.Qg, self.Qa, self.lam)
+            )
+        )
+
+    def precondition(self, g: Tensor, a: Tensor, bias: bool) -> Tensor:
+        """P [B,O,J] of every example, in the eigenbasis."""
+        if self.Qa is None:
+            a, bias = with_ones(a, bias), False
+        return torch.ops.ekfac_fast.precondition(g, a, self.Qg, self.Qa, self.lam, 0.0, bias)
+
+    def add_self_influence(self, s: Tensor, g: Tensor, a: Tensor, bias: bool) -> None:
+        """s_b += sum (Qg^T G_b Qa)^2 / (lam + damping)."""
+        if self.Qa is None:
+            a, bias = with_ones(a, bias), False
+        torch.ops.ekfac_fast.self_influence(s, g, a, self.Qg, self.Qa, self.lam, 0.0, bias)
+
+    def precondition_gradient(self, G: Tensor) -> Tensor:
+        """P of gradients that exist already (sums over a dataset): G [B,O,J] -> [B,O,J]."""
+        if self.Qg is not None and self.Qa is not None:
+            G = self.Qg.mT @ G.to(self.Qg.dtype) @ self.Qa
+        return G.to(self.lam.dtype) / self.lam
+
+    def rotate_back(self, P: Tensor) -> Tensor:
+        """P [B,O,J] from the eigenbasis to weight space."""
+        if self.Qg is None or self.Qa is None:
+            return P
+        return self.Qg.to(P.dtype) @ P @ self.Qa.to(P.dtype).mT
+
+
+def damped_eigenvalues(
+    storage: dict, strategy: str, damping: float | None, sizes: tuple[int, int]
+) -> Tensor:
+    """lam + damping in fp64, [O,J]; damping None is 0.1 times the mean eigenvalue.
+
+    Raises:
+        ValueError: an eigenvalue is not finite, or no example was counted.
+    """
+    if strategy == FactorStrategy.IDENTITY:
+        return torch.ones((), dtype=torch.float64).expand(sizes)
+    if strategy == FactorStrategy.KFAC:
+        left, right = (
+            storage[name].to(torch.float64)
+            for name in (GRADIENT_EIGENVALUES_NAME, ACTIVATION_EIGENVALUES_NAME)
+        )
+        lam = torch.outer(left, right)
+    else:
+        lam = storage[LAMBDA_MATRIX_NAME].to(torch.float64)
+        lam = lam / storage[NUM_LAMBDA_PROCESSED].to(lam.device)
+    if not bool(lam.isfinite().all()):
+        raise ValueError(
+            "the eigenvalues contain NaN or infinity: the loss overflowed when the factors were "
+            "fitted, or no example was counted. Fit them again, in a wider dtype"
+        )
+    return lam + (HEURISTIC_DAMPING_SCALE * lam.mean() if damping is None else damping)
+
+
+def build(
+    storage: dict,
+    strategy: str,
+    damping: float | None,
+    sizes: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Preconditioner:
+    """The preconditioner of one module, its eigenvectors in `dtype`, where possible on `device`."""
+    O, J = sizes
+    accumulator = wide(dtype)
+    needed = (O * O + J * J) * dtype.itemsize + O * J * accumulator.itemsize
+    travels = device.type == "cuda" and needed > RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
+
+    def placed(x: Tensor, to: torch.dtype) -> Tensor:
+        return x.to("cpu", to).pin_memory() if travels else x.to(device, to)
+
+    lam = placed(damped_eigenvalues(storage, strategy, damping, sizes), accumulator)
+    if strategy not in (FactorStrategy.KFAC, FactorStrategy.EKFAC):
+        return Preconditioner(None, None, lam)
+    Qg, Qa = (
+        placed(storage[name], dtype).contiguous()
+        for name in (GRADIENT_EIGENVECTORS_NAME, ACTIVATION_EIGENVECTORS_NAME)
+    )
+    return Preconditioner(Qg, Qa, lam)
