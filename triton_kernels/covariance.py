@@ -11,14 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .gradient_tile import column_sums, product_tile
-from .launch import Chip, Tile, chip, launcher, options, precision, splits, tile
-
-
-def configuration(I: int, itemsize: int, on: Chip) -> Tile:
-    """Square tiles, for the triangle: wide or small ones of 16-bit operands, one for fp32."""
-    if itemsize == 4:
-        return Tile(64, 64, 16, 4, 4)
-    return tile(I, I, itemsize, on, accumulators=2)
+from .launch import chip, launcher, options, precision, splits, tile
 
 
 @triton.jit
@@ -135,7 +128,8 @@ def covariance(cov: Tensor, x: Tensor, mask: Tensor | None = None, bias: bool = 
     if N == 0:
         return
     on = chip(x.device)
-    by = configuration(I, x.element_size(), on)
+    # Two accumulators' tiles are square, as a triangle of them must be.
+    by = tile(I, I, x.element_size(), on, accumulators=2)
     J, BLOCK = I + bias, by.rows
     rows = triton.cdiv(J, BLOCK)
     tiles = rows * (rows + 1) // 2

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gradient_tile import gradient_tile, grouped, product_tile
-from .launch import chip, fold, launcher, precision, splits, tile
+from .gradient_tile import gradient_tile, grouped, product_tile, tile_at
+from .launch import aligned, chip, fold, launcher, precision, splits, tile
 
 # Above this, multiply-adds on plain cores (1/15 of the tensor cores' rate) outweigh the tile.
 FEW_QUERIES = 8
@@ -22,7 +22,7 @@ STRIP_BYTES = 24 << 20
 @triton.jit
 def dense_scores_kernel(
     out,  # s [Q,B], or parts [tiles,Q,B]
-    P,  # [Q,O,J]
+    P,  # [Q,O,>=J], zeros past J
     g,  # [B,T,O]
     a,  # [B,T,I]
     tiles,
@@ -75,21 +75,21 @@ def dense_scores_kernel(
         PRECISION,
     )
     inside = (o < O)[:, None] & (j < J)[None, :]
-    query = P + o.to(tl.int64)[:, None] * P_o + j.to(tl.int64)[None, :] * P_j
     at = out + (p % tiles).to(tl.int64) * out_tile + b * out_b
     for _ in range(Q):
+        query = tile_at(P, row * BLOCK_O, column * BLOCK_J, P_o, P_j, BLOCK_O, BLOCK_J)
         value = tl.sum(G * tl.load(query, mask=inside, other=0.0).to(tl.float32))
         if ADD:
             value += tl.load(at)
         tl.store(at, value)
-        query += P_q
+        P += P_q
         at += out_q
 
 
 @triton.jit
 def dense_token_scores_kernel(
     out,  # [S,Q,B,T] by strides: s, or parts of it
-    P,  # [Q,O,J]
+    P,  # [Q,O,>=J], zeros past J
     g,  # [B,T,O]
     a,  # [B,T,I]
     Q,
@@ -143,9 +143,9 @@ def dense_token_scores_kernel(
             BLOCK,
             PRECISION,
         )
-        at = activations[:, None] + j.to(tl.int64)[None, :] * a_i
+        at = (activations[:, None] + tl.cast(first, tl.int64) * a_i) + (j - first)[None, :] * a_i
         A = tl.load(at, mask=(n < N)[:, None] & (j < I)[None, :], other=0.0).to(tl.float32)
-        # Column I exists only with a bias, and meets a 1; columns past J of H are zero.
+        # Column I exists only with a bias, and meets a 1; columns of H past J are zero.
         score += tl.sum(H * tl.where(j[None, :] == I, 1.0, A), 1)
     at = out + split.to(tl.int64) * out_s + q * out_q + b * out_b + t * out_t
     if ADD:
@@ -159,9 +159,9 @@ def dense_scores(s: Tensor, P: Tensor, g: Tensor, a: Tensor, bias: bool = False)
     if 0 in (s.shape[0], g.shape[0], g.shape[1]):
         return
     if s.ndim == 3:
-        per_token(s, P, g, a)
+        per_token(s, aligned(P, bias), g, a)
     elif s.shape[0] <= FEW_QUERIES:
-        few_queries(s, P, g, a, bias)
+        few_queries(s, aligned(P, bias), g, a, bias)
     else:
         many_queries(s, P, g, a, bias)
 
@@ -225,6 +225,8 @@ def per_token(s: Tensor, P: Tensor, g: Tensor, a: Tensor) -> None:
     (B, T, I), (Q, O, J) = a.shape, P.shape
     on = chip(g.device)
     by = tile(B * T, J, g.element_size(), on, accumulators=2)
+    if on.capability >= 100:
+        by = by._replace(step=min(by.step, 32))  # 64 spills, here only
     blocks, steps = triton.cdiv(B * T, by.rows), triton.cdiv(J, by.columns)
     per_split = triton.cdiv(steps, splits(blocks * Q, steps * O, steps, on)) * by.columns
     S = triton.cdiv(J, per_split)

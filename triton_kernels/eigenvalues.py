@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gradient_tile import gradient_tile, grouped
+from .gradient_tile import gradient_tile, grouped, tile_at
 from .launch import chip, fold, launcher, precision, splits, tile
 from .rotations import operands
 
@@ -71,8 +71,8 @@ def eigenvalues_kernel(
         lam += G * G
         g += g_b
         a += a_b
-    at = out + split.to(tl.int64) * out_s
-    at += o.to(tl.int64)[:, None] * out_o + j.to(tl.int64)[None, :] * out_j
+    out += split.to(tl.int64) * out_s
+    at = tile_at(out, row * BLOCK_O, column * BLOCK_J, out_o, out_j, BLOCK_O, BLOCK_J)
     inside = (o < O)[:, None] & (j < J)[None, :]
     if ADD:
         lam += tl.load(at, mask=inside)

@@ -22,6 +22,17 @@ def grouped(p, rows, columns, GROUP: tl.constexpr):
 
 
 @triton.jit
+def tile_at(x, row, column, x_row, x_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Pointers to a tile of x, from element [row,column] on: [ROWS,COLUMNS].
+
+    Offsets inside a tile are 32-bit (it spans less than 2^31 elements): as 64-bit numbers they take
+    half of the registers where odd strides forbid vector loads.
+    """
+    x += tl.cast(row, tl.int64) * x_row + tl.cast(column, tl.int64) * x_column
+    return x + tl.arange(0, ROWS)[:, None] * x_row + tl.arange(0, COLUMNS)[None, :] * x_column
+
+
+@triton.jit
 def product_tile(
     x,  # [M] pointers to x[m,0]
     y,  # [N] pointers to y[0,n]

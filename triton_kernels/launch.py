@@ -60,17 +60,35 @@ def stages(rows: int, columns: int, step: int, itemsize: int, chip: Chip) -> int
 def tile(rows: int, columns: int, itemsize: int, chip: Chip, *, accumulators: int) -> Tile:
     """Tile of a [rows,columns] product whose kernel holds `accumulators` fp32 tiles at once.
 
-    Three configurations a kernel and architecture: wide and small for 16-bit operands, one for
-    fp32. Larger ones spill registers: 128x256 with two accumulators or where it is stored, on
-    sm_100 always; fp32 by 32 steps, since IEEE products have no tensor cores.
+    At most three configurations a kernel and architecture. What lost, by registers spilled:
+    128x256 with two accumulators, where it is stored, on rows of odd length (a bias: loaded singly
+    by the endings) and on sm_100; fp32 by steps of 32, since IEEE products have no tensor cores.
     """
     if itemsize == 4:
-        return Tile(128, 64, 16, 8, 4)
-    if min(rows, columns) <= 64 or chip.shared < 99 * 1024:
+        return Tile(128, 64, 16, 8, 4) if accumulators == 1 else Tile(64, 64, 16, 4, 4)
+    hopper = chip.capability // 10 == 9 and accumulators == 1
+    if not hopper and (min(rows, columns) <= 64 or chip.shared < 99 * 1024):
         return Tile(64, 64, 32, 4, 4)
-    wide = 256 if accumulators == 1 and chip.capability // 10 == 9 and columns > 128 else 128
+    wide = 256 if hopper and columns > 128 and columns % 8 == 0 else 128
     step = 64 if chip.capability >= 90 else 32
     return Tile(128, wide, step, 8, stages(128, wide, step, itemsize, chip))
+
+
+def padded(width: int) -> int:
+    """Row pitch that keeps 16-byte loads: 769 columns of a layer with a bias are held in 784."""
+    return -(-width // 16) * 16
+
+
+def aligned(x: Tensor, bias: bool) -> Tensor:
+    """`x`, or a copy with zero columns up to `padded` where a bias made its rows odd.
+
+    Tiles of odd rows are loaded number by number, past the pipeline, and spill registers.
+    """
+    if not bias or x.shape[-1] % 8 == 0:
+        return x
+    out = x.new_zeros(*x.shape[:-1], padded(x.shape[-1]))
+    out[..., : x.shape[-1]] = x
+    return out
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .gradient_tile import grouped, product_tile
-from .launch import chip, fold, launcher, precision, tile
+from .launch import aligned, chip, fold, launcher, precision, tile
 
 
 @triton.jit
@@ -130,6 +130,7 @@ def low_rank_scores(
     if 0 in (B, T, Q, K):
         return
     on = chip(g.device)
+    R = aligned(R, bias)
     rank = triton.next_power_of_2(K)
     by = tile(B * T, Q * rank, g.element_size(), on, accumulators=2)
     rank = min(rank, by.columns)
@@ -149,12 +150,11 @@ def low_rank_scores(
     else:
         parts = torch.empty((chunks * rows, Q, B), device=g.device)
         out = parts[..., None]
-    right = _aligned(R[..., :I])
     low_rank_scores_kernel[(rows * (1 if per_token else B) * columns,)](
         out,
         L,
-        right,
-        R[..., -1],
+        R,
+        R[..., I if bias else 0],
         g,
         a,
         Q,
@@ -166,7 +166,7 @@ def low_rank_scores(
         rows,
         *out.stride(),
         *L.stride(),
-        *right.stride(),
+        *R.stride(),
         *R.stride()[:2],
         *g.stride(),
         *a.stride(),
@@ -182,16 +182,6 @@ def low_rank_scores(
     )
     if not whole:
         fold(s, parts)
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """`x`, copied if its rows start off 16 bytes though their length allows it.
-
-    The bias column of R makes its rows odd; a copy of Q K I numbers buys 16-byte loads.
-    """
-    unit = 16 // x.element_size()
-    odd = x.stride(-1) == 1 and x.stride(-2) % unit and not x.shape[-1] % unit
-    return x.contiguous() if odd else x
 
 
 torch.library.impl("ekfac_fast::low_rank_scores", "cuda", low_rank_scores)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gradient_tile import gradient_tile, grouped
+from .gradient_tile import gradient_tile, grouped, tile_at
 from .launch import chip, launcher, precision, tile
 from .rotations import operands
 
@@ -64,9 +64,10 @@ def precondition_kernel(
         PRECISION,
     )
     inside = (o < O)[:, None] & (j < J)[None, :]
-    o, j = o.to(tl.int64)[:, None], j.to(tl.int64)[None, :]
-    scale = tl.load(lam + o * lam_o + j * lam_j, mask=inside, other=1.0) + damping
-    tl.store(P + b * P_b + o * P_o + j * P_j, G / scale, mask=inside)
+    at = tile_at(lam, row * BLOCK_O, column * BLOCK_J, lam_o, lam_j, BLOCK_O, BLOCK_J)
+    scale = tl.load(at, mask=inside, other=1.0) + damping
+    at = tile_at(P + b * P_b, row * BLOCK_O, column * BLOCK_J, P_o, P_j, BLOCK_O, BLOCK_J)
+    tl.store(at, G / scale, mask=inside)
 
 
 @launcher

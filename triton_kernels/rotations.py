@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .launch import padded
+
 # Gradients rotated as such are formed a few sequences at a time: what is written stays in L2.
 CHUNK_BYTES = 32 << 20
 
@@ -17,11 +19,6 @@ CHUNK_BYTES = 32 << 20
 def cheapest_order(T: int, O: int, J: int) -> str:
     """Contraction order of least FLOPs; `ekfac_fast/ops/gradients.py` computes the same."""
     return ("tokens" if T < J else "a_tokens") if T < O else "g_tokens" if T < J else "gradient"
-
-
-def padded(width: int) -> int:
-    """Row pitch that keeps 16-byte loads: 769 columns of a layer with a bias are held in 784."""
-    return -(-width // 16) * 16
 
 
 def rotate(x: Tensor, Q: Tensor, bias: bool) -> Tensor:

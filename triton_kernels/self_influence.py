@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gradient_tile import gradient_tile, grouped
+from .gradient_tile import gradient_tile, grouped, tile_at
 from .launch import chip, fold, launcher, precision, tile
 from .rotations import operands
 
@@ -67,7 +67,7 @@ def self_influence_kernel(
         PRECISION,
     )
     inside = (o < O)[:, None] & (j < J)[None, :]
-    at = lam + o.to(tl.int64)[:, None] * lam_o + j.to(tl.int64)[None, :] * lam_j
+    at = tile_at(lam, row * BLOCK_O, column * BLOCK_J, lam_o, lam_j, BLOCK_O, BLOCK_J)
     scale = tl.load(at, mask=inside, other=1.0) + damping
     value = tl.sum(tl.where(inside, G * G / scale, 0.0))
     at = out + (p % tiles) * out_tile + b * out_b
