@@ -1,5 +1,5 @@
-// Module `ekfac_fast._C`: loading it registers the CPU (and CUDA) kernels with PyTorch's dispatcher.
-// Ops are called through the dispatcher; pybind11 carries only `build_info`, for `doctor`.
+// Module `ekfac_fast._C`: loading it registers the CPU (and CUDA) kernels with the dispatcher,
+// through which ops are called; pybind11 carries only `build_info`, for `doctor`.
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 

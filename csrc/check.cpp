@@ -55,12 +55,28 @@ bool accumulates(const std::string& name) {
 }
 
 bool floating(at::ScalarType dtype) {
-  return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble;
+  return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf ||
+         dtype == at::kDouble;
+}
+
+// As Python prints it.
+std::string printed(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kFloat: return "torch.float32";
+    case at::kDouble: return "torch.float64";
+    case at::kBFloat16: return "torch.bfloat16";
+    case at::kHalf: return "torch.float16";
+    case at::kInt: return "torch.int32";
+    case at::kLong: return "torch.int64";
+    case at::kBool: return "torch.bool";
+    default: return c10::toString(dtype);
+  }
 }
 
 }  // namespace
 
-Letters check(const char* op, const char* line, const Arguments& args, bool bias, double damping) {
+Letters check(const char* op, const char* line, const Arguments& args, bool bias, double damping,
+              const std::optional<c10::string_view>& order) {
   const auto& named = parsed(line);
   TORCH_INTERNAL_ASSERT(named.size() == args.size());
   std::map<char, int64_t> letters;
@@ -69,9 +85,10 @@ Letters check(const char* op, const char* line, const Arguments& args, bool bias
   const at::Tensor* operand = nullptr;
   std::string operand_name;
   for (size_t i = 0; i < named.size(); i++) {
-    TORCH_CHECK_VALUE(named[i].name != "Qa" || args[i] || !bias, op,
-                      ": bias=True but Qa is None. Activations already in the eigenbasis include the "
-                      "bias row of Qa: pass them with bias=False");
+    TORCH_CHECK_VALUE(
+        named[i].name != "Qa" || args[i] || !bias, op,
+        ": bias=True but Qa is None. Activations already in the eigenbasis include the "
+        "bias row of Qa: pass them with bias=False");
   }
   for (size_t i = 0; i < named.size(); i++) {
     if (!args[i]) continue;
@@ -100,31 +117,35 @@ Letters check(const char* op, const char* line, const Arguments& args, bool bias
     TORCH_CHECK(x.device() == first->device(), op, ": ", name, " is on ", x.device(), " but ",
                 named[0].name, " is on ", first->device(), "; move one");
     if (accumulates(name) || name == "mask") continue;
-    TORCH_CHECK_TYPE(floating(x.scalar_type()), op, ": ", name, " is ", x.scalar_type(),
+    TORCH_CHECK_TYPE(floating(x.scalar_type()), op, ": ", name, " is ", printed(x.scalar_type()),
                      ", expected float32, bfloat16, float16 or float64");
     if (!operand) {
       operand = &x;
       operand_name = name;
     }
     TORCH_CHECK_TYPE(x.scalar_type() == operand->scalar_type(), op, ": ", name, " is ",
-                     x.scalar_type(), " but ", operand_name, " is ", operand->scalar_type(),
-                     "; operands share one dtype");
+                     printed(x.scalar_type()), " but ", operand_name, " is ",
+                     printed(operand->scalar_type()), "; operands share one dtype");
   }
   const auto wide = operand->scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   for (size_t i = 0; i < named.size(); i++) {
     if (!args[i] || !accumulates(named[i].name)) continue;
     TORCH_CHECK_TYPE(args[i]->scalar_type() == wide, op, ": ", named[i].name, " is ",
-                     args[i]->scalar_type(), ", expected ", wide, " (operands are ",
-                     operand->scalar_type(), ")");
+                     printed(args[i]->scalar_type()), ", expected ", printed(wide),
+                     " (operands are ", printed(operand->scalar_type()), ")");
   }
   TORCH_CHECK_VALUE(damping >= 0, op, ": damping is ", damping, ", expected a number >= 0");
+  TORCH_CHECK_VALUE(!order || *order == "tokens" || *order == "a_tokens" || *order == "g_tokens" ||
+                        *order == "gradient",
+                    op, ": order is '", *order,
+                    "', expected one of tokens, a_tokens, g_tokens, gradient");
   auto size = [&](char letter, int64_t otherwise) {
     auto found = letters.find(letter);
     return found == letters.end() ? otherwise : found->second;
   };
   const int64_t I = size('I', 0);
-  return {size('B', 1), size('T', 1), I,           I + bias,
-          size('O', 0), size('Q', 0), size('K', 0), size('N', 0)};
+  return {size('B', 1), size('T', 1), I,           I + bias, size('O', 0),
+          size('Q', 0), size('K', 0), size('N', 0)};
 }
 
 }  // namespace ekfac_fast

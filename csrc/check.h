@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/string_view.h>
 
 #include <optional>
 #include <vector>
@@ -15,9 +16,10 @@ struct Letters {
 
 using Arguments = std::vector<std::optional<at::Tensor>>;
 
-// Binds the letters of a card's shape line, e.g. "cov[J,J] x[N,I] mask[N]", to the sizes of `args`, left
-// to right; refuses the first argument that contradicts them. An absent argument is skipped.
+// Binds the letters of a card's shape line, e.g. "cov[J,J] x[N,I] mask[N]", to the sizes of `args`,
+// left to right; refuses the first argument that contradicts them. An absent argument is skipped.
+// Messages are equal to those of shapes.py, word for word.
 Letters check(const char* op, const char* line, const Arguments& args, bool bias,
-              double damping = 0.0);
+              double damping = 0.0, const std::optional<c10::string_view>& order = {});
 
 }  // namespace ekfac_fast

@@ -1,4 +1,5 @@
-// s_qb += <P_q, G_b>: a gradient tile meets every query while it is in cache; per token, g P_q meets a.
+// s_qb += <P_q, G_b>: a gradient tile meets every query while it is in cache. Per token, g P_q
+// meets a, tile by tile.
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -11,7 +12,7 @@ namespace {
 
 constexpr int64_t kSequences = 16;  // gradient tiles held at a time: 1 MiB of fp32
 
-// A tile of P_q where dot products can read it: in place if it is Acc already, else widened into `room`.
+// A tile of P_q as dot products read it: in place if it is Acc already, else widened into `room`.
 template <class Acc>
 const Acc* query_tile(const at::Tensor& P, int64_t q, int64_t o, int64_t m, int64_t j, int64_t n,
                       Acc* room, int64_t& ld) {
@@ -26,10 +27,14 @@ const Acc* query_tile(const at::Tensor& P, int64_t q, int64_t o, int64_t m, int6
       return room;
     }
   };
-  if constexpr (std::is_same_v<Acc, double>) return from(double{});
-  else if (P.scalar_type() == at::kBFloat16) return from(at::BFloat16{});
-  else if (P.scalar_type() == at::kHalf) return from(at::Half{});
-  else return from(float{});
+  if constexpr (std::is_same_v<Acc, double>)
+    return from(double{});
+  else if (P.scalar_type() == at::kBFloat16)
+    return from(at::BFloat16{});
+  else if (P.scalar_type() == at::kHalf)
+    return from(at::Half{});
+  else
+    return from(float{});
 }
 
 // s [Q,B]. Four queries meet four sequences at a time: sixteen dot products from eight streams.
@@ -52,7 +57,7 @@ void by_sequence(at::Tensor& s, const at::Tensor& P, const at::Tensor& g, const 
       for (int64_t b0 = 0; b0 < B4; b0 += kSequences) {
         const int64_t held = std::min(kSequences, B4 - b0);
         for (int64_t k = 0; k < held; k++) {
-          // Groups of four are filled up with the last sequence, whose surplus sums are dropped below.
+          // The last sequence fills up a group of four; its surplus sums are dropped below.
           const int64_t b = std::min(b0 + k, size.B - 1);
           multiply<Acc>(A, b, i, B, b, j, G.data + k * area);
         }
@@ -79,8 +84,8 @@ void by_sequence(at::Tensor& s, const at::Tensor& P, const at::Tensor& g, const 
 
 // s [Q,B,T]: row n of g P_q, dotted with row n of (a, 1).
 template <class Acc>
-void by_token(at::Tensor& s, const at::Tensor& P, const at::Tensor& g, const at::Tensor& a, bool bias,
-              const Letters& size) {
+void by_token(at::Tensor& s, const at::Tensor& P, const at::Tensor& g, const at::Tensor& a,
+              bool bias, const Letters& size) {
   const int64_t N = size.B * size.T;
   const at::Tensor inputs = a.reshape({N, size.I}).to(s.scalar_type()).contiguous();
   const Panels A = pack_rows(g.reshape({1, N, size.O})), B = pack_columns(P);

@@ -1,4 +1,4 @@
-// lam_sum += sum_b (Qg^T G_b Qa)^2: each gradient tile is squared into lam_sum where it was computed.
+// lam_sum += sum_b (Qg^T G_b Qa)^2: a gradient tile is squared into lam_sum where it was made.
 #include <torch/library.h>
 
 #include "endings.h"
@@ -24,10 +24,10 @@ void accumulate(at::Tensor& lam_sum, const at::Tensor& g, const at::Tensor& a,
 }
 
 void eigenvalues(at::Tensor& lam_sum, const at::Tensor& g, const at::Tensor& a,
-                 const std::optional<at::Tensor>& Qg, const std::optional<at::Tensor>& Qa, bool bias,
-                 std::optional<c10::string_view> order) {
+                 const std::optional<at::Tensor>& Qg, const std::optional<at::Tensor>& Qa,
+                 bool bias, std::optional<c10::string_view> order) {
   const Letters size = check("eigenvalues", "lam_sum[O,J] g[B,T,O] a[B,T,I] Qg[O,O] Qa[J,J]",
-                             {lam_sum, g, a, Qg, Qa}, bias);
+                             {lam_sum, g, a, Qg, Qa}, bias, 0.0, order);
   if (g.scalar_type() == at::kDouble) {
     accumulate<double>(lam_sum, g, a, Qg, Qa, bias, size, order);
   } else {

@@ -7,12 +7,12 @@
 #define CLONES
 #endif
 
-// Sums are split over independent lanes in source order, so that they vectorise without -ffast-math and
-// are the same in every run; LANES floats fill two AVX-512 registers.
+// Sums are split over independent lanes in source order, so that they vectorise without -ffast-math
+// and are the same in every run; LANES floats fill two AVX-512 registers.
 #define LANES 32
 
-#define CONVERT(To, From)                                     \
-  CLONES void convert(To* y, const From* x, int64_t n) {      \
+#define CONVERT(To, From)                                         \
+  CLONES void convert(To* y, const From* x, int64_t n) {          \
     for (int64_t i = 0; i < n; i++) y[i] = static_cast<To>(x[i]); \
   }
 
@@ -50,30 +50,30 @@
   }
 
 // Sixteen running vectors: each loaded value meets four of the other side.
-#define DOT_4X4(T, V, W)                                                                           \
-  CLONES void dot_4x4(T* S, const T* const* X, int64_t ldx, const T* const* Y, int64_t ldy, int64_t m,\
-                      int64_t n) {                                                                 \
-    typedef T V __attribute__((vector_size(64), aligned(sizeof(T))));                              \
-    V sum[4][4] = {};                                                                              \
-    for (int64_t r = 0; r < m; r++) {                                                              \
-      int64_t i = 0;                                                                               \
-      for (; i + W <= n; i += W) {                                                                 \
-        V x[4], y[4];                                                                              \
-        for (int p = 0; p < 4; p++) x[p] = *reinterpret_cast<const V*>(X[p] + r * ldx + i);        \
-        for (int q = 0; q < 4; q++) y[q] = *reinterpret_cast<const V*>(Y[q] + r * ldy + i);        \
-        for (int p = 0; p < 4; p++)                                                                \
-          for (int q = 0; q < 4; q++) sum[p][q] += x[p] * y[q];                                    \
-      }                                                                                            \
-      for (; i < n; i++)                                                                           \
-        for (int p = 0; p < 4; p++)                                                                \
-          for (int q = 0; q < 4; q++) S[4 * p + q] += X[p][r * ldx + i] * Y[q][r * ldy + i];       \
-    }                                                                                              \
-    for (int p = 0; p < 4; p++)                                                                    \
-      for (int q = 0; q < 4; q++) {                                                                \
-        T total = 0;                                                                               \
-        for (int l = 0; l < W; l++) total += sum[p][q][l];                                         \
-        S[4 * p + q] += total;                                                                     \
-      }                                                                                            \
+#define DOT_4X4(T, V, W)                                                                     \
+  CLONES void dot_4x4(T* S, const T* const* X, int64_t ldx, const T* const* Y, int64_t ldy,  \
+                      int64_t m, int64_t n) {                                                \
+    typedef T V __attribute__((vector_size(64), aligned(sizeof(T))));                        \
+    V sum[4][4] = {};                                                                        \
+    for (int64_t r = 0; r < m; r++) {                                                        \
+      int64_t i = 0;                                                                         \
+      for (; i + W <= n; i += W) {                                                           \
+        V x[4], y[4];                                                                        \
+        for (int p = 0; p < 4; p++) x[p] = *reinterpret_cast<const V*>(X[p] + r * ldx + i);  \
+        for (int q = 0; q < 4; q++) y[q] = *reinterpret_cast<const V*>(Y[q] + r * ldy + i);  \
+        for (int p = 0; p < 4; p++)                                                          \
+          for (int q = 0; q < 4; q++) sum[p][q] += x[p] * y[q];                              \
+      }                                                                                      \
+      for (; i < n; i++)                                                                     \
+        for (int p = 0; p < 4; p++)                                                          \
+          for (int q = 0; q < 4; q++) S[4 * p + q] += X[p][r * ldx + i] * Y[q][r * ldy + i]; \
+    }                                                                                        \
+    for (int p = 0; p < 4; p++)                                                              \
+      for (int q = 0; q < 4; q++) {                                                          \
+        T total = 0;                                                                         \
+        for (int l = 0; l < W; l++) total += sum[p][q][l];                                   \
+        S[4 * p + q] += total;                                                               \
+      }                                                                                      \
   }
 
 namespace ekfac_fast {

@@ -1,4 +1,4 @@
-// What is done to a tile while it is in cache: plain loops, compiled for AVX-512, AVX2 and the baseline.
+// What is done to a tile while it is in cache: plain loops, for AVX-512, AVX2 and neither.
 #pragma once
 
 #include <c10/util/BFloat16.h>

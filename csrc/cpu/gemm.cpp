@@ -14,14 +14,15 @@ namespace ekfac_fast {
 
 at::ScalarType compute_dtype(at::ScalarType dtype) {
   if (dtype == at::kDouble) return at::kDouble;
-  const bool lowered = dtype == at::kFloat &&
-                       at::globalContext().float32MatmulPrecision() == at::Float32MatmulPrecision::MEDIUM;
+  const bool lowered = dtype == at::kFloat && at::globalContext().float32MatmulPrecision() ==
+                                                  at::Float32MatmulPrecision::MEDIUM;
   return has_bf16_products() && (dtype == at::kBFloat16 || lowered) ? at::kBFloat16 : at::kFloat;
 }
 
 Matrix::Matrix(const at::Tensor& x, int64_t free_dim, int64_t k_dim, int64_t b, int64_t from)
     : dtype(x.scalar_type()), sf(x.stride(free_dim)), sk(x.stride(k_dim)) {
-  data = static_cast<const char*>(x.const_data_ptr()) + (b * x.stride(0) + from * sf) * x.element_size();
+  data = static_cast<const char*>(x.const_data_ptr()) +
+         (b * x.stride(0) + from * sf) * x.element_size();
 }
 
 Panels::Panels(bool columns, int64_t batch, int64_t extent, int64_t depth, at::ScalarType compute,
@@ -68,8 +69,8 @@ void fill_rows(Out* out, int64_t ld, int64_t n, int64_t depth, const In* x, int6
 
 // One chunk of a column panel: out[k,f], f contiguous; for bf16 out[k/2,f,k%2].
 template <class Out, class In>
-void fill_columns(Out* out, int64_t ld, int64_t n, int64_t depth, const In* x, int64_t sf, int64_t sk,
-                  const int64_t* pick) {
+void fill_columns(Out* out, int64_t ld, int64_t n, int64_t depth, const In* x, int64_t sf,
+                  int64_t sk, const int64_t* pick) {
   constexpr int64_t pair = sizeof(Out) == 2 ? 2 : 1;
   auto row = [&](int64_t k) { return x + (pick ? pick[k] : k) * sk; };
   if (sf == 1 && pair == 1) {
@@ -96,13 +97,14 @@ void fill_columns(Out* out, int64_t ld, int64_t n, int64_t depth, const In* x, i
 }
 
 template <class Out, class In>
-void fill_block(const Panels& panels, int64_t b, int64_t panel, int64_t to, int64_t n, const Matrix& x,
-                bool ones, bool last, const int64_t* pick, int64_t k0, int64_t k1) {
+void fill_block(const Panels& panels, int64_t b, int64_t panel, int64_t to, int64_t n,
+                const Matrix& x, bool ones, bool last, const int64_t* pick, int64_t k0,
+                int64_t k1) {
   constexpr int64_t pair = sizeof(Out) == 2 ? 2 : 1;
   const int64_t end = last ? panels.width : to + n + ones, block = k1 - k0;
   const int64_t chunk = k0 / kDepth, offset = k0 % kDepth;
-  const int64_t ld = panels.columns ? panels.width
-                                    : std::min(kDepth, panels.padded_depth - chunk * kDepth);
+  const int64_t ld =
+      panels.columns ? panels.width : std::min(kDepth, panels.padded_depth - chunk * kDepth);
   Out* out = reinterpret_cast<Out*>(panels.at(b, panel, chunk)) +
              (panels.columns ? offset * panels.width : offset);
   const int64_t real = std::clamp<int64_t>(panels.depth - k0, 0, block);
@@ -176,7 +178,8 @@ Panels pack_columns(const at::Tensor& x, bool ones, const at::Tensor& pick) {
 }
 
 template <class Acc>
-void multiply(const Panels& A, int64_t a, int64_t i, const Panels& B, int64_t b, int64_t j, Acc* C) {
+void multiply(const Panels& A, int64_t a, int64_t i, const Panels& B, int64_t b, int64_t j,
+              Acc* C) {
   namespace blas = at::native::cpublas;
   const int64_t M = A.width, N = B.width;
   if (A.padded_depth == 0) std::fill_n(C, M * N, Acc(0));

@@ -1,12 +1,15 @@
 // Matrix products in cache-sized tiles, each handed to an ending while it is hot.
 //
-//   C[m,n] = sum_k A[m,k] B[k,n],   accumulated in fp32 (fp64 for fp64), in tiles of at most 128 x 128
+//   C[m,n] = sum_k A[m,k] B[k,n],   in tiles of at most 128 x 128
 //
-// Operands are packed once into panels: contiguous, zero padded, converted to what this CPU multiplies
-// (bf16 stays bf16 where there are bf16 products, else 16-bit is widened here). Packing is what makes
-// any stride, any dtype, the implied ones column and the skipping of masked rows cost one pass and
-// nothing in the product. The product itself is oneDNN's batch-reduce GEMM through ATen, at 98 % of the
-// arithmetic peak where it was measured (Zen 5); MKL, which `torch.mm` calls, reached 43 % there.
+// Sums are fp32 whatever the operands are (fp64 for fp64).
+//
+// Operands are packed once into panels: contiguous, zero padded, converted to what this CPU
+// multiplies (bf16 stays bf16 where there are bf16 products, else 16-bit is widened here). Packing
+// is what makes any stride, any dtype, the implied ones column and the skipping of masked rows cost
+// one pass and nothing in the product. The product itself is oneDNN's batch-reduce GEMM through
+// ATen, at 98 % of the arithmetic peak where it was measured (Zen 5); MKL, which `torch.mm` calls,
+// reached 43 % there.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -22,8 +25,9 @@ constexpr int64_t kTile = 128;   // rows and columns of a tile: 64 KiB of fp32
 constexpr int64_t kDepth = 256;  // k per chunk: two 128 KiB panels and the tile fit in 512 KiB
 constexpr int64_t kLanes = 16;   // panels are padded to whole vectors
 constexpr int64_t kBlock = 32;   // k packed at a time
-// Operands are packed in slabs of this size. Larger blocks would leave the last-level cache, and malloc
-// maps blocks over 32 MiB anew at every call: faulting 38 MB in took 9 ms where copying it took 0.6 ms.
+// Operands are packed in slabs of this size. Larger blocks would leave the last-level cache, and
+// malloc maps blocks over 32 MiB anew at every call: faulting 38 MB in took 9 ms where copying it
+// took 0.6 ms.
 constexpr int64_t kSlabBytes = int64_t{31} << 20;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -33,8 +37,9 @@ inline int64_t slab_lines(int64_t depth) {
   return round_up(std::max<int64_t>(1, kSlabBytes / (4 * std::max<int64_t>(1, depth))), kTile);
 }
 
-// The dtype in which operands of `dtype` are multiplied: fp64, fp32 or bf16. fp32 goes through bf16 where
-// the user allowed it, torch.set_float32_matmul_precision("medium"), and the CPU has such products.
+// The dtype in which operands of `dtype` are multiplied: fp64, fp32 or bf16. fp32 goes through bf16
+// where the user allowed it, torch.set_float32_matmul_precision("medium"), and the CPU has such
+// products.
 at::ScalarType compute_dtype(at::ScalarType dtype);
 
 // A matrix in place: element (f, k) of the free and the summed dimension is data[f * sf + k * sk].
@@ -49,13 +54,13 @@ struct Matrix {
 // One side of a product, cut into panels along its free dimension (m or n).
 struct Panels {
   at::Tensor storage;
-  bool columns;            // the right operand: k-major panels (pairs of k interleaved for bf16)
-  int64_t batch;           // 1: the same matrix for every batch entry
-  int64_t extent, depth;   // free and summed sizes
-  int64_t padded_depth;    // depth in whole vectors
-  int64_t width, count;    // width (padded) and number of panels
+  bool columns;           // the right operand: k-major panels (pairs of k interleaved for bf16)
+  int64_t batch;          // 1: the same matrix for every batch entry
+  int64_t extent, depth;  // free and summed sizes
+  int64_t padded_depth;   // depth in whole vectors
+  int64_t width, count;   // width (padded) and number of panels
 
-  // `extent` in panels of equal width, at most kTile unless `width` says so. Contents are undefined.
+  // `extent` in panels of equal width, at most kTile unless `width` says so. Not filled.
   Panels(bool columns, int64_t batch, int64_t extent, int64_t depth, at::ScalarType compute,
          int64_t width = 0);
 
@@ -63,9 +68,9 @@ struct Panels {
   int64_t size(int64_t panel) const { return std::min(width, extent - panel * width); }
   char* at(int64_t b, int64_t panel, int64_t chunk) const;
 
-  // Writes lines [to, to + n) of one panel from x, after them a line of ones if `ones`, and zeroes what
-  // lies beyond if this is the `last` fill of the panel; for k in [k0, k1), inside one chunk and from a
-  // multiple of kBlock. `pick`: which k take part, in order.
+  // Writes lines [to, to + n) of one panel from x, after them a line of ones if `ones`, and zeroes
+  // what lies beyond if this is the `last` fill of the panel; for k in [k0, k1), inside one chunk
+  // and from a multiple of kBlock. `pick`: which k take part, in order.
   void fill(int64_t b, int64_t panel, int64_t to, int64_t n, const Matrix& x, bool ones, bool last,
             const int64_t* pick, int64_t k0, int64_t k1);
 };
@@ -92,9 +97,9 @@ struct Tile {
   Acc* data;
 };
 
-// Every tile of every A_b B_b: ending(b, m0, m, n0, n, C, ldc, tile index). All b of one tile run on one
-// thread, in order, so an ending may accumulate over b without races and the result is repeatable.
-// `upper`: tiles strictly below the diagonal are left out.
+// Every tile of every A_b B_b: ending(b, m0, m, n0, n, C, ldc, tile index). All b of one tile run
+// on one thread, in order, so an ending may accumulate over b without races and the result is
+// repeatable. `upper`: tiles strictly below the diagonal are left out.
 template <class Acc, class Ending>
 void product(const Panels& A, const Panels& B, const Ending& ending, bool upper = false) {
   const int64_t tiles = A.count * B.count, batch = std::max(A.batch, B.batch);

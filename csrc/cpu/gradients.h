@@ -15,9 +15,10 @@ namespace ekfac_fast {
 struct Order {
   bool a_tokens, g_tokens;
 };
+// `forced` has passed `check`.
 Order contraction_order(const Letters& size, const std::optional<c10::string_view>& forced);
 
-// x [.., F] times Q [F', F'], row by row, plus Q's last row where `bias`; in the dtype products use.
+// x [.., F] times Q [F', F'] by rows, plus Q's last row where `bias`; in the dtype products use.
 at::Tensor rotate_tokens(const at::Tensor& x, const at::Tensor& Q, bool bias);
 // sum_t g_bt (a_bt, 1)^T of one sequence, in the dtype products use.
 at::Tensor one_gradient(const at::Tensor& g, const at::Tensor& a, bool bias);
@@ -25,8 +26,8 @@ at::Tensor one_gradient(const at::Tensor& g, const at::Tensor& a, bool bias);
 // How many sequences are packed at a time: a slab of the wider side.
 int64_t sequences_at_once(const Letters& size);
 
-// ending(b, o0, o, j0, j, tile, ld, index) for every tile of every Qg^T G_b Qa. Tiles of one index run on
-// one thread in the order of b, so an ending may accumulate over b.
+// ending(b, o0, o, j0, j, tile, ld, index) for every tile of every Qg^T G_b Qa. Tiles of one index
+// run on one thread in the order of b, so an ending may accumulate over b.
 template <class Acc, class Ending>
 void gradient_tiles(const at::Tensor& g, const at::Tensor& a, const std::optional<at::Tensor>& Qg,
                     const std::optional<at::Tensor>& Qa, bool bias, const Letters& size,
@@ -36,7 +37,8 @@ void gradient_tiles(const at::Tensor& g, const at::Tensor& a, const std::optiona
   const bool a_late = Qa && !order.a_tokens, g_late = Qg && !order.g_tokens;
   if (a_late || g_late) {
     // One gradient at a time: the last rotation is the product that the ending closes.
-    const std::optional<Panels> left = g_late ? std::optional(pack_rows(Qg->t().unsqueeze(0))) : std::nullopt;
+    const std::optional<Panels> left =
+        g_late ? std::optional(pack_rows(Qg->t().unsqueeze(0))) : std::nullopt;
     const std::optional<Panels> right =
         a_late && !g_late ? std::optional(pack_columns(Qa->unsqueeze(0))) : std::nullopt;
     for (int64_t b = 0; b < size.B; b++) {

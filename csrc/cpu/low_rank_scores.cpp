@@ -1,7 +1,7 @@
-// s_qb += sum_tk (g_bt . L_q[:,k]) (R_q[k,:] . (a_bt, 1)): two products over the same rows and columns, one
-// tile of each at a time, multiplied and summed before the next.
+// s_qb += sum_tk (g_bt . L_q[:,k]) (R_q[k,:] . (a_bt, 1)): two products over the same rows and
+// columns, one tile of each at a time, multiplied and summed before the next.
 //
-// A column panel holds whole queries (128 / K of them), so that a query's sum closes inside the panel.
+// A column panel holds whole queries (128 / K of them): a query's sum closes inside the panel.
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -12,7 +12,7 @@
 namespace ekfac_fast {
 namespace {
 
-// Factors of `group` queries a panel: element (k of the sum, q, rank) of x is at the given dimensions.
+// Factors of `group` queries a panel; which dimensions of x are summed and which is the rank.
 Panels pack_factors(const at::Tensor& x, int64_t depth_dim, int64_t rank_dim, int64_t depth,
                     int64_t group) {
   const int64_t Q = x.size(0), K = x.size(rank_dim);
@@ -36,7 +36,8 @@ void accumulate(at::Tensor s, const at::Tensor& L, const at::Tensor& R, const at
                 const at::Tensor& a, bool bias, const Letters& size) {
   const int64_t K = size.K, group = std::max<int64_t>(1, kTile / K);
   const Panels G = pack_rows(g), A = pack_rows(a);
-  const Panels left = pack_factors(L, 1, 2, size.O, group), right = pack_factors(R, 2, 1, size.I, group);
+  const Panels left = pack_factors(L, 1, 2, size.O, group),
+               right = pack_factors(R, 2, 1, size.I, group);
   const int64_t width = left.width, per_token = s.dim() == 3;
   // The constant 1 of a bias meets column J of R: the same addend for every row.
   at::Tensor ones = at::zeros({left.count, width}, at::dtype(s.scalar_type()));
@@ -51,7 +52,7 @@ void accumulate(at::Tensor s, const at::Tensor& L, const at::Tensor& R, const at
                                : at::zeros({G.count, size.Q, size.B}, s.options());
   const Acc* addend = ones.const_data_ptr<Acc>();
   Acc* sums = total.mutable_data_ptr<Acc>();
-  // Column panels innermost: the slabs of factors stay in the last-level cache while rows stream past.
+  // Column panels innermost: factors stay in the last-level cache while rows stream past.
   at::parallel_for(0, size.B * G.count * left.count, 1, [&](int64_t begin, int64_t end) {
     Tile<Acc> U(G.width * width), V(G.width * width), column(width);
     for (int64_t unit = begin; unit < end; unit++) {
@@ -63,7 +64,8 @@ void accumulate(at::Tensor s, const at::Tensor& L, const at::Tensor& R, const at
       if (per_token) {
         for (int64_t r = 0; r < G.size(i); r++) {
           std::fill_n(column.data, width, Acc(0));
-          add_products(column.data, U.data + r * width, V.data + r * width, addend + p * width, width);
+          add_products(column.data, U.data + r * width, V.data + r * width, addend + p * width,
+                       width);
           for (int64_t q = 0; q < queries; q++) {
             Acc sum = 0;
             for (int64_t k = 0; k < K; k++) sum += column.data[q * K + k];
@@ -74,7 +76,8 @@ void accumulate(at::Tensor s, const at::Tensor& L, const at::Tensor& R, const at
       }
       std::fill_n(column.data, width, Acc(0));
       for (int64_t r = 0; r < G.size(i); r++) {
-        add_products(column.data, U.data + r * width, V.data + r * width, addend + p * width, width);
+        add_products(column.data, U.data + r * width, V.data + r * width, addend + p * width,
+                     width);
       }
       for (int64_t q = 0; q < queries; q++) {
         Acc sum = 0;
@@ -89,8 +92,9 @@ void accumulate(at::Tensor s, const at::Tensor& L, const at::Tensor& R, const at
 
 void low_rank_scores(at::Tensor& s, const at::Tensor& L, const at::Tensor& R, const at::Tensor& g,
                      const at::Tensor& a, bool bias) {
-  const Letters size = check("low_rank_scores", "s[Q,B]|[Q,B,T] L[Q,O,K] R[Q,K,J] g[B,T,O] a[B,T,I]",
-                             {s, L, R, g, a}, bias);
+  const Letters size =
+      check("low_rank_scores", "s[Q,B]|[Q,B,T] L[Q,O,K] R[Q,K,J] g[B,T,O] a[B,T,I]",
+            {s, L, R, g, a}, bias);
   if (s.numel() == 0 || size.K == 0 || size.T == 0) return;
   // A slab of queries against a slab of sequences at a time.
   const int64_t group = std::max<int64_t>(1, kTile / size.K);

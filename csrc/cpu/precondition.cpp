@@ -8,11 +8,12 @@
 namespace ekfac_fast {
 namespace {
 
-at::Tensor precondition(const at::Tensor& g, const at::Tensor& a, const std::optional<at::Tensor>& Qg,
-                        const std::optional<at::Tensor>& Qa, const at::Tensor& lam, double damping,
-                        bool bias, std::optional<c10::string_view> order) {
+at::Tensor precondition(const at::Tensor& g, const at::Tensor& a,
+                        const std::optional<at::Tensor>& Qg, const std::optional<at::Tensor>& Qa,
+                        const at::Tensor& lam, double damping, bool bias,
+                        std::optional<c10::string_view> order) {
   const Letters size = check("precondition", "g[B,T,O] a[B,T,I] Qg[O,O] Qa[J,J] lam[O,J]",
-                             {g, a, Qg, Qa, lam}, bias, damping);
+                             {g, a, Qg, Qa, lam}, bias, damping, order);
   at::Tensor P = at::empty({size.B, size.O, size.J}, lam.options());
   const at::Tensor values = lam.contiguous();
   auto run = [&]<class Acc>(Acc) {

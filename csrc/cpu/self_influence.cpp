@@ -13,11 +13,11 @@ void self_influence(at::Tensor& s, const at::Tensor& g, const at::Tensor& a,
                     const at::Tensor& lam, double damping, bool bias,
                     std::optional<c10::string_view> order) {
   const Letters size = check("self_influence", "s[B] g[B,T,O] a[B,T,I] Qg[O,O] Qa[J,J] lam[O,J]",
-                             {s, g, a, Qg, Qa, lam}, bias, damping);
+                             {s, g, a, Qg, Qa, lam}, bias, damping, order);
   const at::Tensor values = lam.contiguous();
   auto run = [&]<class Acc>(Acc) {
-    // One partial sum a row of a tile grid, added up in fixed order: the result never depends on which
-    // thread was first.
+    // One partial sum a row of a tile grid, added up in fixed order: the result never depends on
+    // which thread was first.
     const int64_t most = ceil_div(size.O, kLanes) * ceil_div(size.J, kLanes);
     at::Tensor partial = at::zeros({size.B, std::max<int64_t>(most, 1)}, at::dtype(at::kDouble));
     double* sums = partial.mutable_data_ptr<double>();

@@ -39,7 +39,7 @@ def reference(
     order: str | None = None,
 ) -> None:
     """The equation above; the square and the sum in the accumulator's dtype."""
-    check("eigenvalues", SHAPES, (lam_sum, g, a, Qg, Qa), bias=bias)
+    check("eigenvalues", SHAPES, (lam_sum, g, a, Qg, Qa), bias=bias, order=order)
     G = rotated_gradients(g, a, Qg, Qa, bias, order)
     lam_sum += G.to(lam_sum.dtype).square().sum(0)
 

@@ -14,9 +14,6 @@ from torch import Tensor
 
 from .shapes import Shape
 
-# Named after what is rotated by tokens.
-ORDERS = ("tokens", "a_tokens", "g_tokens", "gradient")
-
 
 def cheapest_order(shape: Shape) -> str:
     """The contraction order of least FLOPs; `csrc/cpu/gradients.h` computes the same."""
@@ -45,13 +42,7 @@ def gradients(g: Tensor, a: Tensor, bias: bool) -> Tensor:
 def rotated_gradients(
     g: Tensor, a: Tensor, Qg: Tensor | None, Qa: Tensor | None, bias: bool, forced: str | None
 ) -> Tensor:
-    """Qg^T G_b Qa for every sequence, in the `forced` or the cheapest order: [B,O,J], dtype of `g`.
-
-    Raises:
-        ValueError: `forced` is not one of ORDERS.
-    """
-    if forced is not None and forced not in ORDERS:
-        raise ValueError(f"order is {forced!r}, expected one of {', '.join(ORDERS)}")
+    """Qg^T G_b Qa of every sequence, in the `forced` or the cheapest order: [B,O,J], as `g`."""
     (B, T, O), I = g.shape, a.shape[-1]
     by = forced or cheapest_order(Shape(B=B, T=T, I=I, O=O, bias=bias))
     if Qg is not None and by in ("tokens", "g_tokens"):

@@ -37,7 +37,7 @@ def reference(
     order: str | None = None,
 ) -> Tensor:
     """The equation above; the quotient in the dtype of `lam`."""
-    check("precondition", SHAPES, (g, a, Qg, Qa, lam), bias=bias, damping=damping)
+    check("precondition", SHAPES, (g, a, Qg, Qa, lam), bias=bias, damping=damping, order=order)
     G = rotated_gradients(g, a, Qg, Qa, bias, order)
     return G.to(lam.dtype) / (lam + damping)
 

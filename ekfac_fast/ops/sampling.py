@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .gradients import ORDERS
-from .shapes import Shape
+from .shapes import ORDERS, Shape
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def reference(
     order: str | None = None,
 ) -> None:
     """The equation above; squares, quotient and sum in the dtype of `lam`."""
-    check("self_influence", SHAPES, (s, g, a, Qg, Qa, lam), bias=bias, damping=damping)
+    check("self_influence", SHAPES, (s, g, a, Qg, Qa, lam), bias=bias, damping=damping, order=order)
     G = rotated_gradients(g, a, Qg, Qa, bias, order)
     s += (G.to(lam.dtype).square() / (lam + damping)).sum((1, 2))
 

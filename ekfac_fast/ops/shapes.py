@@ -17,6 +17,8 @@ from torch import Tensor, bfloat16, float16, float32, float64
 FLOATS = (float32, bfloat16, float16, float64)
 # fp32 (fp64 for fp64 inputs) whatever the inputs are: sums, eigenvalues, scores.
 ACCUMULATORS = frozenset({"cov", "lam", "lam_sum", "s"})
+# Contraction orders (`gradients.py`), named after what is rotated by tokens.
+ORDERS = ("tokens", "a_tokens", "g_tokens", "gradient")
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,13 @@ def parse(line: str) -> tuple[tuple[str, tuple[tuple[str, ...], ...]], ...]:
 
 
 def check(
-    op: str, line: str, args: tuple[Tensor | None, ...], *, bias: bool = False, damping: float = 0.0
+    op: str,
+    line: str,
+    args: tuple[Tensor | None, ...],
+    *,
+    bias: bool = False,
+    damping: float = 0.0,
+    order: str | None = None,
 ) -> dict[str, int]:
     """Bind the letters of `line` to the sizes of `args`; return them.
 
@@ -68,7 +76,7 @@ def check(
     the activations are already in the eigenbasis: their features count as J, `bias` must be False.
 
     Raises:
-        ValueError: a rank, size or damping is wrong; names the op, the argument and both shapes.
+        ValueError: a rank, size, damping or order is wrong; names op, argument and both shapes.
         TypeError: a dtype is wrong, or dtypes that must agree differ.
         RuntimeError: tensors are on different devices.
     """
@@ -127,6 +135,8 @@ def check(
                 f"{op}: {name} is {x.dtype}, expected {wide} (operands are {operand[1].dtype})"
             )
     if not damping >= 0:
-        raise ValueError(f"{op}: damping is {damping}, expected a number >= 0")
+        raise ValueError(f"{op}: damping is {damping:g}, expected a number >= 0")
+    if order is not None and order not in ORDERS:
+        raise ValueError(f"{op}: order is '{order}', expected one of {', '.join(ORDERS)}")
     letters["J"] = letters["I"] + bias
     return letters
