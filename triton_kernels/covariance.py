@@ -31,7 +31,7 @@ def grouped_triangle(p, rows, GROUP: tl.constexpr):
     band = row // GROUP * GROUP
     height = min(rows - band, GROUP)
     p -= band * (band + 1) // 2
-    beside, below = triangle(max(p - band * height, 0))
+    beside, below = triangle(tl.maximum(p - band * height, 0))
     in_square = p < band * height
     row = tl.where(in_square, band + p % height, band + beside)
     return row, tl.where(in_square, p // height, band + below)

@@ -1,0 +1,192 @@
+"""The Triton launchers on the CPU, run by Triton's interpreter: numbers, not speed.
+
+Interpretation is decided when a kernel is decorated, so these cases have a process of their own:
+`test_triton_interpreter.py` starts it.
+"""
+
+import importlib
+import os
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("run by test_triton_interpreter.py, in its own process", allow_module_level=True)
+
+import numpy as np
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+from ekfac_fast import ops
+from ekfac_fast.ops import parity
+from ekfac_fast.ops.gradients import cheapest_order
+from ekfac_fast.ops.sampling import Sample, draw, layers, strided
+from ekfac_fast.ops.shapes import Shape
+
+# Padding is garbage on purpose, and numpy says so.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
+
+# A small chip splits little; one as wide as an H100 splits wherever it can, and takes wide tiles.
+CHIPS = {"small": (80, 4, 166912), "wide": (90, 132, 232448), "little memory": (89, 128, 101376)}
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def kernels(name: str):
+    return importlib.import_module(f"ekfac_fast.triton_kernels.{name}")
+
+
+def launcher(card):
+    return getattr(kernels(ops.stem(card)), ops.stem(card))
+
+
+def use_chip(monkeypatch, name: str) -> None:
+    chip = kernels("launch").Chip(*CHIPS[name])
+    for card in ops.ALL:
+        monkeypatch.setattr(kernels(ops.stem(card)), "chip", lambda device: chip)
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch):
+    """Fill new memory with NaN; make bf16 dots of fp32 casts, since interpreted ones are wrong."""
+    dot = InterpreterBuilder.create_dot
+
+    def widened(x):
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    monkeypatch.setattr(
+        InterpreterBuilder,
+        "create_dot",
+        lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest),
+    )
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def agree(card, samples, call) -> int:
+    """Check every sample, report all that fail."""
+    failures, count = [], 0
+    for sample in samples:
+        count += 1
+        try:
+            parity.check(card, sample, call)
+        except AssertionError as error:
+            failures.append(str(error))
+    assert not failures, "\n".join(failures)
+    return count
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("card", ops.ALL, ids=ops.stem)
+def test_parity(card, dtype, chip, monkeypatch):
+    use_chip(monkeypatch, chip)
+    assert agree(card, card.samples(dtype), launcher(card)) >= 10
+
+
+@pytest.mark.parametrize("card", ops.ALL, ids=ops.stem)
+def test_fp64_is_the_reference(card):
+    for sample in card.samples(torch.float64):
+        want = parity.run(card.reference, sample.args)
+        assert torch.equal(want, parity.run(launcher(card), sample.args)), sample.why
+
+
+@pytest.mark.parametrize("card", ops.ALL, ids=ops.stem)
+def test_second_run_is_bitwise_equal(card, monkeypatch):
+    use_chip(monkeypatch, "wide")
+    for sample in card.samples(torch.float16):
+        first, second = (parity.run(launcher(card), sample.args) for _ in range(2))
+        assert torch.equal(first, second), sample.why
+
+
+@pytest.mark.parametrize("card", [c for c in ops.ALL if hasattr(c, "order")], ids=ops.stem)
+def test_gradients_rotated_a_sequence_at_a_time(card, monkeypatch):
+    monkeypatch.setattr(kernels("rotations"), "CHUNK_BYTES", 1)
+    agree(card, card.samples(torch.float32), launcher(card))
+
+
+@pytest.mark.parametrize("way", ["few_queries", "many_queries"])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_both_ways_of_dense_scores(way, dtype, monkeypatch):
+    dense = kernels("dense_scores")
+    monkeypatch.setattr(dense, "FEW_QUERIES", 100 if way == "few_queries" else 0)
+    monkeypatch.setattr(dense, "STRIP_BYTES", 1)  # strips of 16 rows
+    agree(ops.dense_scores, ops.dense_scores.samples(dtype), dense.dense_scores)
+
+
+def test_strided_accumulators():
+    B, T, I, O, Q, K = 3, 9, 21, 35, 18, 5
+    g, a = draw(B, T, O, dtype=torch.float32), draw(B, T, I, dtype=torch.float32)
+    L, R = draw(Q, O, K, dtype=torch.float32), draw(Q, K, I, dtype=torch.float32)
+    shape = Shape(B=B, T=T, I=I, O=O, Q=Q, K=K)
+    lam, scores = strided(torch.rand(O, I)), strided(torch.rand(Q, B))
+    tokens = strided(torch.rand(Q, B, T))
+    for card, args in (
+        (ops.eigenvalues, (lam, g, a, None, None)),
+        (ops.self_influence, (scores[0], g, a, None, None, lam, 0.1)),
+        (ops.dense_scores, (scores, L @ R, g, a)),
+        (ops.dense_scores, (tokens, L @ R, g, a)),
+        (ops.low_rank_scores, (scores, L, R, g, a)),
+        (ops.low_rank_scores, (tokens, L, R, g, a)),
+    ):
+        agree(card, [Sample("strided accumulator", shape, args, T + O + I)], launcher(card))
+
+
+def test_triangle_of_many_tiles(monkeypatch):
+    # 21 rows of tiles: two whole bands of the grouped order and a part of one.
+    use_chip(monkeypatch, "little memory")
+    x = draw(24, 1300, dtype=torch.float16)
+    sample = Sample("many tiles", Shape(B=24, I=1300, bias=True), (torch.zeros(1301, 1301), x), 24)
+    sample = Sample(sample.why, sample.shape, (*sample.args, None, True), 24)
+    agree(ops.covariance, [sample], launcher(ops.covariance))
+    cov = parity.run(launcher(ops.covariance), sample.args)
+    assert torch.equal(cov, cov.T)
+
+
+def test_no_tokens():
+    lam = torch.ones(3, 4)
+    P = launcher(ops.precondition)(torch.ones(2, 0, 3), torch.ones(2, 0, 4), None, None, lam, 0.1)
+    assert torch.equal(P, torch.zeros(2, 3, 4))
+    launcher(ops.eigenvalues)(lam, torch.ones(2, 0, 3), torch.ones(2, 0, 4), None, None)
+    assert torch.equal(lam, torch.ones(3, 4))
+
+
+def test_contraction_order_is_the_card_s():
+    rotations = kernels("rotations")
+    for T, O, I in ((t, o, i) for t in (1, 7, 8, 9) for o in (7, 8, 9) for i in (7, 8, 9)):
+        for bias in (False, True):
+            shape = Shape(T=T, O=O, I=I, bias=bias)
+            assert rotations.cheapest_order(T, O, shape.J) == cheapest_order(shape)
+
+
+@pytest.mark.parametrize("card", ops.ALL, ids=ops.stem)
+def test_wrong_arguments_are_refused_as_by_the_reference(card):
+    sample = next(iter(card.samples(torch.float32)))
+    tensors = [n for n, x in enumerate(sample.args) if isinstance(x, torch.Tensor)]
+    for n in tensors:
+        x = sample.args[n]
+        for wrong in (x[None, None], x.to(torch.int16), torch.cat([x, x, x], -1)):
+            args = (*sample.args[:n], wrong, *sample.args[n + 1 :])
+            with pytest.raises((ValueError, TypeError)) as ours:
+                launcher(card)(*args)
+            with pytest.raises((ValueError, TypeError)) as theirs:
+                card.reference(*args)
+            assert str(ours.value) == str(theirs.value)
+            assert ops.stem(card) in str(ours.value)
+
+
+def test_wrong_scalars_are_refused():
+    case = next(iter(layers(torch.float32)))
+    args = (case.g, case.a, case.Qg, case.Qa, case.lam)
+    with pytest.raises(ValueError, match="damping is -1"):
+        launcher(ops.precondition)(*args, -1.0)
+    with pytest.raises(ValueError, match="order is 'rows'"):
+        launcher(ops.precondition)(*args, 0.1, False, "rows")
+
+
+def test_devices_must_agree():
+    with pytest.raises(RuntimeError, match="x is on meta but cov is on cpu"):
+        launcher(ops.covariance)(torch.zeros(3, 3), torch.zeros(2, 3, device="meta"))
