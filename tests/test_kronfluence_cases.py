@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
-import ekfac_fast.kronfluence as fast
 import pytest
 import torch
 from kronfluence import Analyzer, FactorArguments, ScoreArguments, Task, prepare_model
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+import ekfac_fast.kronfluence as fast
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.cuda.amp.GradScaler.*:FutureWarning")
 
@@ -33,10 +34,12 @@ class Sequence(nn.Module):
         self.inplace = inplace
 
     def forward(self, x: Tensor) -> Tensor:
-        for number, layer in enumerate(self.layers):
-            x = layer(x)
-            if number + 1 < len(self.layers):
-                x = F.relu(x, inplace=self.inplace)
+        for layer in self.layers:
+            read = x * 1.0
+            x = torch.tanh(layer(read))
+            if self.inplace:
+                # The tracker has to have kept what the layer read.
+                read.mul_(3.0)
         return x
 
 
@@ -128,9 +131,9 @@ class NextToken(Task):
         return batch[2]
 
     def get_influence_tracked_modules(self) -> list[str]:
-        names = "q_proj k_proj v_proj o_proj".split()
+        names = ["q_proj", "k_proj", "v_proj", "o_proj"]
         attention = [f"model.layers.{i}.self_attn.{name}" for i in range(2) for name in names]
-        names = "gate_proj up_proj down_proj".split()
+        names = ["gate_proj", "up_proj", "down_proj"]
         return attention + [f"model.layers.{i}.mlp.{name}" for i in range(2) for name in names]
 
 
@@ -215,11 +218,10 @@ class Pair:
         return self.analyzer.load_lambda_matrices(name)
 
     def fit(self, backend: bool, name: str) -> None:
-        """Every factor that the strategy needs."""
-        with self.side(backend):
-            self.analyzer.fit_all_factors(
-                name, self.train, per_device_batch_size=self.batch, factor_args=self.factor_args
-            )
+        """Every factor that the strategy needs, each stage from the same draws."""
+        self.covariances(backend, name)
+        self.eigen(backend, name, name)
+        self.eigenvalues(backend, name, name)
 
     def pairwise(
         self, backend: bool, factors: str, args: ScoreArguments, name: str, **options
@@ -268,9 +270,7 @@ def spearman(x: Tensor, y: Tensor) -> float:
     return float(torch.corrcoef(ranks)[0, 1])
 
 
-def assert_close(
-    found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float
-) -> None:
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
     """Same names, shapes and dtypes; relative error within `tolerance`."""
     assert found.keys() == expected.keys()
     for name in expected:

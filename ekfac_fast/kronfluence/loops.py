@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -65,8 +65,33 @@ def in_score_dtype(compute: Callable[..., Scores]) -> Callable[..., Scores]:
     return wrapper
 
 
+class SameDraws:
+    """A query loader after which a pass over `train` is left out every `steps` batches.
+
+    Creating the iterator of a pass draws one seed from the global generator. It is drawn here as
+    well, so that `svd_lowrank` gets the same random columns with fewer passes.
+    """
+
+    def __init__(self, queries: data.DataLoader, train: data.DataLoader, steps: int, held: int):
+        self.queries, self.train, self.steps, self.held = queries, train, steps, held
+        self.dataset = queries.dataset
+
+    def __len__(self) -> int:
+        return len(self.queries)
+
+    def __iter__(self) -> Iterator[Any]:
+        for number, batch in enumerate(self.queries):
+            yield batch
+            ended = number + 1
+            if ended < len(self) and ended % self.steps == 0 and ended % self.held:
+                torch.empty((), dtype=torch.int64).random_(generator=self.train.generator)
+
+
 def holding_queries(compute: Callable[..., Scores]) -> Callable[..., Scores]:
-    """Pairwise scores with more query batches per pass over the training data, same scores."""
+    """Pairwise scores with more query batches per pass over the training data, same scores.
+
+    Not with `aggregate_train_gradients`: there kronfluence makes a single pass already.
+    """
 
     @functools.wraps(compute)
     def wrapper(
@@ -74,23 +99,27 @@ def holding_queries(compute: Callable[..., Scores]) -> Callable[..., Scores]:
         model: nn.Module,
         state: State,
         score_args: ScoreArguments,
+        query_loader: data.DataLoader,
         per_device_query_batch_size: int,
         tracked_module_names: list[str] | None,
         train_loader: data.DataLoader,
         **kwargs: Any,
     ) -> Scores:
-        steps = score_args.query_gradient_accumulation_steps
-        options = switch.current()
-        if options is not None and options.hold_queries:
+        options, steps = switch.current(), score_args.query_gradient_accumulation_steps
+        loader, asked = query_loader, score_args
+        if options is not None and options.hold_queries and not asked.aggregate_train_gradients:
             batch = per_device_query_batch_size * state.num_processes
-            needed = batch * query_bytes(model, score_args, tracked_module_names, train_loader)
+            needed = batch * query_bytes(model, asked, tracked_module_names, train_loader)
             room = options.memory_share * _common_free_bytes(state)
-            steps = max(steps, int(room // max(needed, 1)))
+            held = steps * max(1, int(room // (steps * max(needed, 1))))
+            loader = SameDraws(query_loader, train_loader, steps, held)
+            asked = dataclasses.replace(asked, query_gradient_accumulation_steps=held)
         return compute(
             *args,
             model=model,
             state=state,
-            score_args=dataclasses.replace(score_args, query_gradient_accumulation_steps=steps),
+            score_args=asked,
+            query_loader=loader,
             per_device_query_batch_size=per_device_query_batch_size,
             tracked_module_names=tracked_module_names,
             train_loader=train_loader,
