@@ -1,0 +1,424 @@
+"""On, off, by thread, by command; what is reported, held together and refused."""
+
+import json
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from kronfluence import FactorArguments, ScoreArguments
+from kronfluence.computer import factor_computer, score_computer
+from kronfluence.module import TrackedModule
+from kronfluence.module.linear import TrackedLinear
+from test_kronfluence_cases import (
+    Examples,
+    Halved,
+    NextToken,
+    Pair,
+    Sequence,
+    Siblings,
+    SumLoss,
+    assert_close,
+    examples,
+    language_model,
+    pytestmark,  # noqa: F401
+    quick_release,
+    texts,
+)
+from torch import nn
+
+import ekfac_fast.kronfluence as fast
+from ekfac_fast.kronfluence import patches, switch
+from ekfac_fast.kronfluence.memory import free_bytes
+from ekfac_fast.kronfluence.modules import FastLinear
+from ekfac_fast.kronfluence.pairwise import multiplies_out
+from ekfac_fast.kronfluence.preconditioner import Preconditioner
+from ekfac_fast.kronfluence.truncation import low_rank, truncate_exactly
+from ekfac_fast.ops.shapes import Shape
+
+
+@pytest.fixture(autouse=True)
+def _off():
+    with quick_release():
+        yield
+    fast.disable()
+    assert switch.current() is None
+
+
+def pair(folder: Path, task: SumLoss | None = None, **choices) -> Pair:
+    torch.manual_seed(0)
+    model = Sequence((5, 6, 4), (True, False), inplace=False)
+    data = examples(9, (3, 5), (3, 4)), examples(7, (3, 5), (3, 4))
+    return Pair(model, task or SumLoss(), *data, folder, FactorArguments(**choices))
+
+
+def snapshot() -> list:
+    names = [(path, name) for path, name in patches.FUNCTIONS]
+    found = [getattr(sys.modules[f"kronfluence.{path}"], name) for path, name in names]
+    return [*found, *TrackedModule.SUPPORTED_MODULES.items()]
+
+
+def test_disabling_restores_every_name() -> None:
+    before = snapshot()
+    fast.enable()
+    during = snapshot()
+    assert all(x is not y for x, y in zip(before, during, strict=True))
+    fast.enable(truncation="randomised")
+    assert snapshot() == during
+    assert switch.current() == switch.Options(truncation="randomised")
+    fast.disable()
+    assert snapshot() == before
+    fast.disable()
+    assert snapshot() == before
+
+
+def test_blocks_nest_and_do_not_end_each_other() -> None:
+    before = snapshot()
+    with fast.enabled(hold_queries=False):
+        with fast.enabled():
+            assert switch.current() == switch.Options()
+        assert switch.current() == switch.Options(hold_queries=False)
+        fast.enable(memory_share=0.5)
+        fast.disable()
+        assert switch.current() == switch.Options(hold_queries=False)
+    assert snapshot() == before
+    with pytest.raises(KeyError), fast.enabled():
+        raise KeyError
+    assert snapshot() == before
+
+
+def test_threads_share_one_switch() -> None:
+    before = snapshot()
+    inside, leave = threading.Barrier(9), threading.Event()
+
+    def hold() -> None:
+        for _ in range(50):
+            with fast.enabled():
+                pass
+        with fast.enabled():
+            inside.wait()
+            leave.wait()
+
+    threads = [threading.Thread(target=hold) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    inside.wait()
+    assert TrackedModule.SUPPORTED_MODULES[nn.Linear] is FastLinear
+    leave.set()
+    for thread in threads:
+        thread.join()
+    assert snapshot() == before
+
+
+def test_what_others_replaced_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mine(TrackedLinear):
+        pass
+
+    monkeypatch.setitem(TrackedModule.SUPPORTED_MODULES, nn.Linear, Mine)
+    own = factor_computer.perform_eigendecomposition
+    monkeypatch.setattr(factor_computer, "perform_eigendecomposition", own)
+    fast.enable()
+    assert TrackedModule.SUPPORTED_MODULES[nn.Linear] is Mine
+    factor_computer.perform_eigendecomposition = "on top of ours"
+    fast.disable()
+    assert factor_computer.perform_eigendecomposition == "on top of ours"
+
+
+@pytest.mark.parametrize("version", ["0.0.2", "1.0.0", "2.0.0"])
+def test_other_versions_are_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = snapshot()
+    monkeypatch.setattr(switch, "version", lambda _: version)
+    with pytest.raises(ImportError, match=rf"{version}.*>= 1\.0\.1, < 2"):
+        fast.enable()
+    assert snapshot() == before
+    assert switch.current() is None
+
+
+def test_absence_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise switch.PackageNotFoundError(name)
+
+    monkeypatch.setattr(switch, "version", missing)
+    with pytest.raises(ModuleNotFoundError, match="--no-deps"):
+        fast.enable()
+
+
+@pytest.mark.parametrize("options", [{"truncation": "best"}, {"memory_share": 2}])
+def test_options_are_checked(options: dict) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        fast.enable(**options)
+    assert switch.current() is None
+
+
+def test_models_join_and_leave_whenever_they_were_prepared(tmp_path: Path) -> None:
+    before = pair(tmp_path / "before")
+    with fast.enabled():
+        during = pair(tmp_path / "during")
+    assert type(before.model.layers[0]) is TrackedLinear
+    assert type(during.model.layers[0]) is FastLinear
+    for one in (before, during):
+        one.fit(True, "fast")
+        assert one.model.layers[0]._trackers["lambda"].__class__.__name__ == "FastLambdaTracker"
+        one.fit(False, "stock")
+        assert one.model.layers[0]._trackers["lambda"].__class__.__name__ == "LambdaTracker"
+        found = one.analyzer.load_lambda_matrices("fast")["lambda_matrix"]
+        assert_close(found, one.analyzer.load_lambda_matrices("stock")["lambda_matrix"], 1e-5)
+    assert before.model.state_dict().keys() == during.model.state_dict().keys()
+
+
+def test_report_names_path_and_reason(tmp_path: Path) -> None:
+    data = [Examples(torch.randn(n, 2, 4, 3), torch.randn(n, 3, 5)) for n in (6, 4)]
+    mixed = Pair(Siblings(), Halved(modules=["conv", "head"]), *data, tmp_path)
+    mixed.fit(True, "fast")
+    rows = {(row.module, row.stage): row for row in fast.report().rows}
+    assert rows["head", "covariance"].path == "ekfac_fast"
+    assert rows["head", "lambda"].path == "kronfluence"
+    assert "post-processes" in rows["head", "lambda"].why
+    assert rows["conv", "covariance"].path == "kronfluence"
+    assert rows["conv", "covariance"].why == "Conv2d is not covered"
+    assert "head" in str(fast.report())
+
+
+def test_queries_are_held_for_one_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = pair(tmp_path)
+    one.fit(False, "stock")
+    passes = []
+    inner = SumLoss.compute_train_loss
+
+    def counting(self, batch, model, sample=False):
+        passes.append(len(batch[0]))
+        return inner(self, batch, model, sample)
+
+    monkeypatch.setattr(SumLoss, "compute_train_loss", counting)
+    args = ScoreArguments(damping_factor=None, query_gradient_low_rank=2)
+    counts, scores = {}, {}
+    for label, backend, options in (
+        ("stock", False, {}),
+        ("held", True, {}),
+        ("not held", True, {"hold_queries": False}),
+        ("no room", True, {"memory_share": 0}),
+    ):
+        passes.clear()
+        scores[label] = one.pairwise(backend, "stock", args, label, **options)
+        counts[label] = sum(passes) // len(one.train)
+    assert counts == {"stock": 4, "held": 1, "not held": 4, "no room": 4}
+    for found in scores.values():
+        assert_close(found, scores["stock"], 1e-5)
+
+
+def test_low_rank_queries_are_multiplied_out_where_that_costs_less(tmp_path: Path) -> None:
+    few, many = (Shape(B=8, T=512, I=768, O=3072, Q=Q, K=32, bias=True) for Q in (4, 64))
+    assert not multiplies_out(few, per_token=False)
+    assert multiplies_out(many, per_token=False)
+    assert not multiplies_out(many, per_token=True)
+    torch.manual_seed(0)
+    model = Sequence((5, 6, 4), (True, False), inplace=False)
+    data = examples(9, (30, 5), (30, 4)), examples(9, (30, 5), (30, 4))
+    one = Pair(model, SumLoss(), *data, tmp_path)
+    one.fit(False, "stock")
+    args = ScoreArguments(damping_factor=None, query_gradient_low_rank=3, use_full_svd=True)
+    expected = one.pairwise(False, "stock", args, "dense")
+    assert_close(one.pairwise(True, "stock", args, "dense"), expected, 1e-5)
+
+
+def test_factors_of_another_model_are_refused(tmp_path: Path) -> None:
+    one = pair(tmp_path)
+    one.fit(False, "stock")
+    torch.manual_seed(0)
+    data = examples(9, (3, 5), (3, 4)), examples(7, (3, 5), (3, 4))
+    other = Pair(Sequence((5, 7, 4), (True, False), inplace=False), SumLoss(), *data, tmp_path)
+    with pytest.raises(ValueError, match=r"layers\.1.*\[6, 6\].*\[7, 7\].*another model"):
+        other.pairwise(True, "stock", ScoreArguments(), "other")
+    deeper = Sequence((5, 6, 4, 4), (True, False, True), inplace=False)
+    deeper = Pair(deeper, SumLoss(), *data, tmp_path)
+    with pytest.raises(ValueError, match=r"no entry for module 'layers\.2'"):
+        deeper.self_scores(True, "stock", ScoreArguments(), "other")
+    with pytest.raises(ValueError, match=r"no entry for module 'layers\.2'"):
+        deeper.eigen(True, "other", "stock")
+
+
+@pytest.mark.parametrize("damage", ["nan", "count"])
+def test_broken_covariances_are_named(damage: str, tmp_path: Path) -> None:
+    one = pair(tmp_path)
+    factors = one.covariances(True, "fast")
+    if damage == "nan":
+        factors["gradient_covariance"]["layers.1"][2, 1] = torch.nan
+    else:
+        factors["num_gradient_covariance_processed"]["layers.1"].zero_()
+    message = r"gradient_covariance of module 'layers\.1' \(\[4, 4\].*(NaN|counts no rows)"
+    with fast.enabled(), pytest.raises(ValueError, match=message):
+        factor_computer.perform_eigendecomposition(
+            covariance_factors=factors,
+            model=one.model,
+            state=one.analyzer.state,
+            factor_args=one.factor_args,
+            disable_tqdm=True,
+        )
+
+
+def test_broken_eigenvalues_are_named(tmp_path: Path) -> None:
+    one = pair(tmp_path)
+    one.fit(True, "fast")
+    factors = one.analyzer.load_all_factors("fast")
+    factors["lambda_matrix"]["layers.0"][0, 0] = torch.inf
+    with fast.enabled(), pytest.raises(ValueError, match=r"layers\.0.*NaN or infinity"):
+        score_computer.compute_self_scores_with_loaders(
+            loaded_factors=factors,
+            model=one.model,
+            state=one.analyzer.state,
+            task=one.task,
+            train_loader=torch.utils.data.DataLoader(one.train),
+            score_args=ScoreArguments(),
+            factor_args=one.factor_args,
+            tracked_module_names=None,
+            disable_tqdm=True,
+        )
+
+
+def test_equal_covariances_share_one_eigendecomposition(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    one = Pair(language_model(), NextToken(), texts(6), texts(2), tmp_path)
+    one.covariances(False, "stock")
+    sizes = []
+    inner = torch.linalg.eigh
+
+    def counting(matrices):
+        sizes.append(tuple(matrices.shape))
+        return inner(matrices)
+
+    monkeypatch.setattr(torch.linalg, "eigh", counting)
+    expected = one.eigen(False, "stock", "stock")
+    assert len(sizes) == 28
+    sizes.clear()
+    found = one.eigen(True, "fast", "stock")
+    # q, k and v share an input, gate and up another: 3 of 7 in each of 2 layers. Largest first.
+    assert sum(count for count, *_ in sizes) == 22
+    assert [n for _, n, _ in sizes] == sorted((n for _, n, _ in sizes), reverse=True)
+    for name in ("activation_eigenvalues", "gradient_eigenvalues"):
+        assert_close(found[name], expected[name], 1e-6)
+
+
+def test_batch_size_search_and_masks_of_any_kind(tmp_path: Path) -> None:
+    one = pair(tmp_path, SumLoss(masked=True))
+    one.batch = None
+    for kind in (torch.bool, torch.int32):
+        one.train.mask = one.train.mask.to(kind)
+        expected = one.covariances(False, f"stock_{kind}")
+        found = one.covariances(True, f"fast_{kind}")
+        for name in expected:
+            assert_close(found[name], expected[name], 1e-5)
+    # Not a mask but weights: kronfluence multiplies by them, so does the backend.
+    one.train.mask = one.train.mask * 3
+    expected, found = one.covariances(False, "stock_3"), one.covariances(True, "fast_3")
+    for name in expected:
+        assert_close(found[name], expected[name], 1e-5)
+
+
+def test_autocast_does_not_round_covariances(tmp_path: Path) -> None:
+    one = pair(tmp_path, amp_dtype=torch.bfloat16)
+    expected, found = one.covariances(False, "stock"), one.covariances(True, "fast")
+    for name in expected:
+        assert_close(found[name], expected[name], 1e-5)
+    one.eigen(False, "stock", "stock")
+    one.eigenvalues(False, "stock", "stock")
+    args = ScoreArguments(damping_factor=None, amp_dtype=torch.bfloat16)
+    expected = one.pairwise(False, "stock", args, "amp")
+    assert_close(one.pairwise(True, "stock", args, "amp"), expected, 1e-5)
+    expected = one.self_scores(False, "stock", args, "amp")
+    assert_close(one.self_scores(True, "stock", args, "amp"), expected, 1e-5)
+
+
+def test_exact_truncation_resolves_small_singular_values() -> None:
+    """Squared in fp64, ratios below 1e-8 are lost: such queries go to LAPACK."""
+    torch.manual_seed(0)
+    for shape in ((2, 9, 14), (2, 14, 9)):
+        U, _, Vh = torch.linalg.svd(torch.randn(*shape, dtype=torch.float64), full_matrices=False)
+        S = torch.logspace(0, -12, 9, dtype=torch.float64)
+        M = (U * S) @ Vh
+        L, R = truncate_exactly(M, 6)
+        best = (U[..., :6] * S[:6]) @ Vh[:, :6]
+        assert (L @ R - best).norm() < 1e-13
+        zero = truncate_exactly(torch.zeros(shape), 3)
+        assert all(bool((x == 0).all() or x.isfinite().all()) for x in zero)
+
+
+def test_low_rank_of_equal_draws_is_that_of_kronfluence() -> None:
+    torch.manual_seed(0)
+    for O, J in ((8, 12), (12, 8)):
+        Qg, Qa = (torch.linalg.qr(torch.randn(n, n, dtype=torch.float64))[0] for n in (O, J))
+        M = torch.randn(3, O, J, dtype=torch.float64)
+        basis = Preconditioner(Qg, Qa, torch.ones(O, J, dtype=torch.float64))
+        torch.manual_seed(1)
+        U, S, V = torch.svd_lowrank(Qg @ M @ Qa.T, q=4)
+        state = torch.get_rng_state()
+        torch.manual_seed(1)
+        L, R = low_rank(M, 4, basis, exact=False, randomised=False)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert (L @ R - (U * S.unsqueeze(1)) @ V.mT).norm() < 1e-12
+
+
+def test_free_memory_is_a_plausible_number() -> None:
+    assert 0 < free_bytes(torch.device("cpu")) < 2**50
+
+
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=240
+    )
+
+
+def test_importing_us_does_not_import_kronfluence(tmp_path: Path) -> None:
+    code = "import sys, ekfac_fast.kronfluence; sys.exit('kronfluence' in sys.modules)"
+    assert run("-c", code, cwd=tmp_path).returncode == 0
+
+
+SCRIPT = """
+    import json, sys
+    import torch
+    from kronfluence import Analyzer, FactorArguments, ScoreArguments, prepare_model
+    sys.path.insert(0, sys.argv[1])
+    from test_kronfluence_cases import Sequence, SumLoss, examples
+    from beside import NAME
+
+    if __name__ == "__main__":
+        torch.manual_seed(0)
+        model = prepare_model(Sequence((5, 6, 4), (True, False), inplace=False), SumLoss())
+        train, query = examples(9, (3, 5), (3, 4)), examples(7, (3, 5), (3, 4))
+        analyzer = Analyzer(NAME, model, SumLoss(), cpu=True, disable_tqdm=True)
+        analyzer.fit_all_factors("f", train, per_device_batch_size=4)
+        args = ScoreArguments(damping_factor=None)
+        analyzer.compute_pairwise_scores("s", "f", query, train, 2, 4, score_args=args)
+        scores = analyzer.load_pairwise_scores("s")["all_modules"]
+        print(json.dumps([sys.argv[2:], type(model.layers[0]).__name__, scores.tolist()]))
+"""
+
+
+def test_an_unchanged_script_runs_with_the_backend(tmp_path: Path) -> None:
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "script.py").write_text(textwrap.dedent(SCRIPT))
+    (folder / "beside.py").write_text("NAME = 'unchanged'\n")
+    script, tests = str(folder / "script.py"), str(Path(__file__).parent)
+    plain = run(script, tests, "--report", "x", cwd=tmp_path / "project")
+    backed = run(
+        "-m", "ekfac_fast.kronfluence", "--report", script, tests, "--report", "x", cwd=tmp_path
+    )
+    assert plain.returncode == 0, plain.stderr
+    assert backed.returncode == 0, backed.stderr
+    arguments, kind, expected = json.loads(plain.stdout.splitlines()[-1])
+    found_arguments, found_kind, found = json.loads(backed.stdout.splitlines()[-1])
+    assert arguments == found_arguments == ["--report", "x"]
+    assert (kind, found_kind) == ("TrackedLinear", "FastLinear")
+    assert "2 Linear" in backed.stderr
+    assert_close({"s": torch.tensor(found)}, {"s": torch.tensor(expected)}, 1e-5)
+
+
+def test_the_command_names_a_missing_script(tmp_path: Path) -> None:
+    result = run("-m", "ekfac_fast.kronfluence", "absent.py", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "no script 'absent.py'" in result.stderr
