@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gradient_tile import column_sums, product_tile
+from .gradient_tile import column_sums, product_tile, tile_at
 from .launch import chip, launcher, options, precision, splits, tile
 
 
@@ -38,15 +38,22 @@ def grouped_triangle(p, rows, GROUP: tl.constexpr):
 
 
 @triton.jit
-def add_both(cov, Z, i, j, J, cov_i, cov_j):
-    """cov[i,j] += Z[i,j] for i >= j, and cov[j,i] = cov[i,j]."""
-    rows, columns = i.to(tl.int64)[:, None], j.to(tl.int64)[None, :]
-    lower = (rows < J) & (rows >= columns)
-    at = cov + rows * cov_i + columns * cov_j
-    Z += tl.load(at, mask=lower, other=0.0)
-    tl.store(at, Z, mask=lower)
-    at = cov + i.to(tl.int64)[None, :] * cov_j + j.to(tl.int64)[:, None] * cov_i
-    tl.store(at, tl.trans(Z), mask=tl.trans(lower & (rows > columns)))
+def halves(Z, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The upper and the lower half of a tile."""
+    return tl.split(tl.permute(tl.reshape(Z, (2, ROWS // 2, COLUMNS)), (1, 2, 0)))
+
+
+@triton.jit
+def add_both(cov, Z, row, column, J, cov_i, cov_j, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """cov[i,j] += Z[i,j] for i >= j, and cov[j,i] = cov[i,j], from element [row,column] on."""
+    i, j = row + tl.arange(0, ROWS)[:, None], column + tl.arange(0, COLUMNS)[None, :]
+    at = tile_at(cov, row, column, cov_i, cov_j, ROWS, COLUMNS)
+    inside = (i < J) & (i >= j)
+    Z += tl.load(at, mask=inside, other=0.0)
+    tl.store(at, Z, mask=inside)
+    i, j = row + tl.arange(0, ROWS)[None, :], column + tl.arange(0, COLUMNS)[:, None]
+    at = tile_at(cov, column, row, cov_i, cov_j, COLUMNS, ROWS)
+    tl.store(at, tl.trans(Z), mask=(i < J) & (i > j))
 
 
 @triton.jit
@@ -91,10 +98,15 @@ def covariance_kernel(
         sums = column_sums(xj, j < I, j == I, terms, x_n, keep, keep_n, BLOCK, BLOCK_N)
         Z = tl.where(i[:, None] == I, sums[None, :], Z)
     if ADD:
-        add_both(out, Z, i, j, J, out_i, out_j)
+        # In halves: all addresses of a tile at once do not fit registers.
+        upper, lower = halves(Z, BLOCK, BLOCK)
+        i, j = row * BLOCK, column * BLOCK
+        H: tl.constexpr = BLOCK // 2
+        add_both(out, upper, i, j, J, out_i, out_j, H, BLOCK)
+        add_both(out, lower, i + H, j, J, out_i, out_j, H, BLOCK)
     else:
-        at = out + (split * tiles + p).to(tl.int64) * (BLOCK * BLOCK)
-        tl.store(at + here[:, None] * BLOCK + here[None, :], Z)
+        out += (split * tiles + p).to(tl.int64) * (BLOCK * BLOCK)
+        tl.store(out + here[:, None] * BLOCK + here[None, :], Z)
 
 
 @triton.jit
@@ -112,13 +124,13 @@ def covariance_fold_kernel(
     """Sum the parts of PIECE rows of a tile, always in the same order, and write both triangles."""
     p, piece = tl.program_id(0), tl.program_id(1)
     row, column = grouped_triangle(p, tl.cdiv(J, BLOCK), 8)
-    rows, columns = piece * PIECE + tl.arange(0, PIECE), tl.arange(0, BLOCK)
-    at = parts + p.to(tl.int64) * (BLOCK * BLOCK) + rows[:, None] * BLOCK + columns[None, :]
+    here = tl.arange(0, PIECE)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    parts += p.to(tl.int64) * (BLOCK * BLOCK) + piece * (PIECE * BLOCK)
     Z = tl.zeros((PIECE, BLOCK), tl.float32)
     for _ in range(S):
-        Z += tl.load(at)
-        at += tl.cast(tiles, tl.int64) * (BLOCK * BLOCK)
-    add_both(cov, Z, row * BLOCK + rows, column * BLOCK + columns, J, cov_i, cov_j)
+        Z += tl.load(parts + here)
+        parts += tl.cast(tiles, tl.int64) * (BLOCK * BLOCK)
+    add_both(cov, Z, row * BLOCK + piece * PIECE, column * BLOCK, J, cov_i, cov_j, PIECE, BLOCK)
 
 
 @launcher

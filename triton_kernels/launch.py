@@ -102,15 +102,17 @@ def splits(tiles: int, terms: int, limit: int, chip: Chip) -> int:
     """Into how many parts a sum of `terms` is cut so that `tiles` of it fill the chip.
 
     Time in units of one term of one tile: whole waves of the longest part, then, if there is more
-    than one part, about 8 a tile to write and read it back and 500 for the second launch.
+    than one part, about 8 a tile to write and read it back and 500 for the second launch. At most
+    four waves of tiles are parts: their memory stays at some tens of MB whatever the layer.
     """
+    limit = min(limit, 4 * chip.processors // tiles)
 
     def time(parts: int) -> float:
         waves = -(-tiles * parts // chip.processors)
         second = 8 * tiles * parts / chip.processors + 500 if parts > 1 else 0
         return waves * -(-terms // parts) + second
 
-    return min(range(1, max(1, min(limit, 32)) + 1), key=time)
+    return min(range(1, max(1, limit) + 1), key=time)
 
 
 @triton.jit

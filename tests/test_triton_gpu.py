@@ -1,0 +1,159 @@
+"""The registered kernels on a real GPU, through the dispatcher: parity, graphs, streams, bits.
+
+Run `compute-sanitizer --tool memcheck` (and `racecheck`) over this file to check memory accesses.
+"""
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip(
+        "no GPU: the interpreter and the compiler test the kernels", allow_module_level=True
+    )
+
+from ekfac_fast import ops
+from ekfac_fast.ops import parity
+from ekfac_fast.ops.sampling import Sample, draw, orthogonal
+from ekfac_fast.ops.shapes import Shape
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+CARDS = pytest.mark.parametrize("card", ops.ALL, ids=ops.stem)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def layer_sample(card, dtype, B=8, T=96, I=300, O=272, Q=12, K=16, bias=True) -> Sample:
+    """One call of any op on a layer of several tiles: large enough to split, small enough to check."""
+    shape = Shape(B=B, T=T, I=I, O=O, Q=Q, K=K, bias=bias)
+    J, device = shape.J, "cuda"
+    g, a = (draw(B, T, F, dtype=dtype, device=device) for F in (O, I))
+    Qg, Qa = (orthogonal(n, dtype, device) for n in (O, J))
+    lam, s = torch.rand(O, J, device=device) + 0.05, torch.zeros(Q, B, device=device)
+    L, R = draw(Q, O, K, dtype=dtype, device=device), draw(Q, K, J, dtype=dtype, device=device)
+    args = {
+        "covariance": (torch.zeros(J, J, device=device), a.view(-1, I), None, bias),
+        "eigenvalues": (torch.zeros(O, J, device=device), g, a, Qg, Qa, bias),
+        "precondition": (g, a, Qg, Qa, lam, 0.1, bias),
+        "self_influence": (s[0].clone(), g, a, Qg, Qa, lam, 0.1, bias),
+        "dense_scores": (s, L @ R, g, a, bias),
+        "low_rank_scores": (s, L, R, g, a, bias),
+    }[ops.stem(card)]
+    return Sample("layer", shape, args, terms=B * T + O + J)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@CARDS
+def test_parity(card, dtype):
+    for sample in card.samples(dtype, "cuda"):
+        parity.check(card, sample, ops.call(card))
+
+
+@CARDS
+def test_parity_in_tf32(card):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        # Both make TF32 products of 10-bit operands, each in its own order: fp16's floor.
+        sample = layer_sample(card, torch.float32)
+        exact = tuple(x.double() if isinstance(x, torch.Tensor) else x for x in sample.args)
+        exact = parity.run(card.reference, exact)
+        got, reference = (
+            (parity.run(op, sample.args).double() - exact).square().mean().sqrt()
+            for op in (ops.call(card), card.reference)
+        )
+        floor = torch.finfo(torch.float16).eps * exact.square().mean().sqrt()
+        assert got <= 2 * reference + floor
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@CARDS
+def test_parity_on_a_layer_of_many_tiles(card, dtype):
+    parity.check(card, layer_sample(card, dtype), ops.call(card))
+
+
+@CARDS
+def test_second_run_is_bitwise_equal(card):
+    sample = layer_sample(card, torch.bfloat16, B=24, T=200, I=768, O=1024)
+    first, second = (parity.run(ops.call(card), sample.args) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@CARDS
+def test_cuda_graph(card):
+    sample = layer_sample(card, torch.bfloat16)
+    want = parity.run(ops.call(card), sample.args)  # compiles, too
+    into = sample.args[0].clone()
+    args = (into, *sample.args[1:])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = ops.call(card)(*args)
+    if out is None:
+        into.copy_(sample.args[0])
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(into if out is None else out, want)
+
+
+@CARDS
+def test_another_stream(card):
+    sample = layer_sample(card, torch.float16)
+    want = parity.run(ops.call(card), sample.args)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        # A kernel that started on the default stream would read the copies before they are made.
+        torch.cuda._sleep(20_000_000)
+        got = parity.run(ops.call(card), sample.args)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert torch.equal(got, want)
+
+
+@CARDS
+def test_nothing_synchronises(card):
+    sample = layer_sample(card, torch.bfloat16)
+    ops.call(card)(*sample.args)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ops.call(card)(*sample.args)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@CARDS
+def test_compiled(card):
+    sample = layer_sample(card, torch.bfloat16)
+
+    def call(*args):
+        return ops.call(card)(*args)
+
+    want = parity.run(call, sample.args)
+    assert torch.equal(parity.run(torch.compile(call, fullgraph=True), sample.args), want)
+
+
+@CARDS
+def test_no_tensor_of_all_gradients(card):
+    if card is ops.precondition:
+        pytest.skip("its output is one")
+    sample = layer_sample(card, torch.bfloat16, B=64, T=64, I=2048, O=2048, Q=4, bias=False)
+    ops.call(card)(*sample.args)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    ops.call(card)(*sample.args)
+    extra = torch.cuda.max_memory_allocated() - before
+    s = sample.shape
+    rotated = 2 * s.N * (s.O + s.J)
+    assert extra - rotated <= 0.05 * 2 * s.B * s.O * s.I
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@CARDS
+def test_another_device(card):
+    sample = layer_sample(card, torch.bfloat16)
+    want = parity.run(ops.call(card), sample.args)
+    args = tuple(x.to("cuda:1") if isinstance(x, torch.Tensor) else x for x in sample.args)
+    assert torch.equal(parity.run(ops.call(card), args).to("cuda:0"), want)
