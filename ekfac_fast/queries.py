@@ -237,7 +237,8 @@ def captured_energy(P: Tensor, L: Tensor, R: Tensor) -> Tensor:
     """
     total = P.double().square().sum((1, 2))
     # ||L R||^2 = <L^T L, R R^T>, for any factors.
-    kept = ((L.mT @ L).double() * (R @ R.mT).double()).sum((1, 2))
+    L, R = L.double(), R.double()
+    kept = ((L.mT @ L) * (R @ R.mT)).sum((1, 2))
     return torch.where(total > 0, kept / total, 1.0)
 
 

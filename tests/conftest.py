@@ -9,7 +9,7 @@ import torch
 
 # The same examples in every run: a red test is red again on the next machine.
 hypothesis.settings.register_profile(
-    "repeatable", derandomize=True, deadline=None, max_examples=25, database=None
+    "repeatable", derandomize=True, deadline=None, max_examples=50, database=None
 )
 hypothesis.settings.load_profile("repeatable")
 
