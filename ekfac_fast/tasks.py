@@ -68,7 +68,7 @@ class LanguageModelTask:
     def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
         """Cross-entropy summed over the batch: scalar, nats."""
         logits = self._logits(batch, model)[:, :-1]
-        labels = batch["labels"][:, 1:]
+        labels = _targets(batch)
         if sample:
             labels = self._sampled(logits.detach(), labels, batch)
         return _cross_entropy(logits, labels).sum()
@@ -79,7 +79,7 @@ class LanguageModelTask:
 
     def negative_log_likelihoods(self, batch: Any, model: nn.Module) -> Tensor:
         """-log p of every example's labelled tokens: [B], nats."""
-        return _cross_entropy(self._logits(batch, model)[:, :-1], batch["labels"][:, 1:]).sum(1)
+        return _cross_entropy(self._logits(batch, model)[:, :-1], _targets(batch)).sum(1)
 
     def get_influence_tracked_modules(self) -> list[str] | None:
         """The default: MLP matrices."""
@@ -125,6 +125,11 @@ class LanguageModelTask:
         if drawn:
             sampled[wanted] = torch.cat(drawn)
         return sampled
+
+
+def _targets(batch: Any) -> Tensor:
+    """What position t predicts: labels [B,T-1], -100 also where position t is left padding."""
+    return batch["labels"][:, 1:].masked_fill(batch["attention_mask"][:, :-1] == 0, IGNORED)
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -1,0 +1,217 @@
+"""The whole job on a laptop, from nothing: a corpus, a tokenizer, a small GPT-2, its influences.
+
+The corpus is real English that every Python carries (`pydoc_data.topics`, the language reference);
+the model is trained here, on it, in a few minutes, and saved as an ordinary Hugging Face
+checkpoint. From there on the demo runs the same functions as any user.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .batches import Batches
+from .data import Tokens, tokenize
+from .files import save_json
+from .hooks import Capture, select_layers
+from .queries import Queries
+from .records import optional, read
+from .scoring import Scores
+from .tasks import LanguageModelTask
+
+CONTEXT = 128
+VOCABULARY = 4096
+LAYERS, WIDTH, HEADS = 4, 256, 4
+STEPS, BATCH, LEARNING_RATE = 700, 16, 1.5e-3
+# A step of this size along one sequence's gradient: small against the distance trained.
+STEP = 1e-3
+
+QUERIES = (
+    (
+        "with",
+        "The with statement is used to wrap the execution of a block with methods defined by a",
+        " context manager.",
+    ),
+    (
+        "yield",
+        "Using a yield expression in a function's body causes that function to be a",
+        " generator function.",
+    ),
+    (
+        "global",
+        "The global statement causes the listed identifiers to be interpreted as",
+        " globals.",
+    ),
+    ("lambda", "Lambda expressions are used to create", " anonymous functions."),
+    ("class", "A class definition defines a", " class object."),
+    (
+        "import",
+        "The import statement combines two operations; it searches for the named",
+        " module, then it binds the results of that search to a name",
+    ),
+    (
+        "slots",
+        "__slots__ allow us to explicitly declare data members",
+        " and deny the creation of __dict__",
+    ),
+    (
+        "try",
+        "If the finally clause raises another exception, the saved exception is set as the",
+        " context of the new exception.",
+    ),
+)
+
+
+def write_corpus(folder: Path) -> Path:
+    """The topics of Python's language reference, one text file each."""
+    from pydoc_data.topics import topics
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in topics.items():
+        (folder / f"{name}.txt").write_text(text.strip() + "\n", encoding="utf-8")
+    return folder
+
+
+def write_queries(path: Path) -> Path:
+    """`QUERIES` as JSON lines."""
+    lines = (
+        json.dumps({"name": name, "prompt": prompt, "completion": completion})
+        for name, prompt, completion in QUERIES
+    )
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def train_tokenizer(corpus: Path, out: Path):
+    """A byte-level BPE of the corpus, saved as a Hugging Face tokenizer."""
+    tokenizers, transformers = optional("tokenizers", "hf"), optional("transformers", "hf")
+    backend = tokenizers.ByteLevelBPETokenizer()
+    backend.train(
+        [str(path) for path in sorted(corpus.glob("*.txt"))],
+        vocab_size=VOCABULARY,
+        special_tokens=["<|endoftext|>"],
+        show_progress=False,
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend._tokenizer, eos_token="<|endoftext|>", model_max_length=CONTEXT
+    )
+    tokenizer.save_pretrained(out)
+    return tokenizer
+
+
+def train_model(
+    data: Tokens,
+    out: Path,
+    steps: int = STEPS,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> nn.Module:
+    """A GPT-2 of 4.2M parameters, trained on `data` in bf16 autocast and saved to `out`."""
+    transformers = optional("transformers", "hf")
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=VOCABULARY,
+            n_positions=CONTEXT,
+            n_embd=WIDTH,
+            n_layer=LAYERS,
+            n_head=HEADS,
+            bos_token_id=0,
+            eos_token_id=0,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+        )
+    )
+    batches, task = Batches(data, model), LanguageModelTask()
+    optimiser = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01
+    )
+    warm = min(50, steps)
+
+    def rate(step: int) -> float:
+        return min(1.0, (step + 1) / warm) * (0.05 + 0.475 * (1 + math.cos(math.pi * step / steps)))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
+    generator = torch.Generator().manual_seed(0)
+    order: list[int] = []
+    for step in range(steps):
+        if len(order) < BATCH:
+            order += torch.randperm(len(data), generator=generator).tolist()
+        batch = batches.load([order.pop() for _ in range(min(BATCH, len(order)))])
+        tokens = (batch["labels"][:, 1:] >= 0).sum()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = task.compute_train_loss(batch, model) / tokens
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        if progress:
+            progress(step + 1, steps, loss.item())
+    model.eval().save_pretrained(out)
+    return model
+
+
+def prepare(
+    folder: Path, steps: int = STEPS, progress: Callable[[int, int, float], None] | None = None
+) -> None:
+    """Corpus, queries, tokenizer and model in `folder`; what is there already is kept."""
+    corpus, queries, model = folder / "corpus", folder / "queries.jsonl", folder / "model"
+    if not (model / "trained.json").exists():
+        write_corpus(corpus)
+        write_queries(queries)
+        tokenizer = train_tokenizer(corpus, model)
+        train_model(tokenize(read(corpus), tokenizer, CONTEXT), model, steps, progress)
+        save_json(model / "trained.json", {"steps": steps})
+
+
+def floor_seconds(model: nn.Module, data: Tokens, layers: list[str]) -> float:
+    """Seconds of a plain forward and gradient-to-activations backward over the scan's batches."""
+    batches, task = Batches(data, model), LanguageModelTask()
+    capture = Capture(model, select_layers(model, layers))
+    seconds = 0.0
+    for indices in batches.plan():
+        start = time.perf_counter()
+        batch = batches.load(indices)
+        capture(lambda batch=batch: task.compute_train_loss(batch, model), lambda _: None)
+        seconds += time.perf_counter() - start
+    return seconds
+
+
+def step_check(
+    model: nn.Module, queries: Queries, scores: Scores, data: Tokens
+) -> list[tuple[float, float]]:
+    """Change of each completion's log-probability after one small gradient step on its top and its
+    bottom sequence, in nats: the first should be positive, the second negative.
+    """
+    task = LanguageModelTask()
+    asked = [{"input_ids": ids, "labels": labels} for ids, labels in queries.examples]
+    every, ask = Batches(data, model), Batches(asked, model)
+    weights = [model.get_submodule(name).weight for name in scores.layers]
+    changes = []
+    for q in range(len(queries)):
+        batch = ask.load([q])
+        before = _log_probability(task, batch, model)
+        pair = []
+        for lowest in (False, True):
+            ((index, _),) = scores.top(q, 1, lowest=lowest)
+            loss = task.compute_train_loss(every.load([index]), model)
+            gradients = torch.autograd.grad(loss, weights)
+            size = STEP / torch.sqrt(sum(g.square().sum() for g in gradients))
+            with torch.no_grad():
+                for weight, g in zip(weights, gradients, strict=True):
+                    weight -= size * g
+                pair.append(_log_probability(task, batch, model) - before)
+                for weight, g in zip(weights, gradients, strict=True):
+                    weight += size * g
+        changes.append((pair[0], pair[1]))
+    return changes
+
+
+@torch.no_grad()
+def _log_probability(task: LanguageModelTask, batch: dict[str, Tensor], model: nn.Module) -> float:
+    return -task.negative_log_likelihoods(batch, model).item()

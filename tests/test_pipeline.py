@@ -1,0 +1,532 @@
+"""The whole pipeline against dense EK-FAC, built from per-sample autograd gradients in fp64."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from ekfac_fast.factors import Factors, LayerFactors, eigendecomposition, fit
+from ekfac_fast.hooks import Capture, select_layers
+from ekfac_fast.queries import Queries, prepare_queries
+from ekfac_fast.scoring import score, self_scores
+from ekfac_fast.store import StoreError
+from ekfac_fast.tasks import LanguageModelTask
+
+VOCABULARY, CONTEXT = 61, 24
+
+
+def gpt2(dtype=torch.float32):
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_layer=2, n_embd=16, n_head=2, vocab_size=VOCABULARY, n_positions=CONTEXT,
+        bos_token_id=0, eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        attn_implementation="eager",
+    )  # fmt: skip
+    return GPT2LMHeadModel(config).to(dtype)
+
+
+def llama(dtype=torch.float32):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        num_hidden_layers=2, hidden_size=16, intermediate_size=40, num_attention_heads=2,
+        num_key_value_heads=2, vocab_size=VOCABULARY, max_position_embeddings=CONTEXT,
+        bos_token_id=0, eos_token_id=0, pad_token_id=None, attn_implementation="eager",
+    )  # fmt: skip
+    return LlamaForCausalLM(config).to(dtype)
+
+
+def corpus(n=12, seed=0):
+    rng = np.random.default_rng(seed)
+    return [
+        {"input_ids": rng.integers(0, VOCABULARY, rng.integers(4, 20)).tolist()} for _ in range(n)
+    ]
+
+
+def asked(n=3, seed=1):
+    rng = np.random.default_rng(seed)
+    examples = []
+    for _ in range(n):
+        ids = rng.integers(0, VOCABULARY, 10).tolist()
+        examples.append({"input_ids": ids, "labels": [-100] * 5 + ids[5:]})
+    return examples
+
+
+def batch_of(examples):
+    """One example alone, without padding."""
+    ids = torch.tensor([examples["input_ids"]])
+    labels = torch.tensor([examples.get("labels", examples["input_ids"])])
+    return {
+        "input_ids": ids,
+        "labels": labels,
+        "attention_mask": torch.ones_like(ids),
+        "index": torch.tensor([examples["id"]]),
+    }
+
+
+def weight_gradient(model, name, loss):
+    """[O,J] by autograd on the parameters themselves: no hook of ours."""
+    module = model.get_submodule(name)
+    parameters = [p for p in (module.weight, module.bias) if p is not None]
+    weight, *bias = torch.autograd.grad(loss, parameters, retain_graph=True)
+    weight = weight if isinstance(module, nn.Linear) else weight.T
+    return torch.cat([weight, *(b.unsqueeze(1) for b in bias)], 1)
+
+
+def moments(model, names, batch, task):
+    """Inputs [T,J] and output gradients [T,O] of one sequence's sampled loss, by plain hooks."""
+    seen, handles = {}, []
+    for name in names:
+
+        def hook(module, args, output, name=name):
+            output.retain_grad()
+            seen[name] = (args[0].detach(), output, module.bias is not None)
+
+        handles.append(model.get_submodule(name).register_forward_hook(hook))
+    loss = task.compute_train_loss(batch, model, sample=True)
+    loss.backward()
+    for handle in handles:
+        handle.remove()
+    rows = {}
+    for name, (a, output, bias) in seen.items():
+        a = a[0]
+        a = torch.cat([a, torch.ones(len(a), 1, dtype=a.dtype)], 1) if bias else a
+        rows[name] = (a, output.grad[0])
+    return loss, rows
+
+
+def dense_ekfac(model, names, data, queries, damping=None):
+    """Scores [Q,N], self scores [N] and lam by the definitions, one sequence at a time."""
+    model = model.double()
+    task = LanguageModelTask()
+    data = [example | {"id": i} for i, example in enumerate(data)]
+    A, S, lam = ({} for _ in range(3))
+    tokens = sum(len(e["input_ids"]) for e in data)
+    for example in data:
+        _, rows = moments(model, names, batch_of(example), task)
+        for name, (a, g) in rows.items():
+            A[name] = A.get(name, 0) + a.T @ a / tokens
+            S[name] = S.get(name, 0) + g.T @ g / tokens
+    Q = {n: (torch.linalg.eigh(A[n])[1], torch.linalg.eigh(S[n])[1]) for n in names}
+    for example in data:
+        loss = task.compute_train_loss(batch_of(example), model, sample=True)
+        for n in names:
+            rotated = Q[n][1].T @ weight_gradient(model, n, loss) @ Q[n][0]
+            lam[n] = lam.get(n, 0) + rotated**2 / len(data)
+    size = {n: 0.1 * lam[n].mean() if damping is None else damping for n in names}
+
+    def inverse(n, G):
+        Qa, Qg = Q[n]
+        return Qg @ ((Qg.T @ G @ Qa) / (lam[n] + size[n])) @ Qa.T
+
+    def gradients(example, measure):
+        loss = measure(batch_of(example), model)
+        return {n: weight_gradient(model, n, loss) for n in names}
+
+    train = [gradients(e, task.compute_train_loss) for e in data]
+    ask = [gradients(e | {"id": 0}, task.compute_measurement) for e in queries]
+    scores = [[sum((inverse(n, q[n]) * g[n]).sum() for n in names) for g in train] for q in ask]
+    own = [sum((inverse(n, g[n]) * g[n]).sum() for n in names) for g in train]
+    return torch.tensor(scores), torch.tensor(own), lam
+
+
+def close(got, expected, tolerance):
+    got = got if isinstance(got, torch.Tensor) else torch.tensor(np.array(got))
+    got, expected = got.double(), expected.double()
+    error = (got - expected).abs().max() / expected.abs().max()
+    assert error < tolerance, f"relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("make", [gpt2, llama])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-9)])
+def test_scores_are_dense_ekfac(make, dtype, tolerance, tmp_path):
+    data, queries = corpus(), asked()
+    model = make(dtype)
+    names = [layer.name for layer in select_layers(model)]
+    expected, own, lam = dense_ekfac(make(), names, data, queries)
+    factors = fit(model, data, out=tmp_path / "factors", batch_tokens=64)
+    assert [layer.name for layer in factors.layers(model)] == names
+    for name in names:
+        close(factors[name].lam.sum(), lam[name].sum(), tolerance)
+    full = score(
+        model, prepare_queries(model, factors, queries, rank=None), data, out=tmp_path / "full",
+        per_token=True, batch_tokens=64,
+    )  # fmt: skip
+    close(full.matrix, expected, tolerance)
+    # Rank min(O, J) is exact, through either contraction.
+    ranked = prepare_queries(model, factors, queries, rank=16)
+    close(score(model, ranked, data, out=tmp_path / "rank").matrix, expected, tolerance)
+    close(self_scores(model, factors, data, out=tmp_path / "self").matrix[0], own, tolerance)
+    for q in range(len(queries)):
+        for detail in full.details(q):
+            assert detail.score == full.matrix[q, detail.index]
+            # The parts may cancel: rounding goes with their size, not with the sum's.
+            slack = 1e-6 * np.abs(detail.per_layer_token).sum()
+            assert abs(detail.per_token.sum() - detail.score) < slack
+            assert abs(detail.per_layer.sum() - detail.score) < slack
+
+
+def test_absolute_damping(tmp_path):
+    data, queries, model = corpus(), asked(), gpt2(torch.float64)
+    names = [layer.name for layer in select_layers(model)]
+    expected, _, _ = dense_ekfac(gpt2(), names, data, queries, damping=0.3)
+    factors = fit(model, data, out=tmp_path / "f")
+    prepared = prepare_queries(model, factors, queries, rank=None, damping=0.3)
+    close(score(model, prepared, data, out=tmp_path / "s").matrix, expected, 1e-9)
+
+
+def test_a_smaller_rank_is_close_and_tells_its_energy(tmp_path):
+    data, queries, model = corpus(), asked(), gpt2()
+    factors = fit(model, data, out=tmp_path / "f")
+    full = score(
+        model, prepare_queries(model, factors, queries, rank=None), data, out=tmp_path / "s"
+    )
+    errors = []
+    for rank in (2, 6, 12):
+        prepared = prepare_queries(model, factors, queries, rank=rank)
+        got = score(model, prepared, data, out=tmp_path / f"s{rank}").matrix
+        errors.append(np.abs(got - full.matrix).max())
+        P = prepare_queries(model, factors, queries, rank=None).layers[0].P
+        kept = prepared.preconditioned(prepared.layers[0].layer.name).square().sum((1, 2))
+        close(prepared.layers[0].energy, kept / P.square().sum((1, 2)), 1e-3)
+    assert errors[0] > errors[1] > errors[2]
+
+
+@pytest.mark.parametrize("make", [gpt2, llama])
+def test_batches_order_and_padding_do_not_matter(make, tmp_path):
+    data, queries, model = corpus(), asked(), make()
+    first = fit(model, data, out=tmp_path / "a", batch_tokens=32)
+    backwards = [data[i] | {"id": i} for i in reversed(range(len(data)))]
+    padded = [
+        {
+            "input_ids": [0] * 3 + e["input_ids"],
+            "attention_mask": [0] * 3 + [1] * len(e["input_ids"]),
+            "labels": [-100] * 3 + e["input_ids"],
+            "id": e["id"],
+        }
+        for e in backwards
+    ]
+    second = fit(model, padded, out=tmp_path / "b", batch_tokens=1000)
+    for name in first:
+        close(second[name].lam.sum(), first[name].lam.sum(), 1e-5)
+    # Eigenvectors are free in sign and within equal eigenvalues; scores are not.
+    scores = [
+        score(model, prepare_queries(model, f, queries, rank=None), data, out=tmp_path / f"s{i}",
+              batch_tokens=tokens).matrix
+        for i, (f, tokens) in enumerate(((first, 40), (second, 500)))
+    ]  # fmt: skip
+    close(scores[1], torch.tensor(np.array(scores[0])), 1e-4)
+
+
+def test_left_padding_gives_the_same_gradients():
+    model = gpt2(torch.float64)
+    task, layers = LanguageModelTask(), select_layers(gpt2())
+    ids = torch.tensor(corpus(1)[0]["input_ids"])
+    found = []
+    for left in (0, 5):
+        blank = torch.zeros(left, dtype=torch.int64)
+        batch = {
+            "input_ids": torch.cat([blank, ids])[None],
+            "attention_mask": torch.cat([blank, torch.ones_like(ids)])[None],
+            "labels": torch.cat([blank - 100, ids])[None],
+            "index": torch.tensor([7]),
+        }
+        sums = {}
+        for sample in (False, True):
+            Capture(model, layers)(
+                lambda b=batch, s=sample: task.compute_train_loss(b, model, sample=s),
+                lambda seen, s=sample, to=sums: to.update(
+                    {(seen.layer.name, s): seen.g.mT @ seen.a}
+                ),
+            )
+        found.append(sums)
+    for key, value in found[0].items():
+        close(found[1][key], value, 1e-12)
+
+
+def test_sampled_labels_follow_the_model():
+    model, task = gpt2(), LanguageModelTask(seed=3)
+    ids = corpus(1)[0]["input_ids"][:4]
+    draws = 4000
+    batch = {
+        "input_ids": torch.tensor([ids]).expand(draws, -1),
+        "attention_mask": torch.ones(draws, 4, dtype=torch.int64),
+        "labels": torch.tensor([ids]).expand(draws, -1),
+        "index": torch.arange(draws),
+    }
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids])).logits[0, :-1]
+        sampled = task._sampled(logits.expand(draws, -1, -1), batch["labels"][:, 1:], batch)
+    for t, p in enumerate(logits.softmax(-1)):
+        counts = torch.bincount(sampled[:, t], minlength=VOCABULARY) / draws
+        # Total variation of an empirical distribution: about sqrt(V / (2 pi n)).
+        assert (counts - p).abs().sum() / 2 < 2 * (VOCABULARY / (6.28 * draws)) ** 0.5
+
+
+def test_shared_inputs_are_computed_once(tmp_path):
+    model, data = llama(), corpus(4)
+    readers = {}
+    Capture(model, select_layers(model))(
+        lambda: LanguageModelTask().compute_train_loss(batch_of(data[0] | {"id": 0}), model),
+        lambda seen: readers.update({seen.layer.name: (seen.shared, seen.readers)}),
+    )
+    gate, up, down = (f"model.layers.0.mlp.{n}_proj" for n in ("gate", "up", "down"))
+    assert readers[gate] == readers[up] == (gate, 2)
+    assert readers[down] == (down, 1)
+
+
+def test_an_input_changed_in_place_is_still_seen_as_it_was():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            h = self.first(x)
+            y = self.second(h)
+            h.mul_(0)
+            return y
+
+    torch.manual_seed(0)
+    model, x = Net().double(), torch.randn(3, 4, dtype=torch.float64)
+    seen = {}
+    Capture(model, select_layers(model, "second"))(
+        lambda: model(x).square().sum(), lambda b: seen.update({b.layer.name: b.g.mT @ b.a})
+    )
+    expected = torch.func.vmap(
+        torch.func.grad(
+            lambda w, h: F.linear(h, w, model.second.bias).square().sum()
+        ), in_dims=(None, 0)
+    )(model.second.weight.detach(), model.first(x).detach())  # fmt: skip
+    close(seen["second"], expected, 1e-12)
+
+
+def test_a_module_used_twice_sums_its_uses():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.layer(torch.tanh(self.layer(x)))
+
+    torch.manual_seed(0)
+    model, x = Net().double(), torch.randn(3, 4, dtype=torch.float64)
+    seen = {}
+    Capture(model, select_layers(model, "layer"))(
+        lambda: model(x).square().sum(), lambda b: seen.update({b.layer.name: b.g.mT @ b.a})
+    )
+    weight, bias = (p.detach() for p in model.layer.parameters())
+
+    def loss(w, row):
+        return F.linear(torch.tanh(F.linear(row, w, bias)), w, bias).square().sum()
+
+    close(seen["layer"], torch.func.vmap(torch.func.grad(loss), (None, 0))(weight, x), 1e-12)
+
+
+def test_nothing_of_the_model_changes():
+    model = gpt2().train()
+    model.transformer.wte.weight.requires_grad_(False)
+    before = {n: (p.requires_grad, p.clone()) for n, p in model.named_parameters()}
+    Capture(model, select_layers(model))(
+        lambda: LanguageModelTask().compute_train_loss(batch_of(corpus(1)[0] | {"id": 0}), model),
+        lambda _: None,
+    )
+    assert model.training
+    assert not any(m._forward_hooks for m in model.modules())
+    for name, p in model.named_parameters():
+        required, value = before[name]
+        assert p.requires_grad == required
+        assert p.grad is None
+        assert torch.equal(p, value)
+
+
+def test_top_k_is_the_matrix_and_candidates_are_the_only_ones(tmp_path):
+    data, queries, model = corpus(30), asked(), gpt2()
+    factors = fit(model, data, out=tmp_path / "f")
+    prepared = prepare_queries(model, factors, queries, rank=None)
+    full = score(model, prepared, data, out=tmp_path / "full", batch_tokens=64)
+    heap = score(model, prepared, data, out=tmp_path / "heap", batch_tokens=64, top_k=4)
+    assert [heap.top(q, 4) for q in range(3)] == [full.top(q, 4) for q in range(3)]
+    with pytest.raises(ValueError, match="top 4"):
+        _ = heap.matrix
+    some = score(model, prepared, data, out=tmp_path / "some", candidates=[[1, 5], [5], [7, 9, 11]])
+    assert (~np.isnan(some.matrix)).sum(1).tolist() == [2, 1, 3]
+    close(some.matrix[2, [7, 9, 11]], torch.tensor(np.array(full.matrix[2, [7, 9, 11]])), 1e-5)
+    filtered = score(model, prepared, data, out=tmp_path / "tfidf", candidates="tfidf:6")
+    assert (~np.isnan(filtered.matrix)).sum(1).tolist() == [6, 6, 6]
+
+
+KILLED = """
+import os, sys
+import ekfac_fast.store as store
+sys.path.insert(0, {tests!r})
+from test_pipeline import asked, corpus, gpt2
+from ekfac_fast.factors import Factors, fit
+from ekfac_fast.queries import prepare_queries
+from ekfac_fast.scoring import score
+
+def slowly(stage, done, total):
+    print(stage, done, flush=True)
+
+store.Pace.due = property(lambda self: True)
+model, out = gpt2(), {out!r}
+factors = fit(model, corpus(30), out=out + "/f", batch_tokens=32, progress=slowly)
+prepared = prepare_queries(model, factors, asked(), rank=4)
+score(model, prepared, corpus(30), out=out + "/s", batch_tokens=32, progress=slowly)
+score(model, prepared, corpus(30), out=out + "/h", batch_tokens=32, top_k=3, progress=slowly)
+"""
+
+
+def test_killed_and_continued_is_bitwise_the_same(tmp_path):
+    """Killed with -9 in every stage, at a line that is printed after a batch, and started again."""
+    tests = os.path.dirname(__file__)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def run(out, kill_after=None):
+        code = KILLED.format(tests=tests, out=str(out))
+        with subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", code], stdout=subprocess.PIPE, text=True,
+            env=environment,
+        ) as process:  # fmt: skip
+            lines = []
+            for line in process.stdout:
+                lines.append(line)
+                if kill_after and len(lines) == kill_after:
+                    process.send_signal(signal.SIGKILL)
+                    break
+        return lines, process.wait()
+
+    lines, status = run(tmp_path / "whole")
+    assert status == 0
+    third = len(lines) // 4
+    for at in (3, third, 2 * third, 3 * third):
+        _, status = run(tmp_path / "killed", kill_after=min(at, third))
+        assert status == -signal.SIGKILL
+    lines, status = run(tmp_path / "killed")
+    assert status == 0
+    for name in (
+        "f/lambda_matrix.safetensors",
+        "f/activation_eigenvectors.safetensors",
+        "s/scores.npy",
+    ):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
+
+
+def test_other_settings_are_refused_by_name(tmp_path):
+    data, model = corpus(), gpt2()
+    fit(model, data, out=tmp_path / "f")
+    with pytest.raises(StoreError, match="seed"):
+        fit(model, data, out=tmp_path / "f", seed=1)
+    with pytest.raises(StoreError, match="data"):
+        fit(model, data[:-1], out=tmp_path / "f")
+    with pytest.raises(StoreError, match="layers"):
+        fit(model, data, out=tmp_path / "f", layers="*.c_attn")
+    other = gpt2()
+    with torch.no_grad():
+        other.transformer.h[0].mlp.c_fc.weight.mul_(1.1)
+    with pytest.raises(StoreError, match="model"):
+        fit(other, data, out=tmp_path / "f")
+
+
+def test_bad_input_is_named(tmp_path):
+    data, model = corpus(), gpt2()
+    with pytest.raises(ValueError, match=r"nearest are .*c_fc"):
+        fit(model, data, out=tmp_path / "a", layers="*.c_fcc")
+    with pytest.raises(ValueError, match=r"example 0.*outside the vocabulary"):
+        fit(model, [{"input_ids": [1, 2, VOCABULARY]}], out=tmp_path / "b")
+    with pytest.raises(ValueError, match=r"example 0.*no tokens"):
+        fit(model, [{"input_ids": []}], out=tmp_path / "b2")
+    with pytest.raises(ValueError, match="empty"):
+        fit(model, [], out=tmp_path / "c")
+    broken = gpt2()
+    with torch.no_grad():
+        broken.transformer.h[1].mlp.c_proj.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"loss is nan for examples \["):
+        fit(broken, data, out=tmp_path / "d")
+    factors = fit(model, data, out=tmp_path / "f")
+    wider = GPT2LMHeadModel(GPT2Config(**(model.config.to_diff_dict() | {"n_embd": 32})))
+    with pytest.raises(ValueError, match=r"c_fc is .* belong to another model"):
+        prepare_queries(wider, factors, asked())
+    (tmp_path / "f" / "lambda_matrix.safetensors").write_bytes(b"\x10")
+    with pytest.raises(StoreError, match=r"lambda_matrix\.safetensors"):
+        _ = Factors(tmp_path / "f")["transformer.h.0.mlp.c_fc"]
+    (tmp_path / "f" / "num_lambda_processed.safetensors").unlink()
+    with pytest.raises(StoreError, match="num_lambda_processed"):
+        Factors(tmp_path / "f")
+    with pytest.raises(ValueError, match=r"layer x: lam holds NaN"):
+        LayerFactors("x", torch.eye(2), torch.eye(3), torch.full((3, 2), torch.nan))
+    with pytest.raises(ValueError, match="covariance of x"):
+        eigendecomposition(torch.full((2, 2), torch.inf), "x")
+
+
+def test_long_sequences_are_cut_and_counted(tmp_path):
+    data = [*corpus(3), {"input_ids": [1] * (CONTEXT + 5)}]
+    fit(gpt2(), data, out=tmp_path / "f")
+    from ekfac_fast.store import Store
+
+    assert Store.load(tmp_path / "f").state["truncated"] > 0
+
+
+def test_queries_survive_the_disk(tmp_path):
+    data, model = corpus(), gpt2()
+    factors = fit(model, data, out=tmp_path / "f")
+    for rank in (None, 4):
+        prepared = prepare_queries(model, factors, asked(), rank=rank)
+        prepared.save(tmp_path)
+        loaded = Queries.load(tmp_path)
+        name = loaded.layers[0].layer.name
+        assert torch.equal(loaded.preconditioned(name), prepared.preconditioned(name))
+        assert loaded.damping == prepared.damping
+        assert torch.equal(loaded.examples[1][1], prepared.examples[1][1])
+    with pytest.raises(KeyError, match="mlp"):
+        prepared.preconditioned("nowhere")
+
+
+def test_memory_does_not_grow_with_the_data(tmp_path):
+    """Twenty times the sequences: the same peak, in a process of its own."""
+    code = """
+import resource, sys
+sys.path.insert(0, {tests!r})
+from test_pipeline import asked, corpus, gpt2
+from ekfac_fast.factors import fit
+from ekfac_fast.queries import prepare_queries
+from ekfac_fast.scoring import score
+model = gpt2()
+few = corpus(20)
+factors = fit(model, few, out={out!r} + "/f")
+prepared = prepare_queries(model, factors, asked(), rank=4)
+class Many:
+    def __len__(self): return {n}
+    def __getitem__(self, i): return few[i % 20]
+score(model, prepared, few, out={out!r} + "/warm", batch_tokens=256, top_k=3)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+score(model, prepared, Many(), out={out!r} + "/s", batch_tokens=256, top_k=3)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    grown = {}
+    for n in (100, 2000):
+        out = tmp_path / str(n)
+        out.mkdir()
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c",
+             code.format(tests=os.path.dirname(__file__), out=str(out), n=n)],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        grown[n] = int(done.stdout)
+    assert grown[2000] - grown[100] < 16 * 1024  # KiB
+
+
+def test_time_is_recorded(tmp_path):
+    data, model = corpus(), gpt2()
+    factors = fit(model, data, out=tmp_path / "f")
+    start = time.perf_counter()
+    scores = score(model, prepare_queries(model, factors, asked()), data, out=tmp_path / "s")
+    assert 0 < scores.seconds < time.perf_counter() - start
