@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .gradient_tile import column_sums, product_tile, tile_at
-from .launch import chip, launcher, options, precision, splits, tile
+from .launch import cdiv, chip, launcher, options, precision, splits, tile
 
 
 @triton.jit
@@ -143,11 +143,11 @@ def covariance(cov: Tensor, x: Tensor, mask: Tensor | None = None, bias: bool = 
     # Two accumulators' tiles are square, as a triangle of them must be.
     by = tile(I, I, x.element_size(), on, accumulators=2)
     J, BLOCK = I + bias, by.rows
-    rows = triton.cdiv(J, BLOCK)
+    rows = cdiv(J, BLOCK)
     tiles = rows * (rows + 1) // 2
-    steps = triton.cdiv(N, by.step)
-    per_split = triton.cdiv(steps, splits(tiles, N, steps, on)) * by.step
-    S = triton.cdiv(N, per_split)
+    steps = cdiv(N, by.step)
+    per_split = cdiv(steps, splits(tiles, N, steps, on)) * by.step
+    S = cdiv(N, per_split)
     # A transposed accumulator is the same matrix: its lower triangle is read along rows.
     cov = cov if cov.stride(1) <= cov.stride(0) else cov.T
     out = cov if S == 1 else torch.empty((S, tiles, BLOCK, BLOCK), device=x.device)

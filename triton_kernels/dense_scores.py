@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .gradient_tile import gradient_tile, grouped, product_tile, tile_at
-from .launch import aligned, chip, fold, launcher, precision, splits, tile
+from .launch import aligned, cdiv, chip, fold, launcher, precision, splits, tile
 
 # Above this, multiply-adds on plain cores (1/15 of the tensor cores' rate) outweigh the tile.
 FEW_QUERIES = 8
@@ -170,7 +170,7 @@ def few_queries(s: Tensor, P: Tensor, g: Tensor, a: Tensor, bias: bool) -> None:
     """One launch over tiles and sequences, one over their numbers: s [Q,B]."""
     (B, T, I), (Q, O, J) = a.shape, P.shape
     by = tile(O, J, g.element_size(), chip(g.device), accumulators=1)
-    tiles = triton.cdiv(O, by.rows) * triton.cdiv(J, by.columns)
+    tiles = cdiv(O, by.rows) * cdiv(J, by.columns)
     out = s[None] if tiles == 1 else torch.empty((tiles, Q, B), device=g.device)
     dense_scores_kernel[(tiles * B,)](
         out,
@@ -227,9 +227,9 @@ def per_token(s: Tensor, P: Tensor, g: Tensor, a: Tensor) -> None:
     by = tile(B * T, J, g.element_size(), on, accumulators=2)
     if on.capability >= 100:
         by = by._replace(step=min(by.step, 32))  # 64 spills, here only
-    blocks, steps = triton.cdiv(B * T, by.rows), triton.cdiv(J, by.columns)
-    per_split = triton.cdiv(steps, splits(blocks * Q, steps * O, steps, on)) * by.columns
-    S = triton.cdiv(J, per_split)
+    blocks, steps = cdiv(B * T, by.rows), cdiv(J, by.columns)
+    per_split = cdiv(steps, splits(blocks * Q, steps * O, steps, on)) * by.columns
+    S = cdiv(J, per_split)
     out = s[None] if S == 1 else torch.empty((S, Q, B, T), device=g.device)
     dense_token_scores_kernel[(blocks * Q, S)](
         out,

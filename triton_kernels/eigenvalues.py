@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .gradient_tile import gradient_tile, grouped, tile_at
-from .launch import chip, fold, launcher, precision, splits, tile
+from .launch import cdiv, chip, fold, launcher, precision, splits, tile
 from .rotations import operands
 
 
@@ -100,9 +100,9 @@ def _accumulate(lam_sum: Tensor, g: Tensor, a: Tensor) -> None:
     (O, J), (B, T, _) = lam_sum.shape, g.shape
     on = chip(g.device)
     by = tile(O, J, g.element_size(), on, accumulators=2)
-    tiles = triton.cdiv(O, by.rows) * triton.cdiv(J, by.columns)
-    per_split = triton.cdiv(B, splits(tiles, B * T, B, on))
-    S = triton.cdiv(B, per_split)
+    tiles = cdiv(O, by.rows) * cdiv(J, by.columns)
+    per_split = cdiv(B, splits(tiles, B * T, B, on))
+    S = cdiv(B, per_split)
     out = lam_sum[None] if S == 1 else torch.empty((S, O, J), device=g.device)
     eigenvalues_kernel[(tiles, S)](
         out,

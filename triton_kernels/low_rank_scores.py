@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .gradient_tile import grouped, product_tile
-from .launch import aligned, chip, fold, launcher, precision, tile
+from .launch import aligned, cdiv, chip, fold, launcher, precision, tile
 
 
 @triton.jit
@@ -131,14 +131,14 @@ def low_rank_scores(
         return
     on = chip(g.device)
     R = aligned(R, bias)
-    rank = triton.next_power_of_2(K)
+    rank = 1 << (K - 1).bit_length()
     by = tile(B * T, Q * rank, g.element_size(), on, accumulators=2)
     rank = min(rank, by.columns)
-    chunks = triton.cdiv(K, rank)
-    columns = triton.cdiv(Q, by.columns // rank) * chunks
+    chunks = cdiv(K, rank)
+    columns = cdiv(Q, by.columns // rank) * chunks
     # Sequences shorter than a tile share tiles, as if scores were wanted per token.
     per_token = s.ndim == 3 or by.rows > T
-    rows = triton.cdiv(B * T if per_token else T, by.rows)
+    rows = cdiv(B * T if per_token else T, by.rows)
     whole = chunks == 1 and (s.ndim == 3 or (not per_token and rows == 1))
     if whole:
         out = s[None] if s.ndim == 3 else s[None, ..., None]

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .gradient_tile import gradient_tile, grouped, tile_at
-from .launch import chip, launcher, precision, tile
+from .launch import cdiv, chip, launcher, precision, tile
 from .rotations import operands
 
 
@@ -88,7 +88,7 @@ def precondition(
         return P.zero_()
     on = chip(g.device)
     by = tile(O, J, g.element_size(), on, accumulators=2)
-    tiles = triton.cdiv(O, by.rows) * triton.cdiv(J, by.columns)
+    tiles = cdiv(O, by.rows) * cdiv(J, by.columns)
     for part, x, y in operands(g, a, Qg, Qa, bias, order):
         precondition_kernel[(tiles * x.shape[0],)](
             P[part],

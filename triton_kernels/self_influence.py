@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .gradient_tile import gradient_tile, grouped, tile_at
-from .launch import chip, fold, launcher, precision, tile
+from .launch import cdiv, chip, fold, launcher, precision, tile
 from .rotations import operands
 
 
@@ -94,7 +94,7 @@ def self_influence(
     O, J = lam.shape
     on = chip(g.device)
     by = tile(O, J, g.element_size(), on, accumulators=1)
-    tiles = triton.cdiv(O, by.rows) * triton.cdiv(J, by.columns)
+    tiles = cdiv(O, by.rows) * cdiv(J, by.columns)
     for part, x, y in operands(g, a, Qg, Qa, bias, order):
         B = x.shape[0]
         out = s[None, part] if tiles == 1 else torch.empty((tiles, B), device=g.device)
