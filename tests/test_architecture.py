@@ -1,0 +1,151 @@
+"""The shape of the house: who imports whom, one kernel per op and device, stems, sizes of files."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from ekfac_fast import ops
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "ekfac_fast"
+
+# Upstream first: a module may import what stands before it. The drop-in backend stands beside.
+ORDER = (
+    *("ops", "files", "store", "records", "data", "batches", "tasks", "hooks", "plan", "factors"),
+    *("queries", "candidates", "scoring", "analysis", "results", "report", "jobs", "demo", "cli"),
+)
+KRONFLUENCE = {"ops", "queries", "kronfluence"}
+
+
+def imported(path: Path) -> Iterator[str]:
+    """What a module of the package imports, absolute names; of `from x import y` both x and x.y."""
+    here = path.relative_to(ROOT).with_suffix("").parts
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = list(here[: -node.level]) if node.level else []
+            base += node.module.split(".") if node.module else []
+            yield from (".".join([*base, alias.name]) for alias in node.names)
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    """(name of the part, file) of everything in the package but its two front doors."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        part = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        if part not in ("__init__", "__main__"):
+            yield part, path
+
+
+def test_imports_point_upstream():
+    wrong = []
+    for part, path in modules():
+        allowed = KRONFLUENCE if part == "kronfluence" else {*ORDER[: ORDER.index(part) + 1]}
+        for name in imported(path):
+            root, _, rest = name.partition(".")
+            target = rest.partition(".")[0]
+            if root in ("tests", "bench"):
+                wrong.append(f"{path.name} imports {name}")
+            if root == "ekfac_fast" and target != "__version__" and target not in allowed:
+                wrong.append(f"{path.name} ({part}) imports {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_part_has_a_place_and_every_place_a_part():
+    assert {part for part, _ in modules()} == {*ORDER, "kronfluence"}
+
+
+def test_benches_do_not_import_tests():
+    names = [name for path in (ROOT / "bench").glob("*.py") for name in imported(path)]
+    assert not [name for name in names if name.partition(".")[0] == "tests"]
+
+
+def test_triton_kernels_know_torch_triton_and_each_other():
+    allowed = {"torch", "triton", "triton_kernels"} | sys.stdlib_module_names
+    for path in (ROOT / "triton_kernels").glob("*.py"):
+        assert {name.partition(".")[0] for name in imported(path)} <= allowed, path.name
+
+
+def test_cpp_knows_tensors_and_pybind_only_binds():
+    for path in sorted((ROOT / "csrc").rglob("*.*")):
+        includes = set(re.findall(r"#include [<\"](\S+)[>\"]", path.read_text()))
+        assert "torch/extension.h" not in includes, f"{path.name}: 25 s a file; see design"
+        python = {name for name in includes if name.startswith(("pybind11", "Python.h"))}
+        assert not python or path.name == "bindings.cpp"
+
+
+def test_stems_are_complete_and_register_on_the_last_line():
+    stems = {ops.stem(card) for card in ops.ALL}
+    cpp, python = (
+        {
+            path.stem: path.read_text().splitlines()[-1]
+            for path in folder.iterdir()
+            if path.suffix in (".cpp", ".py") and register in path.read_text()
+        }
+        for folder, register in (
+            (ROOT / "csrc" / "cpu", "TORCH_LIBRARY_IMPL"),
+            (ROOT / "triton_kernels", "library.impl("),
+        )
+    )
+    assert cpp.keys() == python.keys() == stems
+    assert {path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")} <= stems
+    for stem in stems:
+        assert cpp[stem].startswith("TORCH_LIBRARY_IMPL(ekfac_fast, CPU, m)")
+        assert f'm.impl("{stem}", &ekfac_fast::{stem})' in cpp[stem]
+        assert python[stem] == f'torch.library.impl("ekfac_fast::{stem}", "cuda", {stem})'
+
+
+@pytest.mark.parametrize("card", ops.ALL, ids=ops.stem)
+def test_one_kernel_per_op_and_device(card):
+    registered = torch._C._dispatch_dump(f"ekfac_fast::{ops.stem(card)}")
+    assert "(inactive)" not in registered
+    keys = re.findall(r"^(\w+)(?:\[alias\])?: registered", registered, re.MULTILINE)
+    assert set(keys) >= {"CPU", "CompositeExplicitAutograd"}
+    assert len(keys) == len(set(keys))
+
+
+def test_a_second_kernel_would_be_seen():
+    program = """
+import torch, ekfac_fast
+torch.library.impl("ekfac_fast::covariance", "default", lambda *args: None)
+print(torch._C._dispatch_dump("ekfac_fast::covariance"))
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True
+    )
+    assert "(inactive)" in done.stdout, done.stderr
+
+
+def test_cards_say_the_same_things_in_the_same_order():
+    for card in ops.ALL:
+        tree = ast.parse(Path(card.__file__).read_text())
+        names = [n.name for n in tree.body if isinstance(n, ast.FunctionDef)]
+        assert names == ["reference", "samples", "cost"]
+        assert card.SCHEMA
+        assert ast.get_docstring(tree).splitlines()[0].rstrip(".")
+
+
+def test_files_stay_short():
+    folders = ("bench", "csrc", "ekfac_fast", "examples", "tests", "triton_kernels")
+    long = {
+        str(path.relative_to(ROOT)): lines
+        for folder in folders
+        for path in (ROOT / folder).rglob("*.*")
+        if path.suffix in (".py", ".cpp", ".h", ".cu", ".css", ".js", ".j2")
+        and (lines := len(path.read_text().splitlines())) > 400
+    }
+    assert not long
+
+
+def test_the_bare_name_of_the_triton_kernels_is_refused():
+    done = subprocess.run(
+        [sys.executable, "-c", "import triton_kernels"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode
+    assert "ImportError: this folder is `ekfac_fast.triton_kernels`" in done.stderr
