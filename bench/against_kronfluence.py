@@ -1,0 +1,324 @@
+"""kronfluence beside itself with the backend: the same work, interleaved in one process.
+
+    python bench/against_kronfluence.py [--cases small-gpt gpt2-mlp mlp gpu] [--repeats 5]
+        [--threads 2] [--out bench/results/against_kronfluence.jsonl] [--smoke]
+
+Every stage runs `repeats` times on each side (A B, B A, A B, ...), as a whole call of
+kronfluence's Analyzer: loading, forward and backward passes, files. Both sides fit eigenvalues and
+compute scores from the plain side's files, so that results are compared on equal input; only then
+is a ratio of medians printed. Peak memory is what a call takes above what was there before it.
+"""
+
+# ruff: noqa: D102 (methods of Side are the stages of their names)
+
+import argparse
+import contextlib
+import ctypes
+import datetime
+import gc
+import json
+import logging
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from kronfluence import Analyzer, prepare_model
+from kronfluence_cases import Case, cases
+from torch import Tensor
+
+import ekfac_fast.kronfluence as fast
+from ekfac_fast import ops
+
+
+@dataclass
+class Measure:
+    """One stage on one side: seconds of every run, the largest peak, the last result."""
+
+    seconds: list[float]
+    peak_mib: float
+    result: dict[str, Tensor]
+
+
+def resident(field: str) -> float:
+    """MiB of resident memory: `VmRSS` now, `VmHWM` at its peak since the last reset."""
+    with open("/proc/self/status") as status:
+        line = next(line for line in status if line.startswith(field))
+    return int(line.split()[1]) / 1024
+
+
+@contextlib.contextmanager
+def watched(measure: Measure) -> Iterator[None]:
+    """Time and peak memory of the block, added to `measure`."""
+    gc.collect()
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() / 2**20
+    else:
+        ctypes.CDLL(None).malloc_trim(0)
+        # 5 resets the peak of the resident memory (proc(5)).
+        Path("/proc/self/clear_refs").write_text("5")
+        before = resident("VmRSS")
+    start = time.perf_counter()
+    yield
+    if cuda:
+        torch.cuda.synchronize()
+    measure.seconds.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else resident("VmHWM")
+    measure.peak_mib = max(measure.peak_mib, peak - before)
+
+
+class Side:
+    """One model, with or without the backend, in the folder that both sides share."""
+
+    def __init__(self, case: Case, backend: bool, folder: str) -> None:
+        self.case, self.backend = case, backend
+        self.name = "backend" if backend else "plain"
+        torch.manual_seed(0)
+        with self.on():
+            self.model = prepare_model(case.model(), case.task)
+            self.analyzer = Analyzer(
+                "bench", self.model, case.task, disable_tqdm=True, output_dir=folder
+            )
+        self.analyzer.logger.setLevel(logging.ERROR)
+
+    @contextlib.contextmanager
+    def on(self, **options: str) -> Iterator[None]:
+        """The backend for a block, on the side that has it."""
+        with fast.enabled(**options) if self.backend else contextlib.nullcontext():
+            yield
+
+    def covariance(self) -> dict[str, Tensor]:
+        self.analyzer.fit_covariance_matrices(
+            self.name,
+            self.case.train,
+            per_device_batch_size=self.case.train_batch,
+            factor_args=self.case.factor_args,
+            overwrite_output_dir=True,
+        )
+        return self.analyzer.load_covariance_matrices(self.name)["gradient_covariance"]
+
+    def eigendecomposition(self) -> dict[str, Tensor]:
+        self.analyzer.perform_eigendecomposition(
+            self.name, factor_args=self.case.factor_args, overwrite_output_dir=True
+        )
+        return self.analyzer.load_eigendecomposition(self.name)["gradient_eigenvalues"]
+
+    def eigenvalues(self) -> dict[str, Tensor]:
+        name = f"{self.name}_eigenvalues"
+        self.analyzer.fit_lambda_matrices(
+            name,
+            self.case.train,
+            per_device_batch_size=self.case.train_batch,
+            factor_args=self.case.factor_args,
+            load_from_factors_name="plain",
+            overwrite_output_dir=True,
+        )
+        return self.analyzer.load_lambda_matrices(name)["lambda_matrix"]
+
+    def pairwise(self, **choices) -> dict[str, Tensor]:
+        self.analyzer.compute_pairwise_scores(
+            self.name,
+            "plain_eigenvalues",
+            self.case.query,
+            self.case.train,
+            per_device_query_batch_size=self.case.query_batch,
+            per_device_train_batch_size=self.case.train_batch,
+            score_args=replace(self.case.score_args, damping_factor=None, **choices),
+            overwrite_output_dir=True,
+        )
+        return self.analyzer.load_pairwise_scores(self.name)
+
+    def self_scores(self, **choices) -> dict[str, Tensor]:
+        self.analyzer.compute_self_scores(
+            self.name,
+            "plain_eigenvalues",
+            self.case.train,
+            per_device_train_batch_size=self.case.train_batch,
+            score_args=replace(self.case.score_args, damping_factor=None, **choices),
+            overwrite_output_dir=True,
+        )
+        return self.analyzer.load_self_scores(self.name)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What both sides do; the backend's options, if any; whether it is part of the pipeline."""
+
+    name: str
+    run: Callable[[Side], dict[str, Tensor]]
+    options: tuple[tuple[str, str], ...] = ()
+    pipeline: bool = False
+
+
+def stages(case: Case) -> list[Stage]:
+    low = {"query_gradient_low_rank": case.rank}
+    exact = {**low, "use_full_svd": True}
+    label = f"pairwise, rank {case.rank}"
+    listed = [
+        Stage("covariance", Side.covariance, pipeline=True),
+        Stage("eigendecomposition", Side.eigendecomposition),
+        Stage("eigenvalue correction", Side.eigenvalues, pipeline=True),
+        Stage("self scores", lambda side: side.self_scores()),
+        Stage(
+            "self scores, measurement",
+            lambda side: side.self_scores(use_measurement_for_self_influence=True),
+        ),
+        Stage("pairwise, full rank", lambda side: side.pairwise()),
+        Stage(f"{label}, svd_lowrank", lambda side: side.pairwise(**low), pipeline=True),
+        Stage(f"{label}, full SVD", lambda side: side.pairwise(**exact)),
+        Stage(
+            f"{label}, full SVD, randomised",
+            lambda side: side.pairwise(**exact),
+            (("truncation", "randomised"),),
+        ),
+        Stage(
+            "pairwise, aggregated queries",
+            lambda side: side.pairwise(aggregate_query_gradients=True),
+        ),
+    ]
+    if case.per_token:
+        listed.append(
+            Stage("pairwise, per token", lambda side: side.pairwise(compute_per_token_scores=True))
+        )
+    return listed
+
+
+def run_stage(stage: Stage, sides: list[Side], repeats: int, start: int) -> list[Measure]:
+    """Both sides, interleaved; who goes first alternates. Draws are the same on both."""
+    measures = [Measure([], 0.0, {}) for _ in sides]
+    for repeat in range(repeats):
+        order = range(len(sides)) if (start + repeat) % 2 == 0 else reversed(range(len(sides)))
+        for index in order:
+            torch.manual_seed(1)
+            with sides[index].on(**dict(stage.options)), watched(measures[index]):
+                measures[index].result = stage.run(sides[index])
+    return measures
+
+
+def agreement(plain: dict[str, Tensor], backend: dict[str, Tensor]) -> dict[str, float]:
+    """Relative error in the Frobenius norm, of all numbers together; of scores, Spearman's rho."""
+    x, y = (
+        torch.cat([t.double().flatten() for t in result.values()]) for result in (plain, backend)
+    )
+    found = {"relative_error": float((x - y).norm() / x.norm())}
+    if plain.keys() == {"all_modules"}:
+        ranks = torch.stack([t.argsort().argsort().double() for t in (x, y)])
+        found["spearman"] = float(torch.corrcoef(ranks)[0, 1])
+    return found
+
+
+def environment(threads: int) -> dict:
+    """Where and with what the numbers were taken."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=here, capture_output=True, text=True
+        ).stdout.strip()
+
+    with open("/proc/cpuinfo") as lines:
+        names = [line for line in lines if line.startswith("model name")]
+    return {
+        "bench": "against_kronfluence",
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "cpu": names[0].partition(":")[2].strip() if names else platform.processor(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": threads,
+        "torch": torch.__version__,
+        "kronfluence": version("kronfluence"),
+        "revision": git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else ""),
+        "ops": {
+            op: [t for t, here in tiers.items() if here] for op, tiers in ops.coverage().items()
+        },
+    }
+
+
+def run_case(case: Case, repeats: int, facts: dict) -> list[dict]:
+    """All rows of one case; the sum of the pipeline's stages is the last."""
+    rows: list[dict] = []
+    with tempfile.TemporaryDirectory() as folder:
+        sides = [Side(case, backend, folder) for backend in (False, True)]
+        for number, stage in enumerate(stages(case)):
+            plain, backend = run_stage(stage, sides, repeats, number)
+            row = {"case": case.name, "stage": stage.name, "pipeline": stage.pipeline}
+            for side, measure in (("plain", plain), ("backend", backend)):
+                row[f"{side}_s"] = statistics.median(measure.seconds)
+                row[f"{side}_all_s"] = measure.seconds
+                row[f"{side}_peak_mib"] = measure.peak_mib
+            row |= agreement(plain.result, backend.result)
+            rows.append(row)
+            show(row)
+    steps = [row for row in rows if row["pipeline"]]
+    total = {"case": case.name, "stage": "pipeline without eigendecomposition", "pipeline": False}
+    for side in ("plain", "backend"):
+        total[f"{side}_s"] = sum(row[f"{side}_s"] for row in steps)
+        total[f"{side}_peak_mib"] = max(row[f"{side}_peak_mib"] for row in steps)
+    show(total)
+    shape = {"train": len(case.train), "queries": len(case.query)}
+    shape |= {"train_batch": case.train_batch, "query_batch": case.query_batch}
+    arguments = {key: str(value) for key, value in asdict(case.score_args).items()}
+    for row in [*rows, total]:
+        row["ratio"] = row["plain_s"] / row["backend_s"]
+        row |= {"shape": shape, "score_args": arguments, "repeats": repeats, **facts}
+    return [*rows, total]
+
+
+HEADER = (
+    f"{'case':<11}{'stage':<38}{'plain s':>9}{'backend s':>11}{'ratio':>7}"
+    f"{'plain MiB':>11}{'backend MiB':>13}{'rel. error':>12}{'Spearman':>10}"
+)
+
+
+def show(row: dict) -> None:
+    """One line of the table."""
+    line = (
+        f"{row['case']:<11}{row['stage']:<38}{row['plain_s']:>9.3f}{row['backend_s']:>11.3f}"
+        f"{row['plain_s'] / row['backend_s']:>7.2f}"
+        f"{row['plain_peak_mib']:>11.0f}{row['backend_peak_mib']:>13.0f}"
+    )
+    line += f"{row['relative_error']:>12.1e}" if "relative_error" in row else ""
+    line += f"{row['spearman']:>10.6f}" if "spearman" in row else ""
+    print(line, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--cases", nargs="+", help="default: all that this machine can run")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="append JSON lines here")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes: does it run at all")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore", message=".*torch.cuda.amp.GradScaler.*")
+    torch.set_num_threads(options.threads)
+    available = cases(options.smoke)
+    gpu = torch.cuda.is_available()
+    chosen = options.cases or [name for name in available if name.startswith("gpu") == gpu]
+    unknown = set(chosen) - set(available)
+    if unknown:
+        sys.exit(f"unknown cases {sorted(unknown)}; there are {', '.join(available)}")
+    facts = environment(options.threads)
+    print(HEADER)
+    for name in chosen:
+        rows = run_case(available[name](), options.repeats, facts)
+        if options.out:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            with options.out.open("a") as lines:
+                lines.writelines(json.dumps(row) + "\n" for row in rows)
+    print(fast.report())
+
+
+if __name__ == "__main__":
+    main()
