@@ -74,6 +74,7 @@ class Backed(TrackedModule):
         """The first thing every stage calls: the switch is read here, once a stage."""
         super().update_factor_args(factor_args)
         self.options = switch.current()
+        self.preconditioner = None
 
     def obstacle(self, mode: ModuleMode) -> str | None:
         """Why this module keeps kronfluence's own path in `mode`; None where ours serves."""
@@ -166,6 +167,13 @@ class FastLinear(Backed, TrackedLinear):
             raise ValueError(f"module {self.name!r}: {error}") from error
         for name in CONSUMED:
             self.storage[name] = None
+
+    def basis_on(self, device: torch.device) -> Preconditioner:
+        """The preconditioner, on `device`; prepared now if the loop did not."""
+        if self.preconditioner is None:
+            self.prepare_storage(device)
+        assert self.preconditioner is not None
+        return self.preconditioner.at(device)
 
 
 class OwnConv2d(Backed, TrackedConv2d):

@@ -37,7 +37,7 @@ class FastPreconditionTracker(TokenTracker, PreconditionTracker):
 
     def consume(self, g: Tensor, a: Tensor) -> None:
         """Precondition one batch of queries."""
-        basis = self.module.preconditioner.at(g.device)
+        basis = self.module.basis_on(g.device)
         self.keep(basis.precondition(g, a, self.bias))
 
     def keep(self, P: Tensor) -> None:
@@ -45,7 +45,7 @@ class FastPreconditionTracker(TokenTracker, PreconditionTracker):
         args, storage = self.module.score_args, self.module.storage
         if self.module.gradient_scale != 1.0:
             P = P * self.module.gradient_scale
-        basis, rank = self.module.preconditioner.at(P.device), args.query_gradient_low_rank
+        basis, rank = self.module.basis_on(P.device), args.query_gradient_low_rank
         if rank is not None and min(P.shape[1:]) > rank:
             factors = low_rank(
                 P.to(wide(args.query_gradient_svd_dtype)),
@@ -86,12 +86,19 @@ class FastPreconditionTracker(TokenTracker, PreconditionTracker):
     @torch.no_grad()
     def finalize_all_iterations(self) -> None:
         """Precondition the sum of the query gradients, where queries are aggregated."""
-        storage = self.module.storage
+        storage, args = self.module.storage, self.module.score_args
         G = storage[AGGREGATED_GRADIENT_NAME]
-        if G is None or self.module.aggregate_is_train:
+        if G is None:
+            return
+        if self.module.aggregate_is_train:
+            # kronfluence preconditions the sum of the training gradients here and drops the
+            # result; what that draws is drawn, for the same random columns in the next partition.
+            rank = args.query_gradient_low_rank
+            if rank is not None and min(G.shape[1:]) > rank and not args.use_full_svd:
+                torch.randn(min(G.shape[1:]), rank, dtype=args.query_gradient_svd_dtype)
             return
         storage[AGGREGATED_GRADIENT_NAME] = None
-        self.keep(self.module.preconditioner.at(G.device).precondition_gradient(G))
+        self.keep(self.module.basis_on(G.device).precondition_gradient(G))
         self.accumulate_iterations()
 
     def release_memory(self) -> None:

@@ -33,7 +33,7 @@ class FastSelfScoreTracker(_Scores, SelfScoreTracker):
     def consume(self, g: Tensor, a: Tensor) -> None:
         """Score one batch."""
         s = g.new_zeros(g.shape[0], dtype=wide(g.dtype))
-        self.module.preconditioner.at(g.device).add_self_influence(s, g, a, self.bias)
+        self.module.basis_on(g.device).add_self_influence(s, g, a, self.bias)
         # Quadratic in the gradient, as in kronfluence.
         scale = self.module.gradient_scale
         self.module.storage[SELF_SCORE_VECTOR_NAME] = s if scale == 1.0 else s * scale**2
@@ -56,7 +56,7 @@ class FastSelfScoreWithMeasurementTracker(_Scores, SelfScoreWithMeasurementTrack
         """
         storage, bias = self.module.storage, self.bias
         P = storage[PRECONDITIONED_GRADIENT_NAME]
-        basis = self.module.preconditioner.at(g.device)
+        basis = self.module.basis_on(g.device)
         (B, T, O), J = g.shape, P.shape[-1]
         Qg, Qa = basis.Qg, basis.Qa
         if self.module.scores_measurement and Qg is not None and Qa is not None:
