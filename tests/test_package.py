@@ -1,12 +1,15 @@
 """The package as a user installs it: without torch at build time, and with a broken extension."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import zipfile
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -138,3 +141,24 @@ def test_doctor_tells_what_runs(installed):
         assert there[stem][:2] == ["yes", "-"]
     assert "built" in here["extension"][0]
     assert there["extension"][:2] == ["not", "built:"]
+
+
+def test_pins_are_the_same_everywhere():
+    pins = dict(
+        re.findall(r"^([\w-]+)==([\w.]+)", (ROOT / "requirements" / "test.txt").read_text(), re.M)
+    )
+    hooks = re.findall(r"\[(\S+)==(\S+)\]", (ROOT / ".pre-commit-config.yaml").read_text())
+    assert {name for name, _ in hooks} == {"ruff", "clang-format"}
+    assert all(pins[name] == pinned for name, pinned in hooks)
+
+
+def test_every_requirement_is_pinned():
+    """All that is installed for tests stands in requirements/, with the version that is here."""
+    pins = {}
+    for path in (ROOT / "requirements").glob("*.txt"):
+        for name, pinned in re.findall(r"^([\w.-]+)==([\w.]+)", path.read_text(), re.M):
+            assert pins.setdefault(name, pinned) == pinned, f"{name} is pinned twice"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for requirement in chain(project["dependencies"], *project["optional-dependencies"].values()):
+        name = re.match(r"[\w-]+", requirement)[0]
+        assert metadata.version(name).partition("+")[0] == pins[name]

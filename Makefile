@@ -1,0 +1,47 @@
+# make test    what CI runs: lint, build, all tests, then the short leg without the extension
+# make bench   the ops against the machine's roofs and kronfluence's contractions
+PYTHON ?= python3.11
+BIN := .venv/bin
+SITE = $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+PINS := $(wildcard requirements/*.txt)
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+SHORT := $(addprefix tests/test_,ops.py ops_errors.py math.py queries.py)
+
+.PHONY: venv build lint test test-short bench clean
+
+venv: .venv/made
+
+# torch is named in every call: whatever else asks for one must take this one. kronfluence asks for
+# torchvision, which would replace it. The editable install is built in isolation, so without torch:
+# it compiles nothing, `build` does that once.
+.venv/made: $(PINS) pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet torch==2.13.0 $(addprefix -r ,$(PINS))
+	$(BIN)/pip install --quiet --no-deps kronfluence==1.0.1
+	$(BIN)/pip install --quiet --no-deps -e .
+	touch $@
+
+build: venv
+	$(BIN)/python setup.py -q build_ext --inplace
+
+lint: venv
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+test: lint build
+	$(BIN)/pytest
+	$(MAKE) test-short
+
+# The package as pip installs it where there is no torch to build with. -S leaves out the editable
+# install, whose finder would lend its _C.
+test-short: venv
+	rm -rf build/lib build/reference
+	$(BIN)/pip install --quiet --no-deps --target build/reference .
+	PYTHONPATH=build/reference:$(SITE) $(BIN)/python -P -S -m pytest --without-extension $(SHORT)
+
+bench: build
+	$(BIN)/python bench/run.py
+
+clean:
+	rm -rf build ekfac_fast/*.so *.egg-info
