@@ -212,6 +212,19 @@ def step_check(
     return changes
 
 
+def weaknesses(scores: Scores, data: Tokens, changes: list[tuple[float, float]]) -> list[str]:
+    """What a reader of the demo should know before believing it."""
+    up = sum(top > 0 for top, _ in changes)
+    down = sum(bottom < 0 for _, bottom in changes)
+    return [
+        f"A model of 4M parameters that has read {len(data)} sequences a dozen times: its "
+        "completions are memorised more than understood, and so are its influences.",
+        f"One gradient step on a query's top sequence raised the completion's log-probability for "
+        f"{up} of {len(changes)} queries; one on its bottom sequence lowered it for {down}.",
+        "Sequences that merely share words with a query come high beside those that explain it.",
+    ]
+
+
 @torch.no_grad()
 def _log_probability(task: LanguageModelTask, batch: dict[str, Tensor], model: nn.Module) -> float:
     return -task.negative_log_likelihoods(batch, model).item()

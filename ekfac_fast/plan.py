@@ -1,5 +1,6 @@
 """What a run will cost, from shapes alone: FLOPs, bytes, memory and time of every stage."""
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ class Plan:
     factor_bytes: int
     fitting_bytes: int
     query_bytes: int
+    batch_tokens: int
     gemm_rate: float
 
 
@@ -123,5 +125,19 @@ def plan(
         factor_bytes=2 * covariance_bytes + lambda_bytes,
         fitting_bytes=covariance_bytes + lambda_bytes,
         query_bytes=query,
+        batch_tokens=_batch_tokens(layers, parameters, tokens, query),
         gemm_rate=rate,
     )
+
+
+def _batch_tokens(layers: Sequence[Layer], parameters: int, tokens: int, query_bytes: int) -> int:
+    """Tokens a batch that fit beside the weights: every layer's input and output gradient, and
+    about as much again for what autograd keeps, in whole sequences and at least one.
+    """
+    if torch.cuda.is_available():
+        free = torch.cuda.mem_get_info()[0]
+    else:
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    per_token = 2 * 4 * sum(x.I + x.O for x in layers)
+    room = max(0, free - 4 * parameters - query_bytes)
+    return tokens * max(1, int(room / 2 / per_token / tokens))

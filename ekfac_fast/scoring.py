@@ -381,7 +381,7 @@ class _Scan:
             top = found.top(q, k)
             shard = {
                 "indices": torch.tensor([i for i, _ in top]),
-                "scores": torch.tensor([s for _, s in top]),
+                "scores": torch.tensor([s for _, s in top], dtype=torch.float64),
             }
             for index, _ in top:
                 shard[f"{index}"] = self._layer_tokens(q, index, names)

@@ -1,0 +1,160 @@
+"""The commands, as real processes on a real (small, briefly trained) model; README's own lines too."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ekfac_fast.scoring import Scores
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*words, cwd, ok=True):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "ekfac_fast", *map(str, words)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"COLUMNS": "120"},
+    )
+    assert (done.returncode == 0) == ok, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The short form of `make demo`: the same command, fewer steps."""
+    folder = tmp_path_factory.mktemp("cli")
+    output = run("demo", "--steps", 40, cwd=folder)
+    return folder, output
+
+
+def test_demo_does_the_whole_job(demo):
+    folder, output = demo
+    assert "x a forward and gradient-to-activations backward alone" in output
+    scores = Scores(folder / "demo/scores")
+    assert scores.matrix.shape[0] >= 6
+    assert np.isfinite(scores.matrix).all()
+    for name in ("with", "yield", "global", "lambda", "class"):
+        assert f"{name}: " in output
+    page = (folder / "demo/report.html").read_text()
+    assert "http" not in re.sub(r'"http://www.w3.org/[^"]*"', "", page)
+    assert page.count("Eq. ") < 1000
+    # What was printed is what is stored.
+    index, value = scores.top(0, 1)[0]
+    assert f"{value / scores.train_size:+.4f}" in output
+    rate = re.search(r"log-probability for (\d) of 8", " ".join(output.split()))
+    assert rate is not None
+
+
+def test_demo_again_changes_nothing(demo):
+    folder, _ = demo
+    before = (folder / "demo/scores/scores.npy").read_bytes()
+    run("demo", "--steps", 40, cwd=folder)
+    assert (folder / "demo/scores/scores.npy").read_bytes() == before
+
+
+def readme(language):
+    text = (ROOT / "README.md").read_text()
+    return re.findall(rf"```{language}\n(.*?)```", text, re.S)
+
+
+def test_every_command_of_the_readme_runs(demo):
+    folder, _ = demo
+    lines = [line for block in readme("sh") for line in block.replace("\\\n", " ").splitlines()]
+    commands = [shlex.split(line, comments=True) for line in lines]
+    ours = [words[1:] for words in commands if words and words[0] == "ekfac-fast"]
+    assert {words[0] for words in ours} >= {"fit", "score", "self", "report", "plan"}
+    for words in ours:
+        if words[0] != "demo":
+            run(*words, cwd=folder)
+
+
+def test_the_readme_snippet_runs(demo):
+    folder, _ = demo
+    (snippet,) = readme("python")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", snippet], cwd=folder, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"[+-]?\d+\.\d+", done.stdout)
+
+
+def test_the_example_runs(demo):
+    folder, _ = demo
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", ROOT / "examples/influence.py", "demo/model", "demo/corpus",
+         "The with statement is used to wrap the execution of", " a block"],
+        cwd=folder, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("at ") >= 5
+
+
+def test_a_planted_passage_comes_first(demo, tmp_path):
+    """Copied five times into the corpus, the passage takes the first five places of its own query."""
+    folder, _ = demo
+    passage = "The zebra committee of Astrobia elected Zorald Pfaff as keeper of nine green lamps."
+    rows = [
+        {"text": text.read_text()[:400]} for text in sorted((folder / "demo/corpus").glob("*.txt"))
+    ]
+    places = [7, 20, 33, 46, 59]
+    for place in places:
+        rows.insert(place, {"text": passage})
+    (tmp_path / "corpus.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    query = {
+        "prompt": "The zebra committee of Astrobia elected",
+        "completion": " Zorald Pfaff as keeper",
+    }
+    (tmp_path / "queries.jsonl").write_text(json.dumps(query))
+    model = folder / "demo/model"
+    run("fit", model, "corpus.jsonl", "--out", "f", "--context", 64, cwd=tmp_path)
+    run(
+        "score",
+        model,
+        "f",
+        "queries.jsonl",
+        "corpus.jsonl",
+        "--out",
+        "s",
+        "--context",
+        64,
+        cwd=tmp_path,
+    )
+    from ekfac_fast.data import read, tokenize
+    from ekfac_fast.jobs import load_tokenizer
+
+    data = tokenize(read(tmp_path / "corpus.jsonl"), load_tokenizer(str(model), False), 64)
+    texts = [data.source(index) for index, _ in Scores(tmp_path / "s").top(0, 5)]
+    assert sorted(int(re.search(r"line (\d+)$", text)[1]) - 1 for text in texts) == places
+
+
+def test_errors_name_the_file_and_the_line(demo, tmp_path):
+    folder, _ = demo
+    model = folder / "demo/model"
+    (tmp_path / "bad.jsonl").write_text('{"text": "one two three"}\n{"text": \n')
+    assert "line 2" in run("fit", model, "bad.jsonl", "--out", "f", cwd=tmp_path, ok=False)
+    (tmp_path / "q.jsonl").write_text('{"prompt": "a b", "completion": ""}\n')
+    said = run("score", model, folder / "demo/factors", "q.jsonl", folder / "demo/corpus",
+               "--out", "s", cwd=tmp_path, ok=False)  # fmt: skip
+    assert "q.jsonl" in said
+    assert "line 1" in said
+    said = run("fit", model, folder / "demo/corpus", "--out", "g", "--layers", "*.c_fcc",
+               cwd=tmp_path, ok=False)  # fmt: skip
+    assert "nearest" in said
+    assert "Traceback" not in said
+
+
+def test_plan_needs_no_weights(demo, tmp_path):
+    folder, _ = demo
+    (tmp_path / "config.json").write_text((folder / "demo/model/config.json").read_text())
+    said = run("plan", tmp_path, "--sequences", 1000, "--tokens", 128, cwd=tmp_path)
+    for words in ("c_fc", "eigendecomposition", "scan", "factors on disk", "GFLOP/s"):
+        assert words in said
