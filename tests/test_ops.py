@@ -250,8 +250,8 @@ def test_accumulation_is_not_narrowed():
     assert (lam_sum == 2000).all()
     assert (cov == 2000).all()
     assert (s == 32000).all()
-    long = torch.ones(1, 5000, 4, dtype=torch.bfloat16)
-    assert (torch.ops.ekfac_fast.precondition(long, long, None, None, cov, 0.0) == 2.5).all()
+    long = torch.ones(1, 5120, 4, dtype=torch.bfloat16)
+    assert (torch.ops.ekfac_fast.precondition(long, long, None, None, cov, 0.0) == 2.56).all()
 
 
 def test_fp32_precision_follows_torch():
