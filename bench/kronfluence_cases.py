@@ -50,6 +50,10 @@ class GPT(nn.Module):
         self.embed, self.place = nn.Embedding(vocabulary, width), nn.Embedding(tokens, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
+        for name, weight in self.named_parameters():
+            # As in GPT-2; with larger embeddings the tied head is certain and all gradients are 0.
+            if weight.ndim == 2:
+                nn.init.normal_(weight, std=0.02 if "proj" not in name else 0.02 / layers**0.5)
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embed(ids) + self.place.weight[: ids.shape[1]]

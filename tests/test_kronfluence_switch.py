@@ -32,12 +32,7 @@ from torch import nn
 
 import ekfac_fast.kronfluence as fast
 from ekfac_fast.kronfluence import patches, switch
-from ekfac_fast.kronfluence.memory import free_bytes
 from ekfac_fast.kronfluence.modules import FastLinear
-from ekfac_fast.kronfluence.pairwise import multiplies_out
-from ekfac_fast.kronfluence.preconditioner import Preconditioner
-from ekfac_fast.kronfluence.truncation import low_rank, truncate_exactly
-from ekfac_fast.ops.shapes import Shape
 
 
 @pytest.fixture(autouse=True)
@@ -182,48 +177,6 @@ def test_report_names_path_and_reason(tmp_path: Path) -> None:
     assert "head" in str(fast.report())
 
 
-def test_queries_are_held_for_one_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = pair(tmp_path)
-    one.fit(False, "stock")
-    passes = []
-    inner = SumLoss.compute_train_loss
-
-    def counting(self, batch, model, sample=False):
-        passes.append(len(batch[0]))
-        return inner(self, batch, model, sample)
-
-    monkeypatch.setattr(SumLoss, "compute_train_loss", counting)
-    args = ScoreArguments(damping_factor=None, query_gradient_low_rank=2)
-    counts, scores = {}, {}
-    for label, backend, options in (
-        ("stock", False, {}),
-        ("held", True, {}),
-        ("not held", True, {"hold_queries": False}),
-        ("no room", True, {"memory_share": 0}),
-    ):
-        passes.clear()
-        scores[label] = one.pairwise(backend, "stock", args, label, **options)
-        counts[label] = sum(passes) // len(one.train)
-    assert counts == {"stock": 4, "held": 1, "not held": 4, "no room": 4}
-    for found in scores.values():
-        assert_close(found, scores["stock"], 1e-5)
-
-
-def test_low_rank_queries_are_multiplied_out_where_that_costs_less(tmp_path: Path) -> None:
-    few, many = (Shape(B=8, T=512, I=768, O=3072, Q=Q, K=32, bias=True) for Q in (4, 64))
-    assert not multiplies_out(few, per_token=False)
-    assert multiplies_out(many, per_token=False)
-    assert not multiplies_out(many, per_token=True)
-    torch.manual_seed(0)
-    model = Sequence((5, 6, 4), (True, False), inplace=False)
-    data = examples(9, (30, 5), (30, 4)), examples(9, (30, 5), (30, 4))
-    one = Pair(model, SumLoss(), *data, tmp_path)
-    one.fit(False, "stock")
-    args = ScoreArguments(damping_factor=None, query_gradient_low_rank=3, use_full_svd=True)
-    expected = one.pairwise(False, "stock", args, "dense")
-    assert_close(one.pairwise(True, "stock", args, "dense"), expected, 1e-5)
-
-
 def test_factors_of_another_model_are_refused(tmp_path: Path) -> None:
     one = pair(tmp_path)
     one.fit(False, "stock")
@@ -331,39 +284,6 @@ def test_autocast_does_not_round_covariances(tmp_path: Path) -> None:
     assert_close(one.pairwise(True, "stock", args, "amp"), expected, 1e-5)
     expected = one.self_scores(False, "stock", args, "amp")
     assert_close(one.self_scores(True, "stock", args, "amp"), expected, 1e-5)
-
-
-def test_exact_truncation_resolves_small_singular_values() -> None:
-    """Squared in fp64, ratios below 1e-8 are lost: such queries go to LAPACK."""
-    torch.manual_seed(0)
-    for shape in ((2, 9, 14), (2, 14, 9)):
-        U, _, Vh = torch.linalg.svd(torch.randn(*shape, dtype=torch.float64), full_matrices=False)
-        S = torch.logspace(0, -12, 9, dtype=torch.float64)
-        M = (U * S) @ Vh
-        L, R = truncate_exactly(M, 6)
-        best = (U[..., :6] * S[:6]) @ Vh[:, :6]
-        assert (L @ R - best).norm() < 1e-13
-        zero = truncate_exactly(torch.zeros(shape), 3)
-        assert all(bool((x == 0).all() or x.isfinite().all()) for x in zero)
-
-
-def test_low_rank_of_equal_draws_is_that_of_kronfluence() -> None:
-    torch.manual_seed(0)
-    for O, J in ((8, 12), (12, 8)):
-        Qg, Qa = (torch.linalg.qr(torch.randn(n, n, dtype=torch.float64))[0] for n in (O, J))
-        M = torch.randn(3, O, J, dtype=torch.float64)
-        basis = Preconditioner(Qg, Qa, torch.ones(O, J, dtype=torch.float64))
-        torch.manual_seed(1)
-        U, S, V = torch.svd_lowrank(Qg @ M @ Qa.T, q=4)
-        state = torch.get_rng_state()
-        torch.manual_seed(1)
-        L, R = low_rank(M, 4, basis, exact=False, randomised=False)
-        assert torch.equal(torch.get_rng_state(), state)
-        assert (L @ R - (U * S.unsqueeze(1)) @ V.mT).norm() < 1e-12
-
-
-def test_free_memory_is_a_plausible_number() -> None:
-    assert 0 < free_bytes(torch.device("cpu")) < 2**50
 
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:

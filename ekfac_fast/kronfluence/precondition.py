@@ -95,7 +95,8 @@ class FastPreconditionTracker(TokenTracker, PreconditionTracker):
             # result; what that draws is drawn, for the same random columns in the next partition.
             rank = args.query_gradient_low_rank
             if rank is not None and min(G.shape[1:]) > rank and not args.use_full_svd:
-                torch.randn(min(G.shape[1:]), rank, dtype=args.query_gradient_svd_dtype)
+                dtype = args.query_gradient_svd_dtype
+                torch.randn(min(G.shape[1:]), rank, dtype=dtype, device=G.device)
             return
         storage[AGGREGATED_GRADIENT_NAME] = None
         self.keep(self.module.basis_on(G.device).precondition_gradient(G))
