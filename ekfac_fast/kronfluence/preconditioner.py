@@ -50,6 +50,13 @@ class Preconditioner:
             )
         )
 
+    def rotation(self, dtype: torch.dtype) -> "Preconditioner":
+        """The basis with every eigenvalue 1, for operands of `dtype`."""
+        lam = torch.ones((), dtype=wide(dtype), device=self.lam.device).expand(self.lam.shape)
+        if self.Qg is None or self.Qa is None:
+            return Preconditioner(None, None, lam)
+        return Preconditioner(self.Qg.to(dtype), self.Qa.to(dtype), lam)
+
     def precondition(self, g: Tensor, a: Tensor, bias: bool) -> Tensor:
         """P [B,O,J] of every example, in the eigenbasis."""
         if self.Qa is None:

@@ -1,12 +1,12 @@
-"""Self-influence on `self_influence`; with a measurement, on `dense_scores` example by example."""
+"""Self-influence on `self_influence`; with a measurement, on `precondition` twice."""
 
 import torch
 from kronfluence.module.tracker.self_score import SelfScoreTracker, SelfScoreWithMeasurementTracker
 from kronfluence.utils.constants import PRECONDITIONED_GRADIENT_NAME, SELF_SCORE_VECTOR_NAME
 from torch import Tensor
 
-from ..ops.gradients import rotate_activations
 from .capture import TokenTracker, wide
+from .preconditioner import Preconditioner
 
 
 class _Scores(TokenTracker):
@@ -51,29 +51,16 @@ class FastSelfScoreWithMeasurementTracker(_Scores, SelfScoreWithMeasurementTrack
     def consume(self, g: Tensor, a: Tensor) -> None:
         """Score one batch (one use of a shared module).
 
-        Each side of the basis is left to P or taken by the tokens, whichever is cheaper: the same
-        choice as in `ops.gradients`.
+        The two gradients of an example meet in the eigenbasis, where the measurement's already
+        is; the op that took it there, with every eigenvalue 1, takes the loss's there as well.
         """
-        storage, bias = self.module.storage, self.bias
-        P = storage[PRECONDITIONED_GRADIENT_NAME]
-        basis = self.module.basis_on(g.device)
-        (B, T, O), J = g.shape, P.shape[-1]
-        Qg, Qa = basis.Qg, basis.Qa
-        if self.module.scores_measurement and Qg is not None and Qa is not None:
-            if T < O:
-                a, bias = rotate_activations(a, Qa.to(a.dtype), bias), False
-            else:
-                P = P @ Qa.to(P.dtype).mT
-            if T < J:
-                g = g @ Qg.to(g.dtype)
-            else:
-                P = Qg.to(P.dtype) @ P
-        P = P.to(g.dtype)
-        s = g.new_zeros(B, 1, 1, dtype=wide(g.dtype))
-        for b in range(B):
-            one = slice(b, b + 1)
-            torch.ops.ekfac_fast.dense_scores(s[b], P[one], g[one], a[one], bias)
-        s = s.flatten() * self.module.gradient_scale
+        storage = self.module.storage
+        P, rotation = storage[PRECONDITIONED_GRADIENT_NAME], self.module.basis_on(g.device)
+        if not self.module.scores_measurement:
+            # Outside kronfluence's own loop: `FastPreconditionTracker` rotated P back.
+            rotation = Preconditioner(None, None, rotation.lam)
+        G = rotation.rotation(g.dtype).precondition(g, a, self.bias)
+        s = G.mul_(P).sum((1, 2)) * self.module.gradient_scale
         known = storage[SELF_SCORE_VECTOR_NAME]
         storage[SELF_SCORE_VECTOR_NAME] = s if known is None else known + s
 
