@@ -215,12 +215,13 @@ def plan(
 def demo(
     folder: Annotated[Path, typer.Option(help="everything is made here")] = Path("demo"),
     steps: Annotated[int, typer.Option(help="of training")] = demonstration.STEPS,
+    topics: Annotated[int | None, typer.Option(help="use so many of them; default: all")] = None,
 ) -> None:
     """Train a small GPT-2 on Python's reference, and ask it where its answers come from."""
     start = time.perf_counter()
     with jobs.showing(console) as progress:
         demonstration.prepare(
-            folder, steps, lambda done, total, _: progress("training", done, total)
+            folder, steps, topics, lambda done, total, _: progress("training", done, total)
         )
     source = jobs.load(str(folder / "model"), demonstration.CONTEXT, False, "cpu")
     corpus = jobs.read_data(folder / "corpus", source.tokenizer, source.context, "file", console)

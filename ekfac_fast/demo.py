@@ -66,13 +66,15 @@ QUERIES = (
 )
 
 
-def write_corpus(folder: Path) -> Path:
-    """The topics of Python's language reference, one text file each."""
+def write_corpus(folder: Path, count: int | None = None) -> Path:
+    """Topics of Python's language reference, one text file each; those asked about come first."""
     from pydoc_data.topics import topics
 
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in topics.items():
-        (folder / f"{name}.txt").write_text(text.strip() + "\n", encoding="utf-8")
+    asked = [name for name, *_ in QUERIES]
+    for name in sorted(topics, key=lambda name: (name not in asked, name))[:count]:
+        text = topics[name].strip() + "\n"
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
     return folder
 
 
@@ -157,12 +159,15 @@ def train_model(
 
 
 def prepare(
-    folder: Path, steps: int = STEPS, progress: Callable[[int, int, float], None] | None = None
+    folder: Path,
+    steps: int = STEPS,
+    topics: int | None = None,
+    progress: Callable[[int, int, float], None] | None = None,
 ) -> None:
     """Corpus, queries, tokenizer and model in `folder`; what is there already is kept."""
     corpus, queries, model = folder / "corpus", folder / "queries.jsonl", folder / "model"
     if not (model / "trained.json").exists():
-        write_corpus(corpus)
+        write_corpus(corpus, topics)
         write_queries(queries)
         tokenizer = train_tokenizer(corpus, model)
         train_model(tokenize(read(corpus), tokenizer, CONTEXT), model, steps, progress)

@@ -33,16 +33,20 @@ def optional(name: str, extra: str) -> ModuleType:
 
 
 def checked(value: Any, source: str, field: str | None = "text") -> dict[str, str]:
-    """A record from a mapping with `field`, or with `prompt` and `completion`; else DataError."""
+    """A record from a mapping with `field`, or `prompt` and `completion`; its `name` if it has one.
+
+    Raises DataError.
+    """
     if not isinstance(value, Mapping):
         raise DataError(f"{source}: holds a {type(value).__name__}, not an object with fields")
     names = _fields(list(value), source, field)
     for name in names:
         if not isinstance(value[name], str):
             raise DataError(f"{source}: {name!r} is a {type(value[name]).__name__}, not a string")
+    kept = {"name": str(value["name"])} if value.get("name") is not None else {}
     if names == [field]:
-        return {"text": value[field], "source": source}
-    return {**{name: value[name] for name in names}, "source": source}
+        return {"text": value[field], "source": source, **kept}
+    return {**{name: value[name] for name in names}, "source": source, **kept}
 
 
 def _fields(present: list[str], source: str, field: str | None) -> list[str]:

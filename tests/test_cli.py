@@ -1,4 +1,4 @@
-"""The commands, as real processes on a real (small, briefly trained) model; README's own lines too."""
+"""The commands, as processes on a real (small, briefly trained) model; README's own lines too."""
 
 import json
 import os
@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ekfac_fast.data import read, tokenize
+from ekfac_fast.jobs import load_tokenizer
 from ekfac_fast.scoring import Scores
 
 ROOT = Path(__file__).parent.parent
@@ -32,7 +34,7 @@ def run(*words, cwd, ok=True):
 def demo(tmp_path_factory):
     """The short form of `make demo`: the same command, fewer steps."""
     folder = tmp_path_factory.mktemp("cli")
-    output = run("demo", "--steps", 40, cwd=folder)
+    output = run("demo", "--steps", 40, "--topics", 16, cwd=folder)
     return folder, output
 
 
@@ -45,10 +47,9 @@ def test_demo_does_the_whole_job(demo):
     for name in ("with", "yield", "global", "lambda", "class"):
         assert f"{name}: " in output
     page = (folder / "demo/report.html").read_text()
-    assert "http" not in re.sub(r'"http://www.w3.org/[^"]*"', "", page)
-    assert page.count("Eq. ") < 1000
+    assert page.count("<svg") > 8
     # What was printed is what is stored.
-    index, value = scores.top(0, 1)[0]
+    ((_, value),) = scores.top(0, 1)
     assert f"{value / scores.train_size:+.4f}" in output
     rate = re.search(r"log-probability for (\d) of 8", " ".join(output.split()))
     assert rate is not None
@@ -57,7 +58,7 @@ def test_demo_does_the_whole_job(demo):
 def test_demo_again_changes_nothing(demo):
     folder, _ = demo
     before = (folder / "demo/scores/scores.npy").read_bytes()
-    run("demo", "--steps", 40, cwd=folder)
+    run("demo", "--steps", 40, "--topics", 16, cwd=folder)
     assert (folder / "demo/scores/scores.npy").read_bytes() == before
 
 
@@ -90,8 +91,8 @@ def test_the_readme_snippet_runs(demo):
 def test_the_example_runs(demo):
     folder, _ = demo
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", ROOT / "examples/influence.py", "demo/model", "demo/corpus",
-         "The with statement is used to wrap the execution of", " a block"],
+        [sys.executable, "-W", "ignore", ROOT / "examples/influence.py", "demo/model",
+         "demo/corpus", "The with statement is used to wrap the execution of", " a block"],
         cwd=folder, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -99,13 +100,13 @@ def test_the_example_runs(demo):
 
 
 def test_a_planted_passage_comes_first(demo, tmp_path):
-    """Copied five times into the corpus, the passage takes the first five places of its own query."""
+    """Five times in the corpus, the passage takes the first five places of its own query."""
     folder, _ = demo
     passage = "The zebra committee of Astrobia elected Zorald Pfaff as keeper of nine green lamps."
-    rows = [
-        {"text": text.read_text()[:400]} for text in sorted((folder / "demo/corpus").glob("*.txt"))
-    ]
-    places = [7, 20, 33, 46, 59]
+    paragraphs = (folder / "demo/corpus/import.txt").read_text().split("\n\n")
+    rows = [{"text": text} for text in paragraphs if len(text) > 80][:30]
+    assert len(rows) == 30
+    places = [3, 11, 12, 20, 29]
     for place in places:
         rows.insert(place, {"text": passage})
     (tmp_path / "corpus.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -116,21 +117,8 @@ def test_a_planted_passage_comes_first(demo, tmp_path):
     (tmp_path / "queries.jsonl").write_text(json.dumps(query))
     model = folder / "demo/model"
     run("fit", model, "corpus.jsonl", "--out", "f", "--context", 64, cwd=tmp_path)
-    run(
-        "score",
-        model,
-        "f",
-        "queries.jsonl",
-        "corpus.jsonl",
-        "--out",
-        "s",
-        "--context",
-        64,
-        cwd=tmp_path,
-    )
-    from ekfac_fast.data import read, tokenize
-    from ekfac_fast.jobs import load_tokenizer
-
+    inputs = ("f", "queries.jsonl", "corpus.jsonl")
+    run("score", model, *inputs, "--out", "s", "--context", 64, cwd=tmp_path)
     data = tokenize(read(tmp_path / "corpus.jsonl"), load_tokenizer(str(model), False), 64)
     texts = [data.source(index) for index, _ in Scores(tmp_path / "s").top(0, 5)]
     assert sorted(int(re.search(r"line (\d+)$", text)[1]) - 1 for text in texts) == places
