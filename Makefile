@@ -1,3 +1,4 @@
+# make demo    train a small GPT-2 on Python's reference, explain its completions: demo/report.html
 # make test    what CI runs: lint, build, all tests, then the short leg without the extension
 # make bench   the ops against the machine's roofs and kronfluence's contractions
 PYTHON ?= python3.11
@@ -7,7 +8,7 @@ PINS := $(wildcard requirements/*.txt)
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 SHORT := $(addprefix tests/test_,ops.py ops_errors.py math.py queries.py)
 
-.PHONY: venv build lint test test-short bench clean
+.PHONY: venv build lint test test-short demo bench clean
 
 venv: .venv/made
 
@@ -39,6 +40,9 @@ test-short: venv
 	rm -rf build/lib build/reference
 	$(BIN)/pip install --quiet --no-deps --target build/reference .
 	PYTHONPATH=build/reference:$(SITE) $(BIN)/python -P -S -m pytest --without-extension $(SHORT)
+
+demo: build
+	$(BIN)/python -m ekfac_fast demo
 
 bench: build
 	$(BIN)/python bench/run.py
