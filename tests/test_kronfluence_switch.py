@@ -28,11 +28,12 @@ from test_kronfluence_cases import (
     quick_release,
     texts,
 )
-from torch import nn
+from torch import Tensor, nn
 
 import ekfac_fast.kronfluence as fast
-from ekfac_fast.kronfluence import patches, switch
+from ekfac_fast.kronfluence import eigendecomposition, patches, switch
 from ekfac_fast.kronfluence.modules import FastLinear
+from ekfac_fast.kronfluence.threads import eigh, spread
 
 
 @pytest.fixture(autouse=True)
@@ -237,23 +238,44 @@ def test_equal_covariances_share_one_eigendecomposition(
     torch.manual_seed(0)
     one = Pair(language_model(), NextToken(), texts(6), texts(2), tmp_path)
     one.covariances(False, "stock")
-    sizes = []
+    sizes: list[int] = []
     inner = torch.linalg.eigh
 
-    def counting(matrices):
-        sizes.append(tuple(matrices.shape))
+    def counting(matrices: Tensor) -> tuple[Tensor, Tensor]:
+        sizes.extend([matrices.shape[-1]] * (len(matrices) if matrices.ndim == 3 else 1))
         return inner(matrices)
 
     monkeypatch.setattr(torch.linalg, "eigh", counting)
     expected = one.eigen(False, "stock", "stock")
     assert len(sizes) == 28
-    sizes.clear()
-    found = one.eigen(True, "fast", "stock")
-    # q, k and v share an input, gate and up another: 3 of 7 in each of 2 layers. Largest first.
-    assert sum(count for count, *_ in sizes) == 22
-    assert [n for _, n, _ in sizes] == sorted((n for _, n, _ in sizes), reverse=True)
-    for name in ("activation_eigenvalues", "gradient_eigenvalues"):
-        assert_close(found[name], expected[name], 1e-6)
+    for solve in (eigendecomposition._one_by_one, eigendecomposition._in_batches):
+        monkeypatch.setattr(eigendecomposition, "_one_by_one", solve)
+        sizes.clear()
+        found = one.eigen(True, solve.__name__, "stock")
+        # q, k and v share an input, gate and up another: 3 of 7 in each of 2 layers.
+        assert len(sizes) == 22
+        # Threads begin in order, but may overtake each other on the way.
+        assert sorted(sizes, reverse=True)[0] == max(sizes[:2])
+        for name in ("activation_eigenvalues", "gradient_eigenvalues"):
+            assert_close(found[name], expected[name], 1e-6)
+
+
+def test_work_is_spread_in_order_and_threads_come_back() -> None:
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        seen = list(spread(lambda item: (item, torch.get_num_threads()), range(7)))
+        assert seen == [(item, 1) for item in range(7)]
+        assert torch.get_num_threads() == 3
+        with pytest.raises(ZeroDivisionError):
+            list(spread(lambda item: 1 / item, [1, 0, 1]))
+        assert torch.get_num_threads() == 3
+        matrices = torch.randn(5, 6, 6, dtype=torch.float64)
+        matrices = matrices + matrices.mT
+        for found, expected in zip(eigh(matrices), torch.linalg.eigh(matrices), strict=True):
+            assert torch.equal(found, expected)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_batch_size_search_and_masks_of_any_kind(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""All eigendecompositions of a model: validated, deduplicated, largest first, batched by size.
+"""All eigendecompositions of a model: validated, deduplicated, largest first, several at once.
 
     C = (sum / count, symmetrised) = Q diag(values) Q^T, values ascending, in
     `eigendecomposition_dtype` (fp64 unless asked otherwise), stored in the covariance's dtype.
@@ -6,6 +6,8 @@
 Layers that read the same tensor have equal covariances, bit for bit: they share one result.
 """
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -31,6 +33,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .memory import free_bytes
+from .threads import spread
 
 SIDES = (
     (
@@ -86,16 +89,14 @@ def perform_eigendecomposition(
         bar_format=TQDM_BAR_FORMAT,
         disable=not state.is_main_process or disable_tqdm,
     ) as progress:
-        while jobs:
-            batch, jobs = _next_batch(jobs, state.device, factor_args.eigendecomposition_dtype)
-            values, vectors = _decompose(batch, state.device, factor_args.eigendecomposition_dtype)
-            for i, job in enumerate(batch):
-                stored = [x[i].to("cpu", job.cov.dtype).contiguous() for x in (vectors, values)]
-                for user, (module, *wanted) in enumerate(job.wanted_by):
-                    for name, x in zip(wanted, stored, strict=True):
-                        # safetensors refuses tensors that share memory.
-                        results[name][module] = x.clone() if user else x
-                progress.update(len(job.wanted_by))
+        solve = _one_by_one if state.device.type == "cpu" else _in_batches
+        solved = solve(jobs, state.device, factor_args.eigendecomposition_dtype)
+        for job, stored in zip(jobs, solved, strict=True):
+            for user, (module, *wanted) in enumerate(job.wanted_by):
+                for name, x in zip(wanted, stored, strict=True):
+                    # safetensors refuses tensors that share memory.
+                    results[name][module] = x.clone() if user else x
+            progress.update(len(job.wanted_by))
     # In the model's order, as kronfluence writes them.
     return {name: {m: by_module[m] for m in names} for name, by_module in results.items()}
 
@@ -168,28 +169,51 @@ def _check_values(cov: Tensor, count: Tensor, label: str) -> None:
         )
 
 
-def _next_batch(
+def _mean(job: Job, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The covariance [J,J], exactly symmetric."""
+    cov = job.cov.to(device, dtype) / job.count.to(device)
+    return (cov + cov.mT) / 2
+
+
+def _stored(job: Job, values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvectors and eigenvalues as kronfluence stores them."""
+    vectors, values = (x.to("cpu", job.cov.dtype).contiguous() for x in (vectors, values))
+    return vectors, values
+
+
+def _room(n: int, device: torch.device, dtype: torch.dtype) -> int:
+    """How many n x n problems fit into half of the free memory, at least one."""
+    return max(1, free_bytes(device) // (2 * WORKSPACE * n * n * dtype.itemsize))
+
+
+def _one_by_one(
     jobs: list[Job], device: torch.device, dtype: torch.dtype
-) -> tuple[list[Job], list[Job]]:
-    """The largest matrices that remain, as many of one size as memory allows; and the rest."""
-    n = jobs[0].cov.shape[0]
-    room = free_bytes(device) // (2 * WORKSPACE * n * n * dtype.itemsize)
-    same = sum(job.cov.shape[0] == n for job in jobs)
-    take = max(1, min(same, room, LARGEST_BATCH))
-    return jobs[:take], jobs[take:]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """On a CPU: as many at a time as there are threads."""
+
+    def solve(job: Job) -> tuple[Tensor, Tensor]:
+        return _stored(job, *torch.linalg.eigh(_mean(job, device, dtype)))
+
+    yield from spread(solve, jobs, most=_room(jobs[0].cov.shape[0], device, dtype) if jobs else 1)
 
 
-def _decompose(batch: list[Job], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Eigenvalues [n,J] and eigenvectors [n,J,J] of a batch of equal sizes."""
-    stack = torch.stack([job.cov.to(device, dtype) / job.count.to(device) for job in batch])
-    stack = (stack + stack.mT) / 2
-    try:
-        return torch.linalg.eigh(stack)
-    except Exception as error:
-        # On a GPU the batch may not fit after all: free what can be freed, then one by one.
-        if not should_reduce_batch_size(error):
-            raise
-    release_memory()
-    each = [torch.linalg.eigh(matrix) for matrix in stack]
-    values, vectors = (torch.stack([x.cpu() for x in part]) for part in zip(*each, strict=True))
-    return values, vectors
+def _in_batches(
+    jobs: list[Job], device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """On a GPU: equal sizes in one call, as many as fit; one by one where they do not after all."""
+    for n, equals in itertools.groupby(jobs, key=lambda job: job.cov.shape[0]):
+        group, take = list(equals), min(_room(n, device, dtype), LARGEST_BATCH)
+        for start in range(0, len(group), take):
+            batch = group[start : start + take]
+            stack = torch.stack([_mean(job, device, dtype) for job in batch])
+            try:
+                solved = list(zip(*torch.linalg.eigh(stack), strict=True))
+            except Exception as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                solved = []
+            if not solved:
+                release_memory()
+                solved = [tuple(x.cpu() for x in torch.linalg.eigh(cov)) for cov in stack]
+            for job, (values, vectors) in zip(batch, solved, strict=True):
+                yield _stored(job, values, vectors)

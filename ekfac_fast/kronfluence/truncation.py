@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..queries import rotate_back, truncate
 from .preconditioner import Preconditioner
+from .threads import eigh
 
 POWER_ITERATIONS = 2
 # Below this ratio of singular values, squaring them in fp64 costs more than 1e-11 of the largest.
@@ -49,7 +50,7 @@ def truncate_exactly(M: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     tall = M.shape[1] > M.shape[2]
     A = M.mT if tall else M
     wide = A.double()
-    values, vectors = torch.linalg.eigh(wide @ wide.mT)
+    values, vectors = eigh(wide @ wide.mT)
     directions = vectors[..., -rank:].flip(-1).to(M.dtype)
     rows = directions.mT @ A
     scale = rows.norm(dim=-1, keepdim=True)
