@@ -32,6 +32,7 @@ lint: venv
 
 test: lint build
 	$(BIN)/pytest
+	$(BIN)/pytest bench --benchmark-disable
 	$(MAKE) test-short
 
 # The package as pip installs it where there is no torch to build with. -S leaves out the editable
