@@ -380,25 +380,25 @@ def eigendecomposition(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
     return values.clamp(min=0), vectors
 
 
-def _kronfluence_arguments() -> dict[str, str]:
-    """`factor_arguments.json` as kronfluence writes it for these factors: every value a string."""
+def _kronfluence_arguments() -> dict[str, Any]:
+    """`factor_arguments.json` as kronfluence writes it for these factors."""
     return {
         "strategy": "ekfac",
-        "use_empirical_fisher": "False",
-        "amp_dtype": "None",
-        "amp_scale": str(2.0**16),
-        "has_shared_parameters": "False",
-        "covariance_max_examples": "None",
-        "covariance_data_partitions": "1",
-        "covariance_module_partitions": "1",
+        "use_empirical_fisher": False,
+        "amp_dtype": None,
+        "amp_scale": 2.0**16,
+        "has_shared_parameters": False,
+        "covariance_max_examples": None,
+        "covariance_data_partitions": 1,
+        "covariance_module_partitions": 1,
         "activation_covariance_dtype": "torch.float32",
         "gradient_covariance_dtype": "torch.float32",
         "eigendecomposition_dtype": "torch.float64",
-        "lambda_max_examples": "None",
-        "lambda_data_partitions": "1",
-        "lambda_module_partitions": "1",
-        "use_iterative_lambda_aggregation": "False",
-        "offload_activations_to_cpu": "False",
+        "lambda_max_examples": None,
+        "lambda_data_partitions": 1,
+        "lambda_module_partitions": 1,
+        "use_iterative_lambda_aggregation": False,
+        "offload_activations_to_cpu": False,
         "per_sample_gradient_dtype": "torch.float32",
         "lambda_dtype": "torch.float32",
     }
