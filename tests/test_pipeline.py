@@ -538,3 +538,49 @@ def test_time_is_recorded(tmp_path):
     start = time.perf_counter()
     scores = score(model, prepare_queries(model, factors, asked()), data, out=tmp_path / "s")
     assert 0 < scores.seconds < time.perf_counter() - start
+
+
+class Regression:
+    """kronfluence's method names, tuples through torch's default collate, no attention mask."""
+
+    def compute_train_loss(self, batch, model, sample=False):
+        x, y = batch
+        return (model(x) - y).square().sum()
+
+    def compute_measurement(self, batch, model):
+        x, _ = batch
+        return model(x).sum()
+
+    def get_influence_tracked_modules(self):
+        return ["0", "2"]
+
+    def get_attention_mask(self, batch):
+        return None
+
+
+def test_a_regression_task_as_written_for_kronfluence(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+    data = [(x, x.sum(-1, keepdim=True)) for x in torch.randn(20, 3, dtype=torch.float64)]
+    asked, task, names = data[:2], Regression(), ["0", "2"]
+    one = [tuple(part[None] for part in example) for example in data]
+
+    def gradients(batch, measure):
+        return {n: weight_gradient(model, n, measure(batch, model)) for n in names}
+
+    train = [gradients(batch, task.compute_train_loss) for batch in one]
+    expected = torch.zeros(2, 20, dtype=torch.float64)
+    for n, source in (("0", lambda x: x), ("2", lambda x: model[1](model[0](x)))):
+        inputs = torch.cat([torch.cat([source(x), x.new_ones(1, 1)], 1) for x, _ in one]).detach()
+        outputs = torch.cat([g[n][:, -1:].T for g in train])  # the bias's gradient is g itself
+        Qa, Qg = (torch.linalg.eigh(x.T @ x / len(one))[1] for x in (inputs, outputs))
+        rotated = torch.stack([Qg.T @ g[n] @ Qa for g in train])
+        lam = rotated.square().mean(0)
+        for q, batch in enumerate(one[:2]):
+            P = (Qg.T @ gradients(batch, task.compute_measurement)[n] @ Qa) / (
+                lam + 0.1 * lam.mean()
+            )
+            expected[q] += (P * rotated).sum((1, 2))
+    factors = fit(model, data, out=tmp_path / "f", task=task, batch_size=6)
+    prepared = prepare_queries(model, factors, asked, task=task, rank=None)
+    close(score(model, prepared, data, out=tmp_path / "s", task=task).matrix, expected, 1e-9)
