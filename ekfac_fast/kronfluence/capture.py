@@ -78,6 +78,7 @@ class TokenTracker(BaseTracker):
         """Install the forward hook; it hangs a gradient hook on every output."""
         module = self.module
 
+        @torch.compiler.disable
         @torch.no_grad()
         def forward(_: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
             x = inputs[0]

@@ -39,6 +39,7 @@ class FastCovarianceTracker(TokenTracker, CovarianceTracker):
         """Install the forward hook; it hangs a gradient hook on every output."""
         module = self.module
 
+        @torch.compiler.disable
         @torch.no_grad()
         def forward(_: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
             x = inputs[0].detach()
