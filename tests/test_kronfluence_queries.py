@@ -17,6 +17,7 @@ from test_kronfluence_cases import (
 
 from ekfac_fast.kronfluence.memory import free_bytes
 from ekfac_fast.kronfluence.pairwise import multiplies_out
+from ekfac_fast.kronfluence.precondition import FastPreconditionTracker
 from ekfac_fast.kronfluence.preconditioner import Preconditioner
 from ekfac_fast.kronfluence.truncation import low_rank, truncate_exactly
 from ekfac_fast.ops.shapes import Shape
@@ -60,6 +61,28 @@ def test_queries_are_held_for_one_pass(tmp_path: Path, monkeypatch: pytest.Monke
     assert counts == {"stock": 4, "held": 1, "not held": 4, "no room": 4}
     for found in scores.values():
         assert_close(found, scores["stock"], 1e-5)
+
+
+def test_too_many_held_queries_are_scored_as_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = pair(tmp_path)
+    one.fit(False, "stock")
+    args = ScoreArguments(damping_factor=None, query_gradient_low_rank=2)
+    expected = one.pairwise(False, "stock", args, "stock")
+    join, held = FastPreconditionTracker.join_held, []
+
+    def small(self: FastPreconditionTracker) -> None:
+        held.append(len(self.held))
+        if len(self.held) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        join(self)
+
+    monkeypatch.setattr(FastPreconditionTracker, "join_held", small)
+    found = one.pairwise(True, "stock", args, "small")
+    assert held[0] == 4
+    assert set(held[1:]) == {1}
+    assert_close(found, expected, 1e-5)
 
 
 def test_low_rank_queries_are_multiplied_out_where_that_costs_less(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from kronfluence.module.linear import TrackedLinear
 from kronfluence.module.tracked_module import TrackedModule
 from torch import nn
 
-from . import eigendecomposition, loops, memory, modules
+from . import eigendecomposition, holding, loops, memory, modules
 
 # Layer type -> (kronfluence's class, ours).
 REGISTRY = {
@@ -48,7 +48,7 @@ FUNCTIONS: dict[tuple[str, str], Callable[[Callable], Callable]] = {
         eigendecomposition.perform_eigendecomposition
     ),
     ("computer.score_computer", "compute_pairwise_scores_with_loaders"): _both(
-        loops.in_score_dtype, loops.holding_queries
+        loops.in_score_dtype, holding.holding_queries
     ),
     (
         "computer.score_computer",
