@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from kronfluence import Analyzer, FactorArguments, ScoreArguments, Task, prepare_model
+from kronfluence.module.utils import set_gradient_scale
 from kronfluence.utils.state import State
 from test_kronfluence_cases import (
+    Examples,
     Pair,
     Sequence,
+    Siblings,
     SumLoss,
     assert_close,
     examples,
@@ -77,6 +80,41 @@ def test_a_compiled_model(tmp_path: Path) -> None:
     with fast.enabled():
         found = run(tmp_path / "fast", lambda model: torch.compile(model, backend="eager"))
     assert_close(found, expected, 1e-5)
+
+
+def test_scaled_gradients(tmp_path: Path) -> None:
+    """fp16 AMP scales the loss and tells the modules; here only the modules hear of it."""
+    model, task, data = model_and_data()
+    pair = Pair(model, task, *data, tmp_path, FactorArguments(use_empirical_fisher=True))
+    set_gradient_scale(pair.model, 2.0**-3)
+    expected = everything(pair.analyzer, *data)
+    pair.analyzer.output_dir = tmp_path / "fast"
+    pair.analyzer.output_dir.mkdir()
+    with fast.enabled():
+        found = everything(pair.analyzer, *data)
+    assert_close(found, expected, 1e-5)
+
+
+def test_convolutions_beside_linears(tmp_path: Path) -> None:
+    """Scores of modules on both paths add up, in partitions as well."""
+    torch.manual_seed(0)
+    data = [Examples(torch.randn(n, 2, 4, 3), torch.randn(n, 3, 5)) for n in (7, 5)]
+    task = SumLoss(modules=["conv", "q", "k", "head"])
+    pair = Pair(Siblings(), task, *data, tmp_path, FactorArguments(use_empirical_fisher=True))
+    pair.fit(False, "stock")
+    for choices in (
+        {},
+        {"query_gradient_low_rank": 3, "use_full_svd": True, "module_partitions": 2},
+        {"aggregate_query_gradients": True, "compute_per_module_scores": True},
+        {"aggregate_train_gradients": True, "data_partitions": 2},
+    ):
+        args = ScoreArguments(damping_factor=None, **choices)
+        expected = pair.pairwise(False, "stock", args, "mixed")
+        assert_close(pair.pairwise(True, "stock", args, "mixed"), expected, 1e-5)
+    for measured in (False, True):
+        args = ScoreArguments(damping_factor=None, use_measurement_for_self_influence=measured)
+        expected = pair.self_scores(False, "stock", args, "mixed")
+        assert_close(pair.self_scores(True, "stock", args, "mixed"), expected, 1e-5)
 
 
 class Checkpointed(SumLoss):

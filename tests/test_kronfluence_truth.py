@@ -314,15 +314,18 @@ def test_bf16_factors_are_nearer_to_fp64(tmp_path: Path) -> None:
         assert ours < min(0.02, theirs)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("choices", [{}, {"query_gradient_low_rank": 4, "use_full_svd": True}])
-def test_bf16_scores_are_no_farther_from_fp64(choices: dict, tmp_path: Path) -> None:
+def test_short_floats_are_no_farther_from_fp64(
+    choices: dict, dtype: torch.dtype, tmp_path: Path
+) -> None:
     torch.manual_seed(7)
     model = Sequence((24, 32, 16, 8), (True, True, False), inplace=False)
     data = examples(64, (9, 24), (9, 8)), examples(8, (9, 24), (9, 8))
     pair = Pair(model, SumLoss(), *data, tmp_path, batch=16)
     pair.fit(False, "stock")
     truth_args = ScoreArguments(damping_factor=None, **SCORES_FP64)
-    low = {name: torch.bfloat16 for name in SCORES_FP64} | {
+    low = dict.fromkeys(SCORES_FP64, dtype) | {
         "query_gradient_svd_dtype": torch.float32
     }
     args = ScoreArguments(damping_factor=None, **low)
@@ -332,8 +335,8 @@ def test_bf16_scores_are_no_farther_from_fp64(choices: dict, tmp_path: Path) -> 
         stock = scores(False, "stock", dataclasses.replace(args, **extra), "bf16")
         found = scores(True, "stock", dataclasses.replace(args, **extra), "bf16")
         right = truth["all_modules"]
-        assert found["all_modules"].dtype == torch.bfloat16
+        assert found["all_modules"].dtype == dtype
         ours, theirs = (distance(x["all_modules"], right) for x in (found, stock))
         rank = extra.get("query_gradient_low_rank", "full")
-        tell(f"bf16 scores, {scores.__name__}, rank {rank}", ours, theirs)
+        tell(f"{dtype} scores, {scores.__name__}, rank {rank}", ours, theirs)
         assert ours <= theirs

@@ -38,13 +38,12 @@ class FastPreconditionTracker(TokenTracker, PreconditionTracker):
     def consume(self, g: Tensor, a: Tensor) -> None:
         """Precondition one batch of queries."""
         basis = self.module.basis_on(g.device)
-        self.keep(basis.precondition(g, a, self.bias))
+        P = basis.precondition(g, a, self.bias)
+        self.keep(P if self.module.gradient_scale == 1.0 else P * self.module.gradient_scale)
 
     def keep(self, P: Tensor) -> None:
         """Store a batch P [Q,O,J], given in the eigenbasis."""
         args, storage = self.module.score_args, self.module.storage
-        if self.module.gradient_scale != 1.0:
-            P = P * self.module.gradient_scale
         basis, rank = self.module.basis_on(P.device), args.query_gradient_low_rank
         if rank is not None and min(P.shape[1:]) > rank:
             factors = low_rank(
