@@ -1,7 +1,7 @@
 """kronfluence beside itself with the backend: the same work, interleaved in one process.
 
-    python bench/against_kronfluence.py [--cases small-gpt gpt2-mlp mlp gpu] [--repeats 5]
-        [--threads 2] [--out bench/results/against_kronfluence.jsonl] [--smoke]
+    python bench/against_kronfluence.py [--cases small-gpt gpt2-mlp mlp] [--stages self pairwise]
+        [--repeats 5] [--threads 2] [--out bench/results/against_kronfluence.jsonl] [--smoke]
 
 Every stage runs `repeats` times on each side (A B, B A, A B, ...), as a whole call of
 kronfluence's Analyzer: loading, forward and backward passes, files. Both sides fit eigenvalues and
@@ -18,6 +18,7 @@ import datetime
 import gc
 import json
 import logging
+import os
 import platform
 import statistics
 import subprocess
@@ -37,6 +38,11 @@ from torch import Tensor
 
 import ekfac_fast.kronfluence as fast
 from ekfac_fast import ops
+
+CPU_CASES = ("small-gpt", "gpt2-mlp", "mlp")
+GPU_CASES = ("gpu-gpt2", "gpu-llama")
+# The stages whose results others start from.
+FACTORS = ("covariance", "eigendecomposition", "eigenvalue correction")
 
 
 @dataclass
@@ -245,14 +251,22 @@ def environment(threads: int) -> dict:
     }
 
 
-def run_case(case: Case, repeats: int, facts: dict) -> list[dict]:
-    """All rows of one case; the sum of the pipeline's stages is the last."""
+def run_case(case: Case, wanted: list[str], repeats: int, facts: dict) -> list[dict]:
+    """The rows of one case; the sum of the pipeline's stages is the last.
+
+    With `wanted`, only stages whose names contain one of its words are measured; the factors that
+    they start from are fitted once, on the plain side.
+    """
     rows: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
         sides = [Side(case, backend, folder) for backend in (False, True)]
         for number, stage in enumerate(stages(case)):
+            if wanted and not any(word in stage.name for word in wanted):
+                if stage.name in FACTORS:
+                    stage.run(sides[0])
+                continue
             plain, backend = run_stage(stage, sides, repeats, number)
-            row = {"case": case.name, "stage": stage.name, "pipeline": stage.pipeline}
+            row = {"case": case.name, "stage": stage.name, "load": os.getloadavg()[0]}
             for side, measure in (("plain", plain), ("backend", backend)):
                 row[f"{side}_s"] = statistics.median(measure.seconds)
                 row[f"{side}_all_s"] = measure.seconds
@@ -260,19 +274,20 @@ def run_case(case: Case, repeats: int, facts: dict) -> list[dict]:
             row |= agreement(plain.result, backend.result)
             rows.append(row)
             show(row)
-    steps = [row for row in rows if row["pipeline"]]
-    total = {"case": case.name, "stage": "pipeline without eigendecomposition", "pipeline": False}
-    for side in ("plain", "backend"):
-        total[f"{side}_s"] = sum(row[f"{side}_s"] for row in steps)
-        total[f"{side}_peak_mib"] = max(row[f"{side}_peak_mib"] for row in steps)
-    show(total)
+    steps = [row for row in rows if row["stage"] in {s.name for s in stages(case) if s.pipeline}]
+    if not wanted:
+        rows.append({"case": case.name, "stage": "pipeline without eigendecomposition"})
+        for side in ("plain", "backend"):
+            rows[-1][f"{side}_s"] = sum(row[f"{side}_s"] for row in steps)
+            rows[-1][f"{side}_peak_mib"] = max(row[f"{side}_peak_mib"] for row in steps)
+        show(rows[-1])
     shape = {"train": len(case.train), "queries": len(case.query)}
     shape |= {"train_batch": case.train_batch, "query_batch": case.query_batch}
     arguments = {key: str(value) for key, value in asdict(case.score_args).items()}
-    for row in [*rows, total]:
+    for row in rows:
         row["ratio"] = row["plain_s"] / row["backend_s"]
         row |= {"shape": shape, "score_args": arguments, "repeats": repeats, **facts}
-    return [*rows, total]
+    return rows
 
 
 HEADER = (
@@ -295,7 +310,10 @@ def show(row: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--cases", nargs="+", help="default: all that this machine can run")
+    parser.add_argument("--cases", nargs="+", help="default: for this machine")
+    parser.add_argument(
+        "--stages", nargs="+", default=[], help="words in their names; default: all"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="append JSON lines here")
@@ -304,15 +322,14 @@ def main() -> None:
     warnings.filterwarnings("ignore", message=".*torch.cuda.amp.GradScaler.*")
     torch.set_num_threads(options.threads)
     available = cases(options.smoke)
-    gpu = torch.cuda.is_available()
-    chosen = options.cases or [name for name in available if name.startswith("gpu") == gpu]
+    chosen = options.cases or (GPU_CASES if torch.cuda.is_available() else CPU_CASES)
     unknown = set(chosen) - set(available)
     if unknown:
         sys.exit(f"unknown cases {sorted(unknown)}; there are {', '.join(available)}")
     facts = environment(options.threads)
     print(HEADER)
     for name in chosen:
-        rows = run_case(available[name](), options.repeats, facts)
+        rows = run_case(available[name](), options.stages, options.repeats, facts)
         if options.out:
             options.out.parent.mkdir(parents=True, exist_ok=True)
             with options.out.open("a") as lines:

@@ -1,7 +1,8 @@
 """Models, data and arguments of `against_kronfluence.py`: GPTs, an MLP; shapes with their reason.
 
 small-gpt   24 linears with attention; eight queries in batches of four: two passes, plain
-gpt2-mlp    the MLP matrices of GPT-2's 124M parameters, the paper's choice of layers
+gpt2-mlp    the MLP matrices of GPT-2's 124M parameters, the paper's choice of layers; 128 tokens,
+            or 512 in gpt2-mlp-512, which is left out unless asked for
 mlp         regression: one row per example, T = 1
 gpu-*       kronfluence's low-precision preset; only with a GPU
 """
@@ -188,6 +189,14 @@ def cases(smoke: bool) -> dict[str, Callable[[], Case]]:
             tokens=16 if smoke else 128,
             sizes=(4, 2) if smoke else (16, 4),
             batches=(4, 2) if smoke else (8, 4),
+            attention=False,
+        ),
+        "gpt2-mlp-512": lambda: gpt_case(
+            "gpt2-mlp-512",
+            **gpt2,
+            tokens=24 if smoke else 512,
+            sizes=(4, 2) if smoke else (16, 4),
+            batches=(2, 2) if smoke else (4, 4),
             attention=False,
         ),
         "mlp": lambda: mlp_case(

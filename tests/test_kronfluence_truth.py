@@ -325,9 +325,7 @@ def test_short_floats_are_no_farther_from_fp64(
     pair = Pair(model, SumLoss(), *data, tmp_path, batch=16)
     pair.fit(False, "stock")
     truth_args = ScoreArguments(damping_factor=None, **SCORES_FP64)
-    low = dict.fromkeys(SCORES_FP64, dtype) | {
-        "query_gradient_svd_dtype": torch.float32
-    }
+    low = dict.fromkeys(SCORES_FP64, dtype) | {"query_gradient_svd_dtype": torch.float32}
     args = ScoreArguments(damping_factor=None, **low)
     for scores in (pair.pairwise, pair.self_scores):
         extra = choices if scores == pair.pairwise else {}
