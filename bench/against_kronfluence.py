@@ -291,7 +291,7 @@ def run_case(case: Case, wanted: list[str], repeats: int, facts: dict) -> list[d
 
 
 HEADER = (
-    f"{'case':<11}{'stage':<38}{'plain s':>9}{'backend s':>11}{'ratio':>7}"
+    f"{'case':<14}{'stage':<38}{'plain s':>9}{'backend s':>11}{'ratio':>7}"
     f"{'plain MiB':>11}{'backend MiB':>13}{'rel. error':>12}{'Spearman':>10}"
 )
 
@@ -299,7 +299,7 @@ HEADER = (
 def show(row: dict) -> None:
     """One line of the table."""
     line = (
-        f"{row['case']:<11}{row['stage']:<38}{row['plain_s']:>9.3f}{row['backend_s']:>11.3f}"
+        f"{row['case']:<14}{row['stage']:<38}{row['plain_s']:>9.3f}{row['backend_s']:>11.3f}"
         f"{row['plain_s'] / row['backend_s']:>7.2f}"
         f"{row['plain_peak_mib']:>11.0f}{row['backend_peak_mib']:>13.0f}"
     )
