@@ -9,7 +9,8 @@ scores.top(0, 10)
 from . import ops
 from .factors import Factors, LayerFactors, fit
 from .queries import Queries, prepare_queries
-from .scoring import Scores, score, self_scores
+from .scores import Scores
+from .scoring import score, self_scores
 from .tasks import LanguageModelTask, Task
 
 __version__ = "0.1.0"

@@ -20,7 +20,7 @@ from .files import save_json
 from .hooks import Capture, select_layers
 from .queries import Queries
 from .records import optional, read
-from .scoring import Scores
+from .scores import Scores
 from .tasks import LanguageModelTask
 
 CONTEXT = 128

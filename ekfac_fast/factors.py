@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from .batches import Batches, autocasting, model_fingerprint
 from .data import Indexable
-from .hooks import Capture, Layer, LayerBatch, select_layers
-from .ops.gradients import rotate_activations
+from .hooks import Capture, Layer, LayerBatch, SharedRotation, select_layers
 from .ops.sampling import wide
 from .store import Store, StoreError, load_tensors, save_json, save_tensors
 from .tasks import LanguageModelTask, Task
@@ -112,29 +111,6 @@ class Factors(Mapping[str, LayerFactors]):
                     f"{self.folder} are {list(lam.shape)}: they belong to another model"
                 )
         return layers
-
-
-class SharedRotation:
-    """Rotated activations of layers that read the same tensor, computed once a batch."""
-
-    def __init__(self) -> None:
-        self._held: dict[str, tuple[Tensor, int]] = {}
-
-    def __call__(self, seen: LayerBatch, Qa: Tensor) -> tuple[Tensor, Tensor | None, bool]:
-        """(a, Qa, bias) for an op: rotated already if others share it and tokens are the cheap
-        side.
-
-        Alone, a layer's rotation is left to the op, which chooses the cheapest order.
-        """
-        bias = seen.layer.bias
-        if seen.readers == 1 or seen.a.shape[1] >= seen.layer.O:
-            return seen.a, Qa, bias
-        rotated, left = self._held.pop(seen.shared, (None, seen.readers))
-        if rotated is None:
-            rotated = rotate_activations(seen.a, Qa.to(seen.a.dtype), bias)
-        if left > 1:
-            self._held[seen.shared] = (rotated, left - 1)
-        return rotated, None, False
 
 
 def fit(

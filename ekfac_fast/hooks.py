@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .ops.gradients import rotate_activations
+
 # A component of an MLP's name, below a numbered block: GPT-2, GPT-NeoX, Llama, Qwen, Mistral,
 # OLMo, Gemma say `mlp`; OPT has fc1 and fc2 in the block itself.
 MLP = re.compile(r"\.\d+\.(?:.*\.)?(?:mlp|ffn|ff|feed_forward|feedforward)\.|\.\d+\.fc[12]$")
@@ -183,6 +185,29 @@ class Capture:
         shared = calls.shared[name]
         readers = sum(reader == shared for reader in calls.shared.values())
         consume(LayerBatch(layer, shared, readers, a.to(g.dtype), g))
+
+
+class SharedRotation:
+    """Rotated activations of layers that read the same tensor, computed once a batch."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, tuple[Tensor, int]] = {}
+
+    def __call__(self, seen: LayerBatch, Qa: Tensor) -> tuple[Tensor, Tensor | None, bool]:
+        """(a, Qa, bias) for an op: rotated already if others share it and tokens are the cheap
+        side.
+
+        Alone, a layer's rotation is left to the op, which chooses the cheapest order.
+        """
+        bias = seen.layer.bias
+        if seen.readers == 1 or seen.a.shape[1] >= seen.layer.O:
+            return seen.a, Qa, bias
+        rotated, left = self._held.pop(seen.shared, (None, seen.readers))
+        if rotated is None:
+            rotated = rotate_activations(seen.a, Qa.to(seen.a.dtype), bias)
+        if left > 1:
+            self._held[seen.shared] = (rotated, left - 1)
+        return rotated, None, False
 
 
 class _Calls:

@@ -20,7 +20,8 @@ from .files import load_json, save_json
 from .queries import Queries, prepare_queries
 from .records import Split, optional, read
 from .results import collect, facts
-from .scoring import Scores, score, self_scores
+from .scores import Scores
+from .scoring import score, self_scores
 
 RUN = "run.json"
 DAMPING_RULE = "0.1 x the mean eigenvalue of each layer"

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from .batches import Batches
 from .data import Indexable
-from .factors import Factors, Progress, SharedRotation
-from .hooks import Capture, Layer, LayerBatch
+from .factors import Factors, Progress
+from .hooks import Capture, Layer, LayerBatch, SharedRotation
 from .ops.sampling import wide
 from .store import load_json, load_tensors, save_json, save_tensors
 from .tasks import LanguageModelTask, Task

@@ -13,7 +13,7 @@ from .analysis import QueryResult, RankedSequence, RunFacts, Stage
 from .data import Tokens
 from .factors import Factors
 from .queries import Queries
-from .scoring import Detail, Scores
+from .scores import Detail, Scores
 from .tasks import IGNORED
 
 LOW_ENERGY = 0.9  # below this share of its energy a rank does not represent a query

@@ -13,7 +13,7 @@ import pytest
 
 from ekfac_fast.data import read, tokenize
 from ekfac_fast.jobs import load_tokenizer
-from ekfac_fast.scoring import Scores
+from ekfac_fast.scores import Scores
 
 ROOT = Path(__file__).parent.parent
 

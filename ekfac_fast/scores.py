@@ -1,0 +1,85 @@
+"""A scan's results on disk: every score or the best of each query, and where the best come from."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from .store import Store
+
+
+@dataclass(frozen=True)
+class Detail:
+    """Where one sequence's score comes from: per_layer_token [L,T] sums to `score` (Eq. 30, 31)."""
+
+    query: int
+    index: int
+    score: float
+    per_layer_token: np.ndarray
+
+    @property
+    def per_layer(self) -> np.ndarray:
+        """Share of every layer [L]."""
+        return self.per_layer_token.sum(1)
+
+    @property
+    def per_token(self) -> np.ndarray:
+        """Share of every token [T]: the position whose update counts, one before its target."""
+        return self.per_layer_token.sum(0)
+
+
+class Scores:
+    """Scores on disk: `matrix` [Q,N] or a bounded heap per query; details of top sequences."""
+
+    def __init__(self, folder: str | Path):
+        """Open a folder written by `score` or `self_scores`; StoreError names what is missing."""
+        self.store = Store.load(folder)
+        self.folder = Path(folder)
+        self.train_size: int = self.store.facts["train_size"]
+        self.layers: list[str] = self.store.facts["layers"]
+
+    @cached_property
+    def matrix(self) -> np.ndarray:
+        """Raw scores [Q,N], mapped from disk; NaN where a sequence was never scanned.
+
+        Raises:
+            ValueError: the scan kept only the top k.
+        """
+        if self.store.facts["top_k"] is not None:
+            raise ValueError(
+                f"{self.folder} holds the top {self.store.facts['top_k']} of each query; "
+                "score again without top_k for the whole matrix"
+            )
+        return self.store.matrix().values
+
+    def top(self, query: int, k: int, *, lowest: bool = False) -> list[tuple[int, float]]:
+        """The k highest (or lowest) scores: (index, raw score), best first, ties by index."""
+        kept = self.store.facts["top_k"]
+        if kept is None:
+            row = np.asarray(self.matrix[query])
+            indices = np.flatnonzero(~np.isnan(row))
+            values = row[indices]
+        else:
+            if lowest or k > kept:
+                raise ValueError(f"{self.folder} holds only the top {kept} of each query")
+            _, state = self.store.load_state("heap")
+            indices, values = state["indices"][query].numpy(), state["values"][query].numpy()
+            indices, values = indices[indices >= 0], values[indices >= 0]
+        order = np.lexsort((indices, values if lowest else -values))[:k]
+        return [(int(indices[i]), float(values[i])) for i in order]
+
+    def details(self, query: int) -> list[Detail]:
+        """Layer and token detail of the query's top sequences, best first; [] if not asked for."""
+        if query not in self.store.done:
+            return []
+        shard = self.store.read(query)
+        return [
+            Detail(query, int(i), float(s), shard[f"{i}"].numpy())
+            for i, s in zip(shard["indices"], shard["scores"], strict=True)
+        ]
+
+    @property
+    def seconds(self) -> float:
+        """Time that the scan took, its batches alone."""
+        return self.store.state["seconds"]
