@@ -3,13 +3,13 @@ size."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from .data import Example, Indexable, batch_plan, collate, example, lengths
+from .data import DataError, Example, Indexable, batch_plan, collate, example, lengths
 from .files import fingerprint
 
 BATCH_TOKENS = 4096
@@ -24,11 +24,13 @@ class Batches:
 
     A language-model example is a mapping with `input_ids` whose `labels`, if any, are one a token.
     Those are batched by `batch_tokens`, padded on the right and given `index` [B], the examples'
-    ids (their own `id` where they have one, else their place). Anything else is batched by
-    `batch_size` through torch's default collate.
+    ids (their own `id` where they have one, else their place). Of one longer than the model has
+    positions, the end is cut off (`truncated` of them), or it is refused. Anything else is batched
+    by `batch_size` through torch's default collate.
 
     Raises:
-        DataError: an example is malformed, or the data set is empty; names it.
+        DataError: an example is malformed or too long; names it.
+        ValueError: the data set is empty.
     """
 
     def __init__(
@@ -39,9 +41,9 @@ class Batches:
         batch_tokens: int | None = None,
         batch_size: int | None = None,
         max_examples: int | None = None,
-        on_long: str = "truncate",
+        on_long: Literal["truncate", "refuse"] = "truncate",
     ):
-        self.dataset, self.on_long = dataset, on_long
+        self.dataset = dataset
         self.size = len(dataset) if max_examples is None else min(len(dataset), max_examples)
         if self.size == 0:
             raise ValueError("the data set is empty")
@@ -51,15 +53,21 @@ class Batches:
         config = getattr(model, "config", None)
         self.context = getattr(config, "max_position_embeddings", None)
         self.vocabulary = getattr(config, "vocab_size", None)
-        self.truncated = 0
         first = dataset[0]
         self.language = isinstance(first, Mapping) and "input_ids" in first
         if self.language and first.get("labels") is not None:
             labels = torch.as_tensor(first["labels"])
             self.language = labels.ndim == 1 and len(labels) == len(first["input_ids"])
-        self.lengths = (
-            lengths(_First(dataset, self.size), self.context) if self.language else [1] * self.size
-        )
+        whole = lengths(_First(dataset, self.size)) if self.language else [1] * self.size
+        limit = self.context or max(whole)
+        long = [index for index, length in enumerate(whole) if length > limit]
+        if long and on_long == "refuse":
+            raise DataError(
+                f"{len(long)} examples are longer than the model's {limit} positions; the first is "
+                f"example {long[0]} with {whole[long[0]]} tokens: split them, or let them be cut"
+            )
+        self.truncated = len(long)
+        self.lengths = [min(length, limit) for length in whole]
 
     def plan(self) -> list[list[int]]:
         """Indices of every batch; a pure function of lengths and budget."""
@@ -76,15 +84,13 @@ class Batches:
         """The batch of these examples, on the model's device."""
         if not self.language:
             return _moved(default_collate([self.dataset[i] for i in indices]), self.device)
-        examples = [self.example(i) for i in indices]
-        self.truncated += sum(e.dropped > 0 for e in examples)
         ids = [self.dataset[i].get("id", i) for i in indices]
-        batch = collate(examples) | {"index": torch.tensor(ids)}
+        batch = collate([self.example(i) for i in indices]) | {"index": torch.tensor(ids)}
         return _moved(batch, self.device)
 
     def example(self, index: int) -> Example:
         """Example `index` of a language-model data set, checked against the model."""
-        return example(self.dataset, index, self.vocabulary, self.context, self.on_long)
+        return example(self.dataset, index, self.vocabulary, self.context)
 
     def fingerprint(self) -> str:
         """Identifies the data: all lengths, and the content of evenly spaced examples."""

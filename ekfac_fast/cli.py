@@ -17,6 +17,7 @@ from rich.table import Table
 from . import __version__, jobs, ops
 from . import demo as demonstration
 from . import plan as planning
+from .data import OnLong, Split
 from .factors import Factors
 from .files import load_json
 from .hooks import select_layers
@@ -32,7 +33,8 @@ Data = Annotated[Path, typer.Argument(help=".jsonl, .txt or .parquet, or a folde
 Out = Annotated[Path, typer.Option(help="folder of the results; a run that was killed continues")]
 FactorFolder = Annotated[Path, typer.Argument(help="folder written by fit (or by kronfluence)")]
 Context = Annotated[int | None, typer.Option(help="tokens a sequence, at most; default 512")]
-Split = Annotated[str, typer.Option(help="a .txt record is a: file, paragraph or line")]
+SplitBy = Annotated[Split, typer.Option(help="a .txt record is a: file, paragraph or line")]
+TooLong = Annotated[OnLong, typer.Option(help="what becomes of a record over the context")]
 Layers = Annotated[list[str] | None, typer.Option(help="layer names or globs; default: MLPs")]
 BatchTokens = Annotated[int | None, typer.Option(help="tokens a batch; default 4096")]
 Damping = Annotated[float | None, typer.Option(help="absolute; default 0.1 x mean eigenvalue")]
@@ -79,7 +81,8 @@ def fit(
     out: Out,
     layers: Layers = None,
     context: Context = None,
-    split: Split = "file",
+    split: SplitBy = "file",
+    on_long: TooLong = "chunk",
     batch_tokens: BatchTokens = None,
     max_examples: Annotated[int | None, typer.Option(help="use the first so many")] = None,
     seed: Annotated[int, typer.Option(help="of the sampled labels")] = 0,
@@ -87,8 +90,9 @@ def fit(
     trust_remote_code: Trust = False,
 ) -> None:
     """Fit the EK-FAC factors of a model on a corpus."""
-    source = jobs.load(model, context, trust_remote_code)
-    corpus = jobs.read_data(data, source.tokenizer, source.context, split, console)
+    source = jobs.load(model, trust_remote_code)
+    cutting = jobs.Cutting(source.context(context), split, on_long)
+    corpus = jobs.read_data(data, source.tokenizer, cutting, console)
     jobs.fit_job(
         source, corpus, out, console, layers=layers, batch_tokens=batch_tokens,
         max_examples=max_examples, seed=seed, autocast=torch.bfloat16 if bf16 else None,
@@ -111,16 +115,18 @@ def score(
         int | None, typer.Option(help="N that displayed scores divide by")
     ] = None,
     context: Context = None,
-    split: Split = "file",
+    split: SplitBy = "file",
+    on_long: TooLong = "chunk",
     batch_tokens: BatchTokens = None,
     bf16: Bf16 = False,
     trust_remote_code: Trust = False,
 ) -> None:
     """Rank the sequences of a corpus by their influence on completions."""
-    source = jobs.load(model, context, trust_remote_code)
-    corpus = jobs.read_data(data, source.tokenizer, source.context, split, console)
+    source = jobs.load(model, trust_remote_code)
+    cutting = jobs.Cutting(source.context(context), split, on_long)
+    corpus = jobs.read_data(data, source.tokenizer, cutting, console)
     jobs.score_job(
-        source, Factors(factors), queries, corpus, out, console, rank=rank or None,
+        source, Factors(factors), queries, corpus, cutting, out, console, rank=rank or None,
         damping=damping, top_k=top_k, candidates=candidates, train_size=train_size,
         batch_tokens=batch_tokens, autocast=torch.bfloat16 if bf16 else None,
     )  # fmt: skip
@@ -136,14 +142,16 @@ def self_influence(
     out: Out,
     damping: Damping = None,
     context: Context = None,
-    split: Split = "file",
+    split: SplitBy = "file",
+    on_long: TooLong = "chunk",
     batch_tokens: BatchTokens = None,
     bf16: Bf16 = False,
     trust_remote_code: Trust = False,
 ) -> None:
     """Rank the sequences of a corpus by their influence on themselves."""
-    source = jobs.load(model, context, trust_remote_code)
-    corpus = jobs.read_data(data, source.tokenizer, source.context, split, console)
+    source = jobs.load(model, trust_remote_code)
+    cutting = jobs.Cutting(source.context(context), split, on_long)
+    corpus = jobs.read_data(data, source.tokenizer, cutting, console)
     scores = jobs.self_job(
         source, Factors(factors), corpus, out, console, damping=damping,
         batch_tokens=batch_tokens, autocast=torch.bfloat16 if bf16 else None,
@@ -159,13 +167,12 @@ def report(
     data: Data,
     out: Annotated[Path, typer.Option(help="HTML file")] = Path("report.html"),
     top: Annotated[int, typer.Option(help="sequences a query")] = 10,
-    split: Split = "file",
     trust_remote_code: Trust = False,
 ) -> None:
     """Write one self-contained HTML file about a scan."""
     run = load_json(scores / jobs.RUN)
     tokenizer = jobs.load_tokenizer(run["model"], trust_remote_code)
-    corpus = jobs.read_data(data, tokenizer, run["context"], split, console)
+    corpus = jobs.read_data(data, tokenizer, jobs.Cutting(**run["cutting"]), console)
     console.print(f"{jobs.report_job(scores, corpus, tokenizer, out, top)}", markup=False)
 
 
@@ -223,13 +230,15 @@ def demo(
         demonstration.prepare(
             folder, steps, topics, lambda done, total, _: progress("training", done, total)
         )
-    source = jobs.load(str(folder / "model"), demonstration.CONTEXT, False, "cpu")
-    corpus = jobs.read_data(folder / "corpus", source.tokenizer, source.context, "file", console)
+    source = jobs.load(str(folder / "model"), False, "cpu")
+    cutting = jobs.Cutting(demonstration.CONTEXT)
+    corpus = jobs.read_data(folder / "corpus", source.tokenizer, cutting, console)
     factors = jobs.fit_job(source, corpus, folder / "factors", console)
     out = folder / "scores"
     scores = jobs.score_job(
-        source, factors, folder / "queries.jsonl", corpus, out, console, rank=32, damping=None
-    )
+        source, factors, folder / "queries.jsonl", corpus, cutting, out, console, rank=32,
+        damping=None,
+    )  # fmt: skip
     jobs.print_top(console, out, corpus, source.tokenizer)
     floor = demonstration.floor_seconds(source.model, corpus, scores.layers)
     changes = demonstration.step_check(source.model, Queries.load(out), scores, corpus)

@@ -24,6 +24,7 @@ __all__ = [
     "DataError",
     "Example",
     "Indexable",
+    "OnLong",
     "Split",
     "Tokens",
     "batch_plan",
@@ -36,6 +37,7 @@ __all__ = [
     "tokenize",
 ]
 
+OnLong = Literal["chunk", "truncate", "refuse"]
 IGNORED = -100
 TOKENIZED_AT_ONCE = 256
 
@@ -69,11 +71,10 @@ def example(
     index: int,
     vocab_size: int | None = None,
     context: int | None = None,
-    on_long: Literal["truncate", "refuse"] = "truncate",
 ) -> Example:
     """Example `index`, checked and without its padding; DataError names it.
 
-    Longer than `context` tokens: its end is cut off (and counted in `dropped`), or refused.
+    Longer than `context` tokens: its end is cut off, and counted in `dropped`.
     """
     record, where = dataset[index], f"example {index}"
     if not isinstance(record, Mapping) or "input_ids" not in record:
@@ -91,10 +92,6 @@ def example(
         hole = int(np.flatnonzero(mask[start:stop] == 0)[0]) + start
         raise DataError(f"{where}: attention_mask is 0 at position {hole}, between real tokens")
     dropped = max(0, stop - start - context) if context else 0
-    if dropped and on_long == "refuse":
-        raise DataError(
-            f"{where}: {stop - start} tokens, but the context is {context}: split or truncate it"
-        )
     stop -= dropped
     _within(ids[start:stop], vocab_size, start, f"{where}: token id")
     _within(
@@ -132,14 +129,13 @@ def _within(ids: np.ndarray, vocab_size: int | None, start: int, what: str) -> N
         )
 
 
-def lengths(dataset: Indexable, context: int | None = None) -> list[int]:
-    """The number of tokens of each example, padding not counted, at most `context`; no checks."""
+def lengths(dataset: Indexable) -> list[int]:
+    """The number of tokens of each example, padding not counted; no checks."""
     result = []
     for i in range(len(dataset)):
         record = dataset[i]
         mask = record.get("attention_mask")
-        length = len(record["input_ids"]) if mask is None else int(np.count_nonzero(mask))
-        result.append(min(length, context) if context else length)
+        result.append(len(record["input_ids"]) if mask is None else int(np.count_nonzero(mask)))
     return result
 
 
@@ -213,7 +209,7 @@ def tokenize(
     tokenizer: Callable[..., Any],
     context: int,
     *,
-    on_long: Literal["chunk", "truncate", "refuse"] = "chunk",
+    on_long: OnLong = "chunk",
     on_empty: Literal["refuse", "skip"] = "refuse",
     progress: Callable[[int], None] | None = None,
 ) -> Tokens:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -122,6 +122,7 @@ def fit(
     layers: str | list[str] | None = None,
     batch_tokens: int | None = None,
     batch_size: int | None = None,
+    on_long: Literal["truncate", "refuse"] = "truncate",
     max_examples: int | None = None,
     seed: int = 0,
     autocast: torch.dtype | None = None,
@@ -137,6 +138,7 @@ def fit(
         task: None for `LanguageModelTask(seed)`.
         layers: names, globs, "mlp", "all"; None for the task's list, else "mlp".
         batch_tokens: budget of a batch for language models (default 4096); `batch_size` for others.
+        on_long: what becomes of examples longer than the model has positions.
         max_examples: use the first so many.
         seed: of the sampled labels.
         autocast: dtype of the model's passes; sums stay fp32.
@@ -149,7 +151,12 @@ def fit(
     task = task or LanguageModelTask(seed)
     tracked = select_layers(model, layers or task.get_influence_tracked_modules())
     batches = Batches(
-        dataset, model, batch_tokens=batch_tokens, batch_size=batch_size, max_examples=max_examples
+        dataset,
+        model,
+        batch_tokens=batch_tokens,
+        batch_size=batch_size,
+        max_examples=max_examples,
+        on_long=on_long,
     )
     facts = {
         "model": model_fingerprint(model),

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import nn
 
 from . import report
 from .analysis import Stage
-from .data import Tokens, read_queries, tokenize
+from .data import OnLong, Tokens, read_queries, tokenize
 from .factors import Factors, fit
 from .files import load_json, save_json
 from .queries import Queries, prepare_queries
@@ -24,34 +24,43 @@ from .scores import Scores
 from .scoring import score, self_scores
 
 RUN = "run.json"
+CONTEXT = 512
 DAMPING_RULE = "0.1 x the mean eigenvalue of each layer"
 
 
 @dataclass(frozen=True)
+class Cutting:
+    """How text becomes sequences: of at most `context` tokens, from records that `split` makes of
+    a text file; longer ones are cut in chunks, truncated or refused.
+    """
+
+    context: int
+    split: Split = "file"
+    on_long: OnLong = "chunk"
+
+
+@dataclass(frozen=True)
 class Source:
-    """A model folder or name, its tokenizer, and the context that sequences are cut to."""
+    """A model folder or name, and its tokenizer."""
 
     path: str
     model: nn.Module
     tokenizer: Any
-    context: int
+
+    def context(self, wanted: int | None) -> int:
+        """Tokens a sequence: as wanted (512), but no more than the model has positions for."""
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        return min(wanted or CONTEXT, positions or CONTEXT)
 
 
-def load(
-    path: str, context: int | None, trust_remote_code: bool, device: str | None = None
-) -> Source:
+def load(path: str, trust_remote_code: bool, device: str | None = None) -> Source:
     """A Hugging Face causal language model in evaluation mode, on a GPU if there is one."""
     transformers = optional("transformers", "hf")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = transformers.AutoModelForCausalLM.from_pretrained(
         path, trust_remote_code=trust_remote_code
     )
-    return Source(
-        path,
-        model.to(device).eval(),
-        load_tokenizer(path, trust_remote_code),
-        min(context or 512, getattr(model.config, "max_position_embeddings", None) or 512),
-    )
+    return Source(path, model.to(device).eval(), load_tokenizer(path, trust_remote_code))
 
 
 def load_tokenizer(path: str, trust_remote_code: bool) -> Any:
@@ -60,10 +69,11 @@ def load_tokenizer(path: str, trust_remote_code: bool) -> Any:
     return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
-def read_data(path: Path, tokenizer: Any, context: int, split: Split, console: Console) -> Tokens:
+def read_data(path: Path, tokenizer: Any, cutting: Cutting, console: Console) -> Tokens:
     """A corpus as examples; says what was cut off or left out."""
-    data = tokenize(read(path, split=split), tokenizer, context, on_empty="skip")
-    notes = [f"{len(data)} sequences of at most {context} tokens"]
+    records = read(path, split=cutting.split)
+    data = tokenize(records, tokenizer, cutting.context, on_long=cutting.on_long, on_empty="skip")
+    notes = [f"{len(data)} sequences of at most {cutting.context} tokens"]
     if data.truncated:
         notes.append(f"{data.truncated} records lost {data.dropped} tokens")
     if data.skipped:
@@ -118,6 +128,7 @@ def score_job(
     factors: Factors,
     queries: Path,
     data: Tokens,
+    cutting: Cutting,
     out: Path,
     console: Console,
     *,
@@ -126,7 +137,7 @@ def score_job(
     **settings: Any,
 ) -> Scores:
     """Queries prepared, the corpus scanned, everything that `report_job` needs kept in `out`."""
-    asked = read_queries(queries, source.tokenizer, source.context)
+    asked = read_queries(queries, source.tokenizer, cutting.context)
     start = time.perf_counter()
     with showing(console) as progress:
         prepared = prepare_queries(
@@ -141,7 +152,7 @@ def score_job(
     run = {
         "model": source.path,
         "factors": str(factors.folder),
-        "context": source.context,
+        "cutting": asdict(cutting),
         "names": [_name(asked.records[i], i) for i in range(len(asked))],
         "damping_rule": DAMPING_RULE if damping is None else "the same in every layer, as given",
         "stages": [
@@ -173,7 +184,8 @@ def report_job(
         Stage(name, seconds, floor if name == "scan the corpus" else None)
         for name, seconds in run["stages"]
     ]
-    settings = [("context", str(run["context"])), ("factors", run["factors"])]
+    settings = [*((name, str(value)) for name, value in run["cutting"].items())]
+    settings.append(("factors", run["factors"]))
     about = facts(
         scores, Factors(run["factors"]), queries, run["model"], run["damping_rule"], stages,
         settings, notes,

@@ -35,7 +35,7 @@ def collect(
     names: Sequence[str],
     k: int = 10,
 ) -> tuple[QueryResult, ...]:
-    """What was found for every query: its top and bottom sequences with their detail."""
+    """What was found for every query: its top and lowest sequences with their detail."""
     return tuple(
         _query(q, scores, queries, data, tokenizer, name, k) for q, name in enumerate(names)
     )
@@ -83,12 +83,14 @@ def _query(
     texts = token_texts(tokenizer, ids.tolist())
     full = scores.store.facts["top_k"] is None
     ranked = [_ranked(d, data, tokenizer) for d in scores.details(q)[:k]]
+    lowest = [d for d in scores.details(q, lowest=True) if d.score < 0]
     return QueryResult(
         name=name,
         prompt_tokens=texts[:asked],
         completion_tokens=texts[asked:],
         log_probability=-float(queries.measurements[q]),
         ranked=tuple(ranked),
+        bottom=tuple(_ranked(d, data, tokenizer) for d in lowest[:k]),
         scores=np.asarray(scores.matrix[q]) if full else None,
     )
 
@@ -103,6 +105,7 @@ def _ranked(detail: Detail, data: Tokens, tokenizer: Any) -> RankedSequence:
         per_layer=detail.per_layer,
         per_layer_token=detail.per_layer_token,
         source=Path(data.source(detail.index)).name,
+        candidate_rank=detail.candidate_rank,
     )
 
 

@@ -8,15 +8,22 @@ import numpy as np
 
 from .store import Store
 
+# Columns of a query's shard, for its top and its lowest sequences; a rank of 0 is none.
+DETAIL = ("indices", "scores", "candidate_ranks")
+
 
 @dataclass(frozen=True)
 class Detail:
-    """Where one sequence's score comes from: per_layer_token [L,T] sums to `score` (Eq. 30, 31)."""
+    """Where one sequence's score comes from: per_layer_token [L,T] sums to `score` (Eq. 30, 31).
+
+    `candidate_rank`: its place among the query's TF-IDF candidates, from 1; None without them.
+    """
 
     query: int
     index: int
     score: float
     per_layer_token: np.ndarray
+    candidate_rank: int | None = None
 
     @property
     def per_layer(self) -> np.ndarray:
@@ -69,14 +76,18 @@ class Scores:
         order = np.lexsort((indices, values if lowest else -values))[:k]
         return [(int(indices[i]), float(values[i])) for i in order]
 
-    def details(self, query: int) -> list[Detail]:
-        """Layer and token detail of the query's top sequences, best first; [] if not asked for."""
+    def details(self, query: int, *, lowest: bool = False) -> list[Detail]:
+        """Layer and token detail of the query's top (or lowest) sequences, best (or worst) first.
+
+        [] if not asked for; of the lowest also where only the top k were kept.
+        """
         if query not in self.store.done:
             return []
-        shard = self.store.read(query)
+        shard, side = self.store.read(query), "lowest" if lowest else "top"
+        rows = zip(*(shard[f"{side}.{name}"].tolist() for name in DETAIL), strict=True)
         return [
-            Detail(query, int(i), float(s), shard[f"{i}"].numpy())
-            for i, s in zip(shard["indices"], shard["scores"], strict=True)
+            Detail(query, index, score, shard[f"{index}"].numpy(), rank or None)
+            for index, score, rank in rows
         ]
 
     @property

@@ -9,7 +9,7 @@ raises the completion's log-probability (for `LanguageModelTask`).
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,12 +23,13 @@ from .hooks import Capture, LayerBatch, SharedRotation
 from .ops.sampling import wide
 from .plan import contraction
 from .queries import LayerQueries, Queries
-from .scores import Scores
+from .scores import DETAIL, Scores
 from .store import Store, fingerprint
 from .tasks import LanguageModelTask, Task
 
-# Sequences of each query whose token and layer detail is worked out, unless `top_k` says otherwise.
-DETAILED = 20
+# Top and lowest sequences of each query whose token and layer detail is worked out; `top_k` says
+# otherwise.
+DETAILED, LOWEST = 20, 5
 ops = torch.ops.ekfac_fast
 
 
@@ -46,6 +47,7 @@ def score(
     train_size: int | None = None,
     batch_tokens: int | None = None,
     batch_size: int | None = None,
+    on_long: Literal["truncate", "refuse"] = "truncate",
     autocast: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> Scores:
@@ -60,10 +62,11 @@ def score(
         out: folder of this scan.
         task: None for `LanguageModelTask`.
         per_token, per_layer: work out, in a second pass over them alone, the layer x token detail
-            of each query's top sequences (`Scores.details`).
+            of each query's top and lowest sequences (`Scores.details`).
         top_k: keep a bounded heap per query in place of the [Q,N] matrix.
         candidates: "tfidf:10000" for the paper's filter (Eq. 28), or indices per query; sequences
             that are nobody's candidate are not scanned.
+        on_long: what becomes of examples longer than the model has positions.
         train_size: N by which a display divides; None: the size of `dataset`.
 
     Raises:
@@ -71,8 +74,11 @@ def score(
         ValueError: candidates do not fit, or a loss is not finite; names the examples.
     """
     task = task or LanguageModelTask()
-    batches = Batches(dataset, model, batch_tokens=batch_tokens, batch_size=batch_size)
-    chosen = _candidates(candidates, queries, batches)
+    batches = Batches(
+        dataset, model, batch_tokens=batch_tokens, batch_size=batch_size, on_long=on_long
+    )
+    ranked = _candidates(candidates, queries, batches)
+    chosen = None if ranked is None else [np.unique(indices) for indices in ranked]
     facts = _facts(model, batches, task, autocast, train_size) | {
         "queries": fingerprint(len(queries), [q.dense()[:, :1] for q in queries.layers]),
         "layers": [q.layer.name for q in queries.layers],
@@ -87,7 +93,7 @@ def score(
             scan = _Scan(model, queries, batches, task, store, autocast, progress)
             scan.run(chosen, top_k)
             if per_token or per_layer:
-                scan.detail(top_k or DETAILED)
+                scan.detail(top_k, ranked if isinstance(candidates, str) else None)
             store.finish(truncated=batches.truncated)
     return Scores(out)
 
@@ -103,6 +109,7 @@ def self_scores(
     train_size: int | None = None,
     batch_tokens: int | None = None,
     batch_size: int | None = None,
+    on_long: Literal["truncate", "refuse"] = "truncate",
     autocast: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> Scores:
@@ -113,7 +120,9 @@ def self_scores(
     """
     task = task or LanguageModelTask()
     layers = factors.layers(model)
-    batches = Batches(dataset, model, batch_tokens=batch_tokens, batch_size=batch_size)
+    batches = Batches(
+        dataset, model, batch_tokens=batch_tokens, batch_size=batch_size, on_long=on_long
+    )
     dampings = {layer.name: factors[layer.name].damping(damping) for layer in layers}
     facts = _facts(model, batches, task, autocast, train_size) | {
         "layers": [layer.name for layer in layers],
@@ -153,7 +162,7 @@ def _facts(model, batches: Batches, task: Task, autocast, train_size: int | None
 def _candidates(
     wanted: str | Sequence[Sequence[int]] | None, queries: Queries, batches: Batches
 ) -> list[np.ndarray] | None:
-    """Sorted candidate indices of every query, or None for all."""
+    """Candidate indices of every query, TF-IDF's best first, or None for all."""
     if wanted is None:
         return None
     if isinstance(wanted, str):
@@ -166,11 +175,11 @@ def _candidates(
         wanted = top_candidates(tokens, batches.dataset, int(count), batches.vocabulary)[0]
     if len(wanted) != len(queries):
         raise ValueError(f"candidates for {len(wanted)} queries, but there are {len(queries)}")
-    chosen = [np.unique(np.asarray(indices, dtype=np.int64)) for indices in wanted]
-    for q, indices in enumerate(chosen):
-        if len(indices) and not 0 <= indices[0] <= indices[-1] < batches.size:
+    found = [np.asarray(indices, dtype=np.int64) for indices in wanted]
+    for q, indices in enumerate(found):
+        if len(indices) and not 0 <= indices.min() <= indices.max() < batches.size:
             raise ValueError(f"query {q}: a candidate is outside the data set of {batches.size}")
-    return chosen
+    return found
 
 
 def _scan(
@@ -294,20 +303,33 @@ class _Scan:
             top_k,
         )
 
-    def detail(self, k: int) -> None:
-        """Layer x token scores of each query's top sequences, one shard a query."""
+    def detail(self, top_k: int | None, ranked: list[np.ndarray] | None) -> None:
+        """Layer x token scores of each query's top and lowest sequences, one shard a query.
+
+        A heap holds no lowest. `ranked`: candidates of each query, best first.
+        """
         found = Scores(self.store.folder)
         names = [q.layer.name for q in self.queries.layers]
         for q in range(len(self.queries)):
             if q in self.store.done:
                 continue
-            top = found.top(q, k)
-            shard = {
-                "indices": torch.tensor([i for i, _ in top]),
-                "scores": torch.tensor([s for _, s in top], dtype=torch.float64),
+            places = {} if ranked is None else {int(i): n for n, i in enumerate(ranked[q], 1)}
+            sides = {
+                "top": found.top(q, top_k or DETAILED),
+                "lowest": [] if top_k else found.top(q, LOWEST, lowest=True),
             }
-            for index, _ in top:
-                shard[f"{index}"] = self._layer_tokens(q, index, names)
+            shard: dict[str, Tensor] = {}
+            for side, pairs in sides.items():
+                indices = [index for index, _ in pairs]
+                columns = (
+                    torch.tensor(indices, dtype=torch.int64),
+                    torch.tensor([score for _, score in pairs], dtype=torch.float64),
+                    torch.tensor([places.get(index, 0) for index in indices], dtype=torch.int64),
+                )
+                shard |= {f"{side}.{name}": x for name, x in zip(DETAIL, columns, strict=True)}
+                for index in indices:
+                    if f"{index}" not in shard:
+                        shard[f"{index}"] = self._layer_tokens(q, index, names)
             self.store.write(q, shard)
             if self.progress:
                 self.progress("detail", q + 1, len(self.queries))

@@ -83,9 +83,7 @@ def test_example_longer_than_the_context() -> None:
     record = {"input_ids": [0, 1, 2, 3, 4], "attention_mask": [0, 1, 1, 1, 1]}
     e = example([record], 0, context=3)
     assert (e.input_ids.tolist(), e.labels.tolist(), e.dropped) == ([1, 2, 3], [1, 2, 3], 1)
-    assert example([record], 0, context=4, on_long="refuse").dropped == 0
-    with pytest.raises(DataError, match="example 0: 4 tokens, but the context is 3"):
-        example([record], 0, context=3, on_long="refuse")
+    assert example([record], 0, context=4).dropped == 0
 
 
 @pytest.mark.parametrize(
@@ -130,7 +128,6 @@ def test_lengths_are_those_of_the_examples() -> None:
         {"input_ids": [1]},
     ]
     assert lengths(dataset) == [len(example(dataset, i)) for i in range(3)] == [3, 5, 1]
-    assert lengths(dataset, context=4) == [len(example(dataset, i, context=4)) for i in range(3)]
 
 
 @given(st.lists(st.integers(1, 50), max_size=60), st.integers(1, 200))

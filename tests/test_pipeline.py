@@ -12,11 +12,12 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from ekfac_fast.candidates import top_candidates
 from ekfac_fast.factors import Factors, LayerFactors, eigendecomposition, fit
 from ekfac_fast.hooks import select_layers
 from ekfac_fast.queries import Queries, prepare_queries
 from ekfac_fast.scoring import score, self_scores
-from ekfac_fast.store import StoreError
+from ekfac_fast.store import Store, StoreError
 from ekfac_fast.tasks import LanguageModelTask
 
 VOCABULARY, CONTEXT = 61, 24
@@ -172,7 +173,9 @@ def test_scores_are_dense_ekfac(make, dtype, tolerance, tmp_path):
     close(score(model, ranked, data, out=tmp_path / "rank").matrix, expected, tolerance)
     close(self_scores(model, factors, data, out=tmp_path / "self").matrix[0], own, tolerance)
     for q in range(len(queries)):
-        for detail in full.details(q):
+        lowest = full.details(q, lowest=True)
+        assert [(d.index, d.score) for d in lowest] == full.top(q, len(lowest), lowest=True) != []
+        for detail in [*full.details(q), *lowest]:
             assert detail.score == full.matrix[q, detail.index]
             # The parts may cancel: rounding goes with their size, not with the sum's.
             slack = 1e-6 * np.abs(detail.per_layer_token).sum()
@@ -244,8 +247,14 @@ def test_top_k_is_the_matrix_and_candidates_are_the_only_ones(tmp_path):
     some = score(model, prepared, data, out=tmp_path / "some", candidates=[[1, 5], [5], [7, 9, 11]])
     assert (~np.isnan(some.matrix)).sum(1).tolist() == [2, 1, 3]
     close(some.matrix[2, [7, 9, 11]], torch.tensor(np.array(full.matrix[2, [7, 9, 11]])), 1e-5)
-    filtered = score(model, prepared, data, out=tmp_path / "tfidf", candidates="tfidf:6")
+    filtered = score(
+        model, prepared, data, out=tmp_path / "tfidf", candidates="tfidf:6", per_token=True
+    )
     assert (~np.isnan(filtered.matrix)).sum(1).tolist() == [6, 6, 6]
+    best = top_candidates([ids for ids, _ in prepared.examples], data, 6, VOCABULARY)[0]
+    for q in range(3):
+        details = filtered.details(q)
+        assert [best[q][d.candidate_rank - 1] for d in details] == [d.index for d in details]
 
 
 KILLED = """
@@ -351,12 +360,21 @@ def test_bad_input_is_named(tmp_path):
         eigendecomposition(torch.full((2, 2), torch.inf), "x")
 
 
-def test_long_sequences_are_cut_and_counted(tmp_path):
+def test_long_sequences_are_cut_and_counted_or_refused(tmp_path):
     data = [*corpus(3), {"input_ids": [1] * (CONTEXT + 5)}]
-    fit(gpt2(), data, out=tmp_path / "f")
-    from ekfac_fast.store import Store
-
-    assert Store.load(tmp_path / "f").state["truncated"] > 0
+    model = gpt2()
+    factors = fit(model, data, out=tmp_path / "f")
+    assert Store.load(tmp_path / "f").state["truncated"] == 1
+    queries = prepare_queries(model, factors, asked())
+    message = rf"longer than the model's {CONTEXT} positions; the first is example 3 with"
+    for refused in (
+        lambda: fit(model, data, out=tmp_path / "g", on_long="refuse"),
+        lambda: score(model, queries, data, out=tmp_path / "s", on_long="refuse"),
+        lambda: self_scores(model, factors, data, out=tmp_path / "i", on_long="refuse"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            refused()
+    assert not any((tmp_path / name).exists() for name in "gsi")
 
 
 def test_queries_survive_the_disk(tmp_path):
