@@ -68,7 +68,7 @@ def queries(
 def dense_scores(P: Tensor, g: Tensor, a: Tensor, bias: bool, per_token: bool) -> Tensor:
     """One einsum along the path of fewest FLOPs."""
     expression = "qio,bti,bto->qbt" if per_token else "qio,b...i,b...o->qb"
-    return _einsum(expression, P, g, with_ones(a, bias))
+    return einsum(expression, P, g, with_ones(a, bias))
 
 
 def low_rank_scores(
@@ -76,10 +76,11 @@ def low_rank_scores(
 ) -> Tensor:
     """One einsum along the path of fewest FLOPs, which may rebuild the dense queries."""
     expression = "qik,qko,bti,bto->qbt" if per_token else "qik,qko,b...i,b...o->qb"
-    return _einsum(expression, L, R, g, with_ones(a, bias))
+    return einsum(expression, L, R, g, with_ones(a, bias))
 
 
-def _einsum(expression: str, *operands: Tensor) -> Tensor:
+def einsum(expression: str, *operands: Tensor) -> Tensor:
+    """An einsum along opt_einsum's path of fewest FLOPs."""
     path = _path(expression, *(x.shape for x in operands))
     return torch._VF.einsum(expression, operands, path=path)
 

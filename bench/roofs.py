@@ -1,41 +1,44 @@
 """What this machine can do: products and copies, measured in the same minutes as the ops."""
 
-import time
 from collections.abc import Callable
 
 import torch
+from timing import seconds
 
-SIZE = 2048  # large enough for any GEMM to reach its rate
-COPIED = 1 << 28  # bytes, beyond any cache
+# Sizes at which any GEMM reaches its rate, and bytes beyond any cache.
+SIZE = {"cpu": 2048, "cuda": 8192}
+COPIED = {"cpu": 1 << 28, "cuda": 1 << 30}
 
 
-def gemm(dtype: torch.dtype) -> Callable[[], object]:
-    """The faster of torch.mm and oneDNN's product on SIZE^3, to be timed beside the ops.
+def gemm(dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
+    """The fastest square product, to be timed beside the ops: cuBLAS on a GPU.
 
-    On CPUs where torch.mm is MKL's, oneDNN can be more than twice as fast.
+    On a CPU the faster of torch.mm and oneDNN: where torch.mm is MKL's, oneDNN can be more than
+    twice as fast. Random numbers: products of zeros run faster.
     """
-    x, y = (torch.randn(SIZE, SIZE).to(dtype) for _ in range(2))
+    size = SIZE[device.type]
+    x, y = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     ways: list[Callable[[], object]] = [lambda: torch.mm(x, y)]
-    if dtype in (torch.float32, torch.bfloat16) and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        linear = torch.ops.mkldnn._linear_pointwise
+    linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    if device.type == "cpu" and linear and dtype in (torch.float32, torch.bfloat16):
         ways.append(lambda: linear(x, y, None, "none", [], ""))
-    return min(ways, key=lambda way: min(seconds(way) for _ in range(3)))
+    return min(ways, key=lambda way: min(seconds(way, device) for _ in range(3)))
 
 
-def gemm_flops() -> int:
+def gemm_flops(device: torch.device) -> int:
     """FLOPs of one call of `gemm`."""
-    return 2 * SIZE**3
+    return 2 * SIZE[device.type] ** 3
 
 
-def copy_rate() -> float:
+def gemm_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of `gemm`, the best of five calls."""
+    call = gemm(dtype, device)
+    return gemm_flops(device) / min(seconds(call, device) for _ in range(5))
+
+
+def copy_rate(device: torch.device) -> float:
     """Bytes read and written a second by a copy that no cache holds."""
-    x = torch.ones(COPIED // 4)
+    size = COPIED[device.type]
+    x = torch.ones(size // 4, device=device)
     y = torch.empty_like(x)
-    return 2 * COPIED / min(seconds(lambda: y.copy_(x)) for _ in range(4))
-
-
-def seconds(call: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+    return 2 * size / min(seconds(lambda: y.copy_(x), device) for _ in range(4))

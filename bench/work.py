@@ -1,91 +1,118 @@
-"""A case made runnable: our call, kronfluence's contraction, the least work; checks of both."""
+"""A case made runnable: our call, the other ways beside it, the least work; checks of them all."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import kronfluence_order as theirs
+import plain_torch
 import torch
 from shapes import Case
 from torch import Tensor
 
 from ekfac_fast import ops
 from ekfac_fast.ops import parity
+from ekfac_fast.ops.gradients import flops
 from ekfac_fast.ops.sampling import Sample, wide
 from ekfac_fast.ops.shapes import ACCUMULATORS, Cost, Shape, parse
 from ekfac_fast.queries import OVERSAMPLING, POWER_ITERATIONS, rotate_back, truncate
 
 DAMPING = 0.1
 Factors = tuple[Tensor, Tensor]
-# The fp64 reference of a larger case takes minutes: it is checked on a smaller one.
-CHECKED_FLOPS = 2e10
+Call = Callable[[], Tensor | Factors]
+# The fp64 reference of a larger case takes minutes, or memory: it is checked on a smaller one.
+CHECKED_FLOPS = {"cpu": 2e10, "cuda": 1e12}
+# Larger matrices are not given to a full SVD: one takes minutes.
+SVD_ELEMENTS = 1 << 24
+
+
+@dataclass(frozen=True)
+class Ways:
+    """Which others are timed beside ours; `compiled` adds torch.compile to plain torch."""
+
+    kronfluence: bool = True
+    plain: bool = True
+    compiled: bool = False
 
 
 @dataclass(frozen=True)
 class Work:
-    """Callables that compute one quantity on the same tensors."""
+    """Callables that compute one quantity on the same tensors; `beside` computes less."""
 
-    ours: Callable[[], Tensor | Factors]
-    others: dict[str, Callable[[], Tensor | Factors]]
+    ours: Call
+    others: dict[str, Call]
     cost: Cost
-    # What turns our result into theirs.
+    beside: dict[str, Call] = field(default_factory=dict)
+    # What turns our result into kronfluence's.
     same: Callable[[Tensor], Tensor] = Tensor.clone
 
 
-def arguments(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
+def arguments(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor | None]:
     """Tensors of a case by name; eigenvectors are reflections: orthogonal, dense, and no QR."""
-    card = _card(case)
-    s = case.shape
+    card, s = _card(case), case.shape
     sizes = {letter: getattr(s, letter) for letter in "BTIJOQKN"}
     made = {}
     for name, shapes in parse(card.SHAPES):
         shape = [sizes[letter] for letter in shapes[min(case.per_token, len(shapes) - 1)]]
         if name in ACCUMULATORS:
-            fill = torch.rand(shape) + 0.05 if name == "lam" else torch.zeros(shape)
-            made[name] = fill.to(wide(dtype))
+            make = torch.rand if name == "lam" else torch.zeros
+            made[name] = (make(shape, device=device) + 0.05 * (name == "lam")).to(wide(dtype))
         elif name in ("Qg", "Qa"):
-            v = torch.nn.functional.normalize(torch.randn(shape[0]), dim=0)
-            made[name] = (torch.eye(shape[0]) - 2 * torch.outer(v, v)).to(dtype)
+            made[name] = None if case.rotated else reflection(shape[0], device).to(dtype)
         elif name != "mask":
-            made[name] = torch.randn(shape).to(dtype)
+            made[name] = torch.randn(shape, device=device).to(dtype)
     return made
 
 
-def work(case: Case, dtype: torch.dtype, against: bool = True) -> Work:
-    """Our call of a case and, if `against`, kronfluence's contractions beside it."""
-    made, s = arguments(case, dtype), case.shape
+def reflection(n: int, device: torch.device) -> Tensor:
+    """An orthogonal [n,n] matrix without a zero, fp32."""
+    v = torch.nn.functional.normalize(torch.randn(n, device=device), dim=0)
+    return torch.eye(n, device=device) - 2 * torch.outer(v, v)
+
+
+def work(case: Case, dtype: torch.dtype, device: torch.device, ways: Ways) -> Work:
+    """Our call of a case and the chosen ways beside it."""
+    made, s = arguments(case, dtype, device), case.shape
     if case.quantity == "queries":
-        return Work(lambda: _queries(made, s), _their_queries(made, s) if against else {}, _cost(s))
+        others = _their_queries(made, s) if ways.kronfluence else {}
+        return Work(lambda: _queries(made, s), others, _queries_cost(s))
     card = _card(case)
-    call, args = ops.call(card).default, _call(card, made, s.bias)
-    into = card.SCHEMA.startswith("(Tensor(a!)")
-
-    def ours() -> Tensor:
-        out = call(*args)
-        return args[0] if into else out
-
-    other = {"kronfluence order": _their(case, made)} if against else {}
-    found = Work(ours, other, card.cost(s, itemsize=dtype.itemsize))
+    args = _call(card, made, s.bias)
+    call = partial(_called, args=args, into=card.SCHEMA.startswith("(Tensor(a!)"))
+    others, beside = {}, {}
+    if ways.kronfluence and not case.rotated:
+        others["kronfluence order"] = _their(case, made)
+    if ways.plain:
+        plain = args
+        if case.quantity == "low_rank_scores":
+            plain = (args[0], *plain_torch.arranged(*args[1:3]), *args[3:])
+        for name, way in plain_torch.ways(case.quantity, case.rotated, ways.compiled).items():
+            others[name] = call(way, args=plain)
+        if case.quantity in ("eigenvalues", "self_influence"):
+            inputs = (made["g"], made["a"], made["Qg"], made["Qa"], s.bias)
+            beside["bare bmm"] = lambda: plain_torch.gradients(*inputs)
+    if device.type == "cuda" and hasattr(torch.ops.ekfac_fast_cuda, case.quantity):
+        others["CUDA C++"] = call(getattr(torch.ops.ekfac_fast_cuda, case.quantity).default)
+    found = Work(call(ops.call(card).default), others, _cost(card, case, dtype), beside)
     if case.quantity != "precondition":
         return found
-    # Ours stays in the eigenbasis, theirs is in weight space.
+    # Ours stays in the eigenbasis, kronfluence's is in weight space.
     Qg, Qa = made["Qg"], made["Qa"]
     return replace(found, same=lambda P: Qg @ P.to(Qg.dtype) @ Qa.mT)
 
 
-def check(case: Case, dtype: torch.dtype) -> Shape:
+def check(case: Case, dtype: torch.dtype, device: torch.device) -> Shape:
     """The two-error rule on a case, or on a smaller one of its kind; returns the shape checked.
 
     Raises:
         AssertionError: the result is wrong.
     """
-    card, small = _card(case), case.shape
-    for smaller in (
-        {"I": min(small.I, 1000), "O": min(small.O, 1100), "Q": min(small.Q, 5)},
-        {"B": min(small.B, 2)},
-    ):
-        if card.cost(small).flops > CHECKED_FLOPS:
-            small = replace(small, **smaller)
-    args = _call(card, arguments(replace(case, shape=small), dtype), small.bias)
+    card, small, most = _card(case), case.shape, CHECKED_FLOPS[device.type]
+    while card.cost(small).flops > most and small.B > 2 and small.N > 1024:
+        small = replace(small, B=small.B // 2)
+    if card.cost(small).flops > most:
+        small = replace(small, I=min(small.I, 1000), O=min(small.O, 1100), Q=min(small.Q, 5))
+    args = _call(card, arguments(replace(case, shape=small), dtype, device), small.bias)
     terms = (
         small.N + small.O * small.J if "scores" in case.quantity else small.N + small.O + small.J
     )
@@ -93,24 +120,33 @@ def check(case: Case, dtype: torch.dtype) -> Shape:
     return small
 
 
-def agree(work: Work, dtype: torch.dtype) -> None:
-    """Our result against kronfluence's on the very tensors that are timed, from zero accumulators.
+def agree(work: Work, dtype: torch.dtype) -> dict[str, str]:
+    """Our result against the others on the very tensors that are timed, from zero accumulators.
+
+    Returns:
+        Those of the others that could not run, and why: a way that runs out of memory, say.
 
     Raises:
         AssertionError: they differ by more than rounding, or our factors keep less energy.
     """
-    ours = work.ours()
-    if isinstance(ours, tuple):
-        if (other := work.others.get("svd_lowrank")) is not None:
-            kept, needed = _energy(*ours), _energy(*other())
-            assert kept > 0.999 * needed, f"ours keeps {kept:.4e}, svd_lowrank {needed:.4e}"
-        return
-    ours = work.same(ours)
+    ours, failed = work.ours(), {}
     for name, other in work.others.items():
-        got = other().to(ours.dtype)
-        error = ((got - ours).norm() / ours.norm()).item()
+        try:
+            got = other()
+        except RuntimeError as error:
+            failed[name] = str(error).partition("\n")[0]
+            continue
+        if isinstance(ours, tuple):
+            kept, needed = _energy(*ours), _energy(*got)
+            # The full SVD is the optimum, which ours only approaches.
+            if name == "svd_lowrank":
+                assert kept > 0.999 * needed, f"ours keeps {kept:.4e}, svd_lowrank {needed:.4e}"
+            continue
+        want = work.same(ours) if name == "kronfluence order" else ours
+        error = ((got.to(want.dtype) - want).norm() / want.norm()).item()
         allowed = 8 * torch.finfo(dtype).eps * (1 if dtype.itemsize == 2 else 100)
         assert error < allowed, f"{name} and ours differ by {error:.1e} (allowed {allowed:.1e})"
+    return failed
 
 
 def _card(case: Case):
@@ -118,10 +154,31 @@ def _card(case: Case):
     return getattr(ops, name)
 
 
-def _call(card, made: dict[str, Tensor], bias: bool) -> tuple:
+def _called(function: Callable, args: tuple, into: bool) -> Callable[[], Tensor]:
+    """`function` on `args`, with an accumulator of its own where it has one."""
+    args = (args[0].clone(), *args[1:]) if into else args
+
+    def run() -> Tensor:
+        out = function(*args)
+        return args[0] if into else out
+
+    return run
+
+
+def _call(card, made: dict[str, Tensor | None], bias: bool) -> tuple:
     """Positional arguments of an op."""
     others = {"mask": None, "damping": DAMPING, "bias": bias, "order": None}
     return tuple((others | made)[a.name] for a in ops.call(card).default._schema.arguments)
+
+
+def _cost(card, case: Case, dtype: torch.dtype) -> Cost:
+    """The card's; of rotated inputs without the rotations."""
+    s = case.shape
+    whole = card.cost(s, itemsize=dtype.itemsize)
+    if not case.rotated:
+        return whole
+    rotations = flops(s) - flops(s, rotate_g=False, rotate_a=False)
+    return Cost(whole.flops - rotations, whole.bytes - dtype.itemsize * (s.O**2 + s.J**2))
 
 
 def _their(case: Case, made: dict[str, Tensor]) -> Callable[[], Tensor]:
@@ -164,10 +221,11 @@ def _their_queries(x: dict[str, Tensor], s: Shape) -> dict[str, Callable[[], Fac
         g, a, Qg, Qa = (x[name] for name in ("g", "a", "Qg", "Qa"))
         return lambda: theirs.queries(g, a, Qg, Qa, inverse, s.bias, s.K, full)
 
-    return {"svd_lowrank": run(False), "full SVD": run(True)}
+    ways = {"svd_lowrank": run(False)}
+    return ways | ({"full SVD": run(True)} if s.O * s.J <= SVD_ELEMENTS else {})
 
 
-def _cost(s: Shape) -> Cost:
+def _queries_cost(s: Shape) -> Cost:
     """`precondition`, the products of `truncate`, two thin rotations; P written and read once."""
     op = ops.precondition.cost(s)
     columns = min(s.K + OVERSAMPLING, s.O, s.J)
