@@ -1,0 +1,169 @@
+"""Bounds for GPUs that are not here, from datasheets and from the tiles that our kernels choose.
+
+A kernel is given the time of the slowest of three: tensor cores, in whole waves of its programs;
+its operands through L2, each tile loading its own; what must come from memory. None of them is ever
+reached in full, so these are bounds from below on time, and no measurement.
+"""
+
+from dataclasses import dataclass
+from math import ceil
+
+from ekfac_fast.triton_kernels.launch import Chip, cdiv, splits, tile
+from markdown import duration, table
+from shapes import ACCEPTANCE, Case
+
+from ekfac_fast import ops
+from ekfac_fast.ops.gradients import cheapest_order, flops
+
+ITEM = 2  # bytes of bf16
+GROUP = 8  # rows of tiles that a wave shares, as in the kernels
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A datasheet: FLOP/s of dense bf16, bytes/s of memory and of L2, bytes of L2.
+
+    L2 delivers 64 bytes a cycle to each multiprocessor at most: 132 of them at 1.83 GHz.
+    """
+
+    chip: Chip
+    flops: float
+    memory: float
+    l2: float
+    l2_size: int
+
+
+_HOPPER = Chip(90, 132, 232448)
+GPUS = {
+    "h100": Gpu(_HOPPER, 989e12, 3.35e12, 15.5e12, 50 << 20),
+    "h200": Gpu(_HOPPER, 989e12, 4.8e12, 15.5e12, 50 << 20),
+}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One launch: `programs` of rows x columns tiles, each `products` sums over `terms`.
+
+    `live` are the bytes of operands that programs running together come back to; what does not fit
+    L2 is loaded from memory by every wave again. `other`: bytes of results and accumulators.
+    """
+
+    rows: int
+    columns: int
+    programs: int
+    terms: int
+    operands: int
+    live: int
+    other: int
+    products: int = 1
+
+    def seconds(self, gpu: Gpu) -> dict[str, float]:
+        """Time by what would bound it."""
+        waves = ceil(self.programs / gpu.chip.processors)
+        flops = 2 * self.rows * self.columns * self.terms * self.products
+        loaded = (self.rows + self.columns) * self.terms * self.products * ITEM
+        wide = GROUP * self.rows + gpu.chip.processors / GROUP * self.columns
+        again = waves * wide * self.terms * self.products * ITEM
+        operands = self.operands if self.live < gpu.l2_size / 2 else max(self.operands, again)
+        return {
+            "tensor cores": waves * flops * gpu.chip.processors / gpu.flops,
+            "L2": self.programs * loaded / gpu.l2,
+            "memory": (operands + self.other) / gpu.memory,
+        }
+
+
+def kernel(case: Case, chip: Chip) -> Kernel:
+    """The main launch of an op on rotated inputs, as `triton_kernels/` configures it."""
+    s = case.shape
+    both = ITEM * s.N * (s.O + s.J)
+    if case.quantity == "eigenvalues":
+        by = tile(s.O, s.J, ITEM, chip, accumulators=2)
+        tiles = cdiv(s.O, by.rows) * cdiv(s.J, by.columns)
+        per_split = cdiv(s.B, splits(tiles, s.N, s.B, chip))
+        parts = cdiv(s.B, per_split)
+        other = 4 * s.O * s.J * (2 if parts == 1 else 2 * parts + 2)
+        terms = per_split * s.T
+        return Kernel(by.rows, by.columns, tiles * parts, terms, both, both, other)
+    if case.quantity == "self_influence":
+        by = tile(s.O, s.J, ITEM, chip, accumulators=1)
+        tiles = cdiv(s.O, by.rows) * cdiv(s.J, by.columns)
+        # Sequence by sequence, and lam is read for every one.
+        lam = 4 * s.O * s.J * s.B
+        return Kernel(by.rows, by.columns, tiles * s.B, s.T, both, both // s.B, lam)
+    if case.quantity == "covariance":
+        by = tile(s.I, s.I, ITEM, chip, accumulators=2)
+        rows = cdiv(s.J, by.rows)
+        tiles = rows * (rows + 1) // 2
+        steps = cdiv(s.N, by.step)
+        per_split = cdiv(steps, splits(tiles, s.N, steps, chip)) * by.step
+        parts = cdiv(s.N, per_split)
+        operands, part = ITEM * s.N * s.I, 2 * 4 * tiles * by.rows**2
+        other = 2 * 4 * s.J**2 + (parts * part if parts > 1 else 0)
+        return Kernel(by.rows, by.rows, tiles * parts, per_split, operands, operands, other)
+    if case.quantity == "low_rank_scores":
+        rank = 1 << (s.K - 1).bit_length()
+        by = tile(s.N, s.Q * rank, ITEM, chip, accumulators=2)
+        rank = min(rank, by.columns)
+        columns = cdiv(s.Q, by.columns // rank) * cdiv(s.K, rank)
+        rows = cdiv(s.N, by.rows) if by.rows > s.T else s.B * cdiv(s.T, by.rows)
+        operands = both + ITEM * s.Q * s.K * (s.O + s.J)
+        terms = (s.O + s.J) // 2
+        return Kernel(
+            by.rows, by.columns, rows * columns, terms, operands, operands, 8 * s.Q * s.B, 2
+        )
+    raise ValueError(f"no prediction for {case.quantity}")
+
+
+def rotations(case: Case, gpu: Gpu) -> float:
+    """Seconds of the rotations by tokens, which are cuBLAS's, at the peak rate."""
+    s = case.shape
+    if case.rotated or case.quantity not in ("eigenvalues", "self_influence"):
+        return 0.0
+    if cheapest_order(s) != "tokens":
+        raise ValueError(f"{case.label}: only rotations by tokens are predicted")
+    work = flops(s) - flops(s, rotate_g=False, rotate_a=False)
+    moved = ITEM * (s.O**2 + s.J**2 + 2 * s.N * (s.O + s.J))
+    return max(work / gpu.flops, moved / gpu.memory)
+
+
+def bare_bmm(case: Case, gpu: Gpu) -> float:
+    """Seconds of the product that writes the gradients, at the peak rate."""
+    s = case.shape
+    moved = ITEM * (s.N * (s.O + s.J) + s.B * s.O * s.J)
+    return max(flops(s, rotate_g=False, rotate_a=False) / gpu.flops, moved / gpu.memory)
+
+
+def report(name: str) -> str:
+    """The acceptance shapes of a GPU, as a table that says what it is."""
+    gpu = GPUS[name]
+    lines = []
+    for case in dict.fromkeys(need.case for need in ACCEPTANCE["cuda"]):
+        if case.quantity == "dense_scores":
+            continue  # cuBLAS does the most of it
+        launch = kernel(case, gpu.chip)
+        bounds = launch.seconds(gpu)
+        slowest = max(bounds, key=bounds.__getitem__)
+        total = bounds[slowest] + rotations(case, gpu)
+        done = getattr(ops, case.quantity).cost(case.shape).flops
+        if case.rotated:
+            done -= flops(case.shape) - flops(case.shape, rotate_g=False, rotate_a=False)
+        against = ""
+        if case.rotated:
+            against = f"{bare_bmm(case, gpu) / total:.2f}x"
+        lines.append(
+            [
+                case.label,
+                f"{launch.rows} x {launch.columns}",
+                *(duration(bounds[key]) for key in ("tensor cores", "L2", "memory")),
+                duration(total),
+                f"{done / total / gpu.flops:.0%}",
+                slowest,
+                against,
+            ]
+        )
+    head = ["op, bf16", "tile", "tensor cores", "L2", "memory", "at least", "of peak at most"]
+    title = (
+        f"PREDICTION for {name.upper()}, not measured: bounds from its datasheet "
+        f"({gpu.flops / 1e12:.0f} TFLOP/s, {gpu.memory / 1e12:.2f} TB/s) and our kernels' tiles."
+    )
+    return f"{title}\n\n{table([*head, 'bound by', 'over bare bmm at its own bound'], lines)}"
