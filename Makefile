@@ -1,14 +1,16 @@
 # make demo    train a small GPT-2 on Python's reference, explain its completions: demo/report.html
 # make test    what CI runs: lint, build, all tests, then the short leg without the extension
-# make bench   the ops against the machine's roofs and kronfluence's contractions
+# make bench   the ops against the machine's roofs, kronfluence's contractions and plain torch
+# make gpu-check PYTHON=python3   on a machine with a GPU: build, test and measure, in nine minutes
 PYTHON ?= python3.11
+OUT ?= build/gpu-check
 BIN := .venv/bin
 SITE = $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 PINS := $(wildcard requirements/*.txt)
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 SHORT := $(addprefix tests/test_,ops.py ops_errors.py math.py queries.py)
 
-.PHONY: venv build lint test test-short demo bench clean
+.PHONY: venv build lint test test-short demo bench gpu-check clean
 
 venv: .venv/made
 
@@ -47,6 +49,10 @@ demo: build
 
 bench: build
 	$(BIN)/python bench/run.py
+
+# With that machine's own Python, torch and triton: no virtual environment, no network.
+gpu-check:
+	$(PYTHON) bench/gpu_check.py --out $(OUT)
 
 clean:
 	rm -rf build ekfac_fast/*.so *.egg-info

@@ -1,0 +1,192 @@
+"""One GPU, nine minutes: build offline, test, measure; everything into one folder.
+
+    python3 bench/gpu_check.py [--out build/gpu-check] [--list]
+
+Runs with the machine's own Python, torch, triton and compilers, and asks no network: wheels in
+`wheels/`, if that folder is there, are installed beside the build, not into the machine's Python.
+Every part has a time by which it must end, so that those after it still run; what a part leaves
+over, the next may use. Ends with 1 if a part failed or did not finish. Standard library only.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from glob import glob
+from importlib.util import find_spec
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SITE = ROOT / "build" / "gpu-site"
+BENCH = ROOT / "bench"
+NEEDED = ("pytest", "hypothesis", "opt_einsum", "transformers", "safetensors", "typer", "rich")
+GPU_TESTS = ("tests/test_triton_gpu.py", "tests/test_cuda_gpu.py")
+TAIL = 40
+# Seconds that a part which is out of time has to end by itself.
+GRACE = 5
+
+GPU = """
+import sys, torch
+if not torch.cuda.is_available():
+    sys.exit(f"torch {torch.__version__} in {sys.executable} sees no GPU")
+has = torch.cuda.get_device_properties(0)
+print(f"{has.name}, {has.total_memory >> 30} GiB, torch {torch.__version__}, {sys.executable}")
+"""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A command, and the second of the whole check by which it must have ended."""
+
+    name: str
+    end: int
+    command: tuple[str, ...]
+    # Where its output goes; parts of one subject share a file.
+    text: str
+    cuda: bool = False  # EKFAC_FAST_CUDA=1
+
+
+def parts(out: Path) -> list[Part]:
+    """What is run, in order; correctness first."""
+    python = sys.executable
+    install = (python, "-m", "pip", "install", "--no-index", "--no-deps", "--upgrade")
+    install = (*install, "--target", str(SITE))
+    build = (*install, "--no-build-isolation", "--verbose", ".")
+    found = []
+    if wheels := sorted(glob(str(ROOT / "wheels" / "*.whl"))):
+        found.append(Part("wheels", 30, (*install, *wheels), "build.txt"))
+    if nvcc() is not None:
+        found.append(Part("build with csrc/cuda", 130, build, "build.txt", cuda=True))
+    else:
+        found.append(Part("build", 130, build, "build.txt"))
+    tests = [path for path in GPU_TESTS if (ROOT / path).exists()]
+    # Many small kernels are compiled: in parallel where the machine has pytest-xdist. Its Python
+    # and torch are not the pinned ones, so their warnings do not fail a test.
+    spread = ("-n", "8") if find_spec("xdist") else ()
+    options = ("-p", "no:benchmark", "-p", "no:cacheprovider", "-W", "default", "--durations", "5")
+    found.append(
+        Part("tests", 230, (python, "-m", "pytest", *options, *spread, *tests), "tests.txt")
+    )
+    ops = (python, str(BENCH / "run.py"), "--device", "cuda", "--shapes", "acceptance")
+    ops = (*ops, "--keep-going", "--out", str(out / "ops.jsonl"))
+    found.append(Part("ops", 370, ops, "ops.txt"))
+    stages = (python, str(BENCH / "stages.py"), "--device", "cuda")
+    stages = (*stages, "--out", str(out / "stages.jsonl"), "--models")
+    for name, end, words in (
+        ("scan of Llama-3-8B", 420, ("llama-3-8b", "--stages", "scoring")),
+        ("GPT-2 and Pythia-1B", 475, ("gpt2", "pythia-1b")),
+        ("blocks of Llama-3-8B and Qwen2.5-7B", 530, ("llama-3-8b", "qwen2.5-7b", "--layers", "2")),
+    ):
+        found.append(Part(name, end, (*stages, *words), "stages.txt"))
+    return found
+
+
+def nvcc() -> str | None:
+    """The CUDA compiler, where torch's build tools will look for it."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+
+
+def run(part: Part, start: float, out: Path) -> str:
+    """One part: "ok", or how it went wrong; its output goes to its file and its tail is shown."""
+    # PYTHONSAFEPATH: the package is the one that was built, not the sources in this folder.
+    path = os.pathsep.join(map(str, (SITE, BENCH)))
+    environment = os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
+    # ninja is installed beside Python.
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment["EKFAC_FAST_CUDA"] = "1" if part.cuda else "0"
+    limit = part.end - (time.monotonic() - start)
+    print(f"\n{part.name}: at most {limit:.0f} s: {' '.join(part.command)}", flush=True)
+    with (out / part.text).open("a+") as text:
+        text.write(f"{part.name}: {' '.join(part.command)}\n")
+        text.flush()
+        begin = text.tell()
+        process = subprocess.Popen(
+            part.command,
+            cwd=ROOT,
+            env=environment,
+            stdout=text,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(timeout=max(1.0, limit))
+            result = "ok" if code == 0 else f"failed ({code})"
+        except subprocess.TimeoutExpired:
+            _stop(process)
+            result = "out of time"
+        text.seek(begin)
+        print("".join(text.readlines()[-TAIL:]), end="", flush=True)
+    return result
+
+
+def _stop(process: subprocess.Popen) -> None:
+    """End a part with all that it started: pytest and run.py say first what they have."""
+    os.killpg(process.pid, signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=GRACE)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def main() -> None:
+    """Run all parts that the build allows; print and write the summary."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu-check")
+    parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
+    chosen = parser.parse_args()
+    out = chosen.out.resolve()
+    if chosen.list:
+        for part in parts(out):
+            flag = "EKFAC_FAST_CUDA=1 " if part.cuda else ""
+            print(f"{part.name} (by {part.end} s): {flag}{' '.join(part.command)}")
+        return
+    seen = subprocess.run([sys.executable, "-c", GPU], capture_output=True, text=True)
+    if seen.returncode:
+        told = seen.stderr.strip().splitlines()[-1]
+        sys.exit(f"gpu-check needs a GPU, and nothing was run: {told}")
+    out.mkdir(parents=True, exist_ok=True)
+    for file in out.iterdir():
+        if file.suffix in (".txt", ".json", ".jsonl"):
+            file.unlink()  # of an earlier check
+    for stale in (SITE, *(ROOT / "build").glob("lib*")):
+        shutil.rmtree(stale, ignore_errors=True)
+    print(seen.stdout, end="")
+    if nvcc() is None:
+        print("nvcc is not here: csrc/cuda is not built, and not measured")
+    if missing := [name for name in NEEDED if find_spec(name) is None]:
+        print(f"not installed here, unless wheels/ brings them: {', '.join(missing)}")
+    start, results = time.monotonic(), []
+    waiting = parts(out)
+    while waiting:
+        part = waiting.pop(0)
+        before = time.monotonic()
+        result = run(part, start, out)
+        took = round(time.monotonic() - before, 1)
+        results.append({"part": part.name, "seconds": took, "result": result})
+        print(f"{part.name}: {result}, {took} s", flush=True)
+        if result == "ok" or not part.name.startswith("build"):
+            continue
+        if not part.cuda:
+            break
+        # The GPU's minutes are not lost to one compiler error; the check has failed all the same.
+        print("csrc/cuda did not build: WITHOUT it from here on", flush=True)
+        waiting.insert(0, Part("build", part.end + 60, part.command, part.text))
+    (out / "summary.json").write_text(
+        json.dumps({"gpu": seen.stdout.strip(), "parts": results}, indent=1) + "\n"
+    )
+    lines = [f"{x['part']:<40}{x['seconds']:>7.1f} s  {x['result']}" for x in results]
+    print("\n".join([f"\n{seen.stdout.strip()}", *lines, f"in {out}"]))
+    if any(x["result"] != "ok" for x in results):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
