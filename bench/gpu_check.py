@@ -37,6 +37,7 @@ if not torch.cuda.is_available():
     sys.exit(f"torch {torch.__version__} in {sys.executable} sees no GPU")
 has = torch.cuda.get_device_properties(0)
 print(f"{has.name}, {has.total_memory >> 30} GiB, torch {torch.__version__}, {sys.executable}")
+print(f"{has.major}.{has.minor}{'a' * (has.major >= 9)}")
 """
 
 
@@ -93,7 +94,7 @@ def nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
 
 
-def run(part: Part, start: float, out: Path) -> str:
+def run(part: Part, start: float, out: Path, architecture: str) -> str:
     """One part: "ok", or how it went wrong; its output goes to its file and its tail is shown."""
     # PYTHONSAFEPATH: the package is the one that was built, not the sources in this folder.
     path = os.pathsep.join(map(str, (SITE, BENCH)))
@@ -101,6 +102,8 @@ def run(part: Part, start: float, out: Path) -> str:
     # ninja is installed beside Python.
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment["EKFAC_FAST_CUDA"] = "1" if part.cuda else "0"
+    # Only for the GPU that is here: half of the compiler's time.
+    environment.setdefault("TORCH_CUDA_ARCH_LIST", architecture)
     limit = part.end - (time.monotonic() - start)
     print(f"\n{part.name}: at most {limit:.0f} s: {' '.join(part.command)}", flush=True)
     with (out / part.text).open("a+") as text:
@@ -150,25 +153,25 @@ def main() -> None:
         return
     seen = subprocess.run([sys.executable, "-c", GPU], capture_output=True, text=True)
     if seen.returncode:
-        told = seen.stderr.strip().splitlines()[-1]
+        *_, told = f"exit status {seen.returncode}\n{seen.stderr.strip()}".splitlines()
         sys.exit(f"gpu-check needs a GPU, and nothing was run: {told}")
     out.mkdir(parents=True, exist_ok=True)
-    for file in out.iterdir():
-        if file.suffix in (".txt", ".json", ".jsonl"):
-            file.unlink()  # of an earlier check
+    waiting = parts(out)
+    for name in {part.text for part in waiting} | {"ops.jsonl", "stages.jsonl", "summary.json"}:
+        (out / name).unlink(missing_ok=True)  # of an earlier check
     for stale in (SITE, *(ROOT / "build").glob("lib*")):
         shutil.rmtree(stale, ignore_errors=True)
-    print(seen.stdout, end="")
+    *_, gpu, architecture = seen.stdout.splitlines()
+    print(gpu)
     if nvcc() is None:
         print("nvcc is not here: csrc/cuda is not built, and not measured")
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         print(f"not installed here, unless wheels/ brings them: {', '.join(missing)}")
     start, results = time.monotonic(), []
-    waiting = parts(out)
     while waiting:
         part = waiting.pop(0)
         before = time.monotonic()
-        result = run(part, start, out)
+        result = run(part, start, out, architecture)
         took = round(time.monotonic() - before, 1)
         results.append({"part": part.name, "seconds": took, "result": result})
         print(f"{part.name}: {result}, {took} s", flush=True)
@@ -179,11 +182,9 @@ def main() -> None:
         # The GPU's minutes are not lost to one compiler error; the check has failed all the same.
         print("csrc/cuda did not build: WITHOUT it from here on", flush=True)
         waiting.insert(0, Part("build", part.end + 60, part.command, part.text))
-    (out / "summary.json").write_text(
-        json.dumps({"gpu": seen.stdout.strip(), "parts": results}, indent=1) + "\n"
-    )
+    (out / "summary.json").write_text(json.dumps({"gpu": gpu, "parts": results}, indent=1) + "\n")
     lines = [f"{x['part']:<40}{x['seconds']:>7.1f} s  {x['result']}" for x in results]
-    print("\n".join([f"\n{seen.stdout.strip()}", *lines, f"in {out}"]))
+    print("\n".join([f"\n{gpu}", *lines, f"in {out}"]))
     if any(x["result"] != "ok" for x in results):
         sys.exit(1)
 

@@ -60,7 +60,7 @@ def test_without_a_gpu_it_says_so(tmp_path):
 @pytest.fixture
 def checked(tmp_path, monkeypatch):
     """Run the check on parts of our own; returns its exit status and the results by part."""
-    monkeypatch.setattr(gpu_check, "GPU", "print('A GPU')")
+    monkeypatch.setattr(gpu_check, "GPU", "print('A GPU\\n9.0a')")
     monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
     monkeypatch.setattr(gpu_check, "SITE", tmp_path / "site")
     out = tmp_path / "out"
@@ -114,7 +114,10 @@ def test_a_failed_build_ends_the_check(checked):
 
 def test_without_csrc_cuda_it_goes_on_but_has_failed(checked, capsys):
     program = "import os; assert os.environ['EKFAC_FAST_CUDA'] == '0'"
-    status, results = checked(part("build with csrc/cuda", program, cuda=True), part("tests", ""))
+    status, results = checked(
+        part("build with csrc/cuda", program, cuda=True),
+        part("tests", "import os; assert os.environ['TORCH_CUDA_ARCH_LIST'] == '9.0a'"),
+    )
     assert status == 1
     assert results == {"build with csrc/cuda": "failed (1)", "build": "ok", "tests": "ok"}
     assert "csrc/cuda did not build: WITHOUT it" in capsys.readouterr().out
