@@ -15,6 +15,7 @@ embedding and the head then weigh more than in the whole, in all three alike.
 """
 
 import argparse
+import gc
 import json
 import statistics
 import sys
@@ -232,7 +233,7 @@ def run_stage(setting: Setting, stage: str, repeats: int, compiled: bool) -> dic
         for name, side in sides.items():
             try:
                 side.consume(seen)
-            except RuntimeError as error:
+            except Exception as error:
                 if name == "ours":
                     raise
                 failed[name] = str(error).partition("\n")[0]
@@ -334,6 +335,7 @@ def main(words: list[str] | None = None) -> None:
     print(" | ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
     failed = 0
     for name in chosen.models:
+        gc.collect()  # hooks and closures of the model before are cycles
         sizes = (chosen.sequences, chosen.tokens, chosen.queries, chosen.rank)
         blocks = {"blocks": chosen.layers, "smoke": chosen.smoke}
         setting = build(name, **blocks, sizes=sizes, device=chosen.device)

@@ -133,7 +133,7 @@ def agree(work: Work, dtype: torch.dtype) -> dict[str, str]:
     for name, other in work.others.items():
         try:
             got = other()
-        except RuntimeError as error:
+        except Exception as error:
             failed[name] = str(error).partition("\n")[0]
             continue
         if isinstance(ours, tuple):
