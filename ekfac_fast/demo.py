@@ -26,41 +26,46 @@ from .tasks import LanguageModelTask
 CONTEXT = 128
 VOCABULARY = 4096
 LAYERS, WIDTH, HEADS = 4, 256, 4
-STEPS, BATCH, LEARNING_RATE = 700, 16, 1.5e-3
+STEPS, BATCH, LEARNING_RATE = 1000, 16, 1.5e-3
 # A step of this size along one sequence's gradient: small against the distance trained.
 STEP = 1e-3
 
+# In the words of the reference: a model this small knows sentences, not facts.
 QUERIES = (
     (
         "with",
-        "The with statement is used to wrap the execution of a block with methods defined by a",
+        'The "with" statement is used to wrap the execution of a block with methods defined by a',
         " context manager.",
     ),
     (
         "yield",
-        "Using a yield expression in a function's body causes that function to be a",
-        " generator function.",
+        "Using yield in a function definition is sufficient to cause that definition to create a",
+        " generator function instead of a normal function.",
     ),
     (
         "global",
-        "The global statement causes the listed identifiers to be interpreted as",
+        'The "global" statement means that the listed identifiers are to be interpreted as',
         " globals.",
     ),
-    ("lambda", "Lambda expressions are used to create", " anonymous functions."),
+    (
+        "lambda",
+        "Lambda expressions (sometimes called lambda forms) are used to create",
+        " anonymous functions.",
+    ),
     ("class", "A class definition defines a", " class object."),
     (
         "import",
-        "The import statement combines two operations; it searches for the named",
-        " module, then it binds the results of that search to a name",
+        'The basic import statement (no "from" clause) is executed in two steps: 1.',
+        " find a module, loading and initializing it if necessary",
     ),
     (
         "slots",
-        "__slots__ allow us to explicitly declare data members",
-        " and deny the creation of __dict__",
+        "*__slots__* allow us to explicitly declare data members (like properties) and deny the",
+        ' creation of "__dict__"',
     ),
     (
         "try",
-        "If the finally clause raises another exception, the saved exception is set as the",
+        'If the "finally" clause raises another exception, the saved exception is set as the',
         " context of the new exception.",
     ),
 )
