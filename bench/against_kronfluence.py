@@ -13,15 +13,10 @@ is a ratio of medians printed. Peak memory is what a call takes above what was t
 
 import argparse
 import contextlib
-import ctypes
-import datetime
-import gc
 import json
 import logging
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,13 +27,16 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from environment import device, environment
 from kronfluence import Analyzer, prepare_model
 from kronfluence_cases import Case, cases
+from timing import extra_bytes
 from torch import Tensor
 
 import ekfac_fast.kronfluence as fast
 from ekfac_fast import ops
 
+DEVICE = device(None)
 CPU_CASES = ("small-gpt", "gpt2-mlp", "mlp")
 GPU_CASES = ("gpu-gpt2", "gpu-llama")
 # The stages whose results others start from.
@@ -54,34 +52,16 @@ class Measure:
     result: dict[str, Tensor]
 
 
-def resident(field: str) -> float:
-    """MiB of resident memory: `VmRSS` now, `VmHWM` at its peak since the last reset."""
-    with open("/proc/self/status") as status:
-        line = next(line for line in status if line.startswith(field))
-    return int(line.split()[1]) / 1024
-
-
 @contextlib.contextmanager
 def watched(measure: Measure) -> Iterator[None]:
     """Time and peak memory of the block, added to `measure`."""
-    gc.collect()
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() / 2**20
-    else:
-        ctypes.CDLL(None).malloc_trim(0)
-        # 5 resets the peak of the resident memory (proc(5)).
-        Path("/proc/self/clear_refs").write_text("5")
-        before = resident("VmRSS")
-    start = time.perf_counter()
-    yield
-    if cuda:
-        torch.cuda.synchronize()
-    measure.seconds.append(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else resident("VmHWM")
-    measure.peak_mib = max(measure.peak_mib, peak - before)
+    with extra_bytes(DEVICE) as taken:
+        start = time.perf_counter()
+        yield
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        measure.seconds.append(time.perf_counter() - start)
+    measure.peak_mib = max(measure.peak_mib, taken() / 2**20)
 
 
 class Side:
@@ -224,34 +204,14 @@ def agreement(plain: dict[str, Tensor], backend: dict[str, Tensor]) -> dict[str,
     return found
 
 
-def environment(threads: int) -> dict:
+def facts() -> dict:
     """Where and with what the numbers were taken."""
-    here = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", *arguments], cwd=here, capture_output=True, text=True
-        ).stdout.strip()
-
-    with open("/proc/cpuinfo") as lines:
-        names = [line for line in lines if line.startswith("model name")]
-    return {
-        "bench": "against_kronfluence",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": f"{platform.system()} {platform.machine()}",
-        "cpu": names[0].partition(":")[2].strip() if names else platform.processor(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "threads": threads,
-        "torch": torch.__version__,
-        "kronfluence": version("kronfluence"),
-        "revision": git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else ""),
-        "ops": {
-            op: [t for t, here in tiers.items() if here] for op, tiers in ops.coverage().items()
-        },
-    }
+    tiers = {op: [t for t, here in own.items() if here] for op, own in ops.coverage().items()}
+    ours = {"bench": "against_kronfluence", "kronfluence": version("kronfluence"), "ops": tiers}
+    return ours | environment(DEVICE)
 
 
-def run_case(case: Case, wanted: list[str], repeats: int, facts: dict) -> list[dict]:
+def run_case(case: Case, wanted: list[str], repeats: int, here: dict) -> list[dict]:
     """The rows of one case; the sum of the pipeline's stages is the last.
 
     With `wanted`, only stages whose names contain one of its words are measured; the factors that
@@ -286,7 +246,7 @@ def run_case(case: Case, wanted: list[str], repeats: int, facts: dict) -> list[d
     arguments = {key: str(value) for key, value in asdict(case.score_args).items()}
     for row in rows:
         row["ratio"] = row["plain_s"] / row["backend_s"]
-        row |= {"shape": shape, "score_args": arguments, "repeats": repeats, **facts}
+        row |= {"shape": shape, "score_args": arguments, "repeats": repeats, **here}
     return rows
 
 
@@ -322,14 +282,14 @@ def main() -> None:
     warnings.filterwarnings("ignore", message=".*torch.cuda.amp.GradScaler.*")
     torch.set_num_threads(options.threads)
     available = cases(options.smoke)
-    chosen = options.cases or (GPU_CASES if torch.cuda.is_available() else CPU_CASES)
+    chosen = options.cases or (GPU_CASES if DEVICE.type == "cuda" else CPU_CASES)
     unknown = set(chosen) - set(available)
     if unknown:
         sys.exit(f"unknown cases {sorted(unknown)}; there are {', '.join(available)}")
-    facts = environment(options.threads)
+    here = facts()
     print(HEADER)
     for name in chosen:
-        rows = run_case(available[name](), options.stages, options.repeats, facts)
+        rows = run_case(available[name](), options.stages, options.repeats, here)
         if options.out:
             options.out.parent.mkdir(parents=True, exist_ok=True)
             with options.out.open("a") as lines:
