@@ -32,9 +32,10 @@ from .covariance import FastCovarianceTracker
 from .eigenvalues import FastLambdaTracker
 from .pairwise import FastPairwiseScoreTracker
 from .precondition import FastPreconditionTracker
-from .preconditioner import Preconditioner, build
+from .preconditioner import Preconditioner, build, fits
 from .report import FAST, STOCK, Row, record
 from .self_scores import FastSelfScoreTracker, FastSelfScoreWithMeasurementTracker
+from .travel import Travelling
 
 TRACKERS: dict[ModuleMode, type[TokenTracker]] = {
     ModuleMode.COVARIANCE: FastCovarianceTracker,
@@ -65,7 +66,7 @@ class Backed(TrackedModule):
     """A tracked module that chooses its path when a stage begins."""
 
     options: switch.Options | None = None
-    preconditioner: Preconditioner | None = None
+    preconditioner: Preconditioner | Travelling | None = None
     # The stage is self-influence with a measurement; the stored gradient sum is of training data.
     scores_measurement: bool = False
     aggregate_is_train: bool = False
@@ -148,23 +149,27 @@ class FastLinear(Backed, TrackedLinear):
         return None
 
     def prepare_storage(self, device: torch.device) -> None:
-        """Prepare the factors for scoring; on our path they go to the device here, once a stage."""
+        """Prepare the factors for scoring; on our path they go to the device once, if they fit."""
         if self.options is None or self.obstacle(ModuleMode.PRECONDITION_GRADIENT) is not None:
             self.preconditioner = None
             super().prepare_storage(device)
             return
         args, bias = self.score_args, self.original_module.bias is not None
+        sizes = self.out_features, self.in_features + bias
+        dtype = torch.promote_types(args.per_sample_gradient_dtype, args.precondition_dtype)
+        stay = fits(sizes, dtype, device)
         try:
-            self.preconditioner = build(
+            built = build(
                 self.storage,
                 self.factor_args.strategy,
                 args.damping_factor,
-                (self.out_features, self.in_features + bias),
-                torch.promote_types(args.per_sample_gradient_dtype, args.precondition_dtype),
-                device,
+                sizes,
+                dtype,
+                device if stay else torch.device("cpu"),
             )
         except ValueError as error:
             raise ValueError(f"module {self.name!r}: {error}") from error
+        self.preconditioner = built if stay else Travelling(built)
         for name in CONSUMED:
             self.storage[name] = None
 

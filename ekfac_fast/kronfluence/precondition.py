@@ -15,6 +15,7 @@ from kronfluence.utils.constants import (
 from torch import Tensor, nn
 
 from .capture import TokenTracker, wide
+from .preconditioner import Preconditioner
 from .truncation import low_rank
 
 
@@ -39,12 +40,13 @@ class FastPreconditionTracker(TokenTracker, PreconditionTracker):
         """Precondition one batch of queries."""
         basis = self.module.basis_on(g.device)
         P = basis.precondition(g, a, self.bias)
-        self.keep(P if self.module.gradient_scale == 1.0 else P * self.module.gradient_scale)
+        scale = self.module.gradient_scale
+        self.keep(P if scale == 1.0 else P * scale, basis)
 
-    def keep(self, P: Tensor) -> None:
+    def keep(self, P: Tensor, basis: Preconditioner) -> None:
         """Store a batch P [Q,O,J], given in the eigenbasis."""
         args, storage = self.module.score_args, self.module.storage
-        basis, rank = self.module.basis_on(P.device), args.query_gradient_low_rank
+        rank = args.query_gradient_low_rank
         if rank is not None and min(P.shape[1:]) > rank:
             factors = low_rank(
                 P.to(wide(args.query_gradient_svd_dtype)),
@@ -98,7 +100,8 @@ class FastPreconditionTracker(TokenTracker, PreconditionTracker):
                 torch.randn(min(G.shape[1:]), rank, dtype=dtype, device=G.device)
             return
         storage[AGGREGATED_GRADIENT_NAME] = None
-        self.keep(self.module.basis_on(G.device).precondition_gradient(G))
+        basis = self.module.basis_on(G.device)
+        self.keep(basis.precondition_gradient(G), basis)
         self.accumulate_iterations()
 
     def release_memory(self) -> None:

@@ -8,6 +8,7 @@ Built from kronfluence's storage at the start of a scoring stage, for all its st
     ekfac      eigenvectors, corrected eigenvalues
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,10 +26,11 @@ from torch import Tensor
 
 from .capture import wide
 from .eigenvalues import with_ones
+from .memory import free_bytes
 
-# Share of the free device memory that one module's factors may take; beyond it they stay in
-# pinned CPU memory and travel at each use, as kronfluence's always do.
-RESIDENT_SHARE = 0.25
+# Share of a GPU's memory that factors leave to the model, activations, queries and scores. Those
+# that would take of it stay in CPU memory, as kronfluence's always do, and travel at each use.
+RESERVED_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -39,16 +41,14 @@ class Preconditioner:
     Qa: Tensor | None
     lam: Tensor
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Preconditioner":
+        """`change` of its tensors."""
+        Qg, Qa = (x if x is None else change(x) for x in (self.Qg, self.Qa))
+        return Preconditioner(Qg, Qa, change(self.lam))
+
     def at(self, device: torch.device) -> "Preconditioner":
         """Itself, on `device`."""
-        if self.lam.device == device:
-            return self
-        return Preconditioner(
-            *(
-                x if x is None else x.to(device, non_blocking=True)
-                for x in (self.Qg, self.Qa, self.lam)
-            )
-        )
+        return self if self.lam.device == device else self.each(lambda x: x.to(device))
 
     def rotation(self, dtype: torch.dtype) -> "Preconditioner":
         """The basis with every eigenvalue 1, for operands of `dtype`."""
@@ -109,6 +109,15 @@ def damped_eigenvalues(
     return lam + (HEURISTIC_DAMPING_SCALE * lam.mean() if damping is None else damping)
 
 
+def fits(sizes: tuple[int, int], dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the factors of a module of these sizes may stay on `device`."""
+    if device.type != "cuda":
+        return True
+    O, J = sizes
+    needed = (O * O + J * J) * dtype.itemsize + O * J * wide(dtype).itemsize
+    return free_bytes(device) - needed > RESERVED_SHARE * torch.cuda.mem_get_info(device)[1]
+
+
 def build(
     storage: dict,
     strategy: str,
@@ -117,20 +126,12 @@ def build(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Preconditioner:
-    """The preconditioner of one module, its eigenvectors in `dtype`, where possible on `device`."""
-    O, J = sizes
-    accumulator = wide(dtype)
-    needed = (O * O + J * J) * dtype.itemsize + O * J * accumulator.itemsize
-    travels = device.type == "cuda" and needed > RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
-
-    def placed(x: Tensor, to: torch.dtype) -> Tensor:
-        return x.to("cpu", to).pin_memory() if travels else x.to(device, to)
-
-    lam = placed(damped_eigenvalues(storage, strategy, damping, sizes), accumulator)
+    """The preconditioner of one module on `device`, its eigenvectors in `dtype`."""
+    lam = damped_eigenvalues(storage, strategy, damping, sizes).to(device, wide(dtype))
     if strategy not in (FactorStrategy.KFAC, FactorStrategy.EKFAC):
         return Preconditioner(None, None, lam)
     Qg, Qa = (
-        placed(storage[name], dtype).contiguous()
+        storage[name].to(device, dtype).contiguous()
         for name in (GRADIENT_EIGENVECTORS_NAME, ACTIVATION_EIGENVECTORS_NAME)
     )
     return Preconditioner(Qg, Qa, lam)
