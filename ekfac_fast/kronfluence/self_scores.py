@@ -12,6 +12,11 @@ from .preconditioner import Preconditioner
 class _Scores(TokenTracker):
     """What both kinds share: a vector a batch, and factors that stay where they are."""
 
+    def operand_dtype(self) -> torch.dtype:
+        """The wider of the two dtypes that kronfluence would pass through."""
+        args = self.module.score_args
+        return torch.promote_types(args.per_sample_gradient_dtype, args.precondition_dtype)
+
     def offloads(self) -> bool:
         """As `offload_activations_to_cpu` says."""
         return self.module.score_args.offload_activations_to_cpu
@@ -24,11 +29,6 @@ class _Scores(TokenTracker):
 
 class FastSelfScoreTracker(_Scores, SelfScoreTracker):
     """s_b = sum (Qg^T G_b Qa)^2 / (lam + damping): no rotation back."""
-
-    def operand_dtype(self) -> torch.dtype:
-        """The wider of the two dtypes that kronfluence would pass through."""
-        args = self.module.score_args
-        return torch.promote_types(args.per_sample_gradient_dtype, args.precondition_dtype)
 
     def consume(self, g: Tensor, a: Tensor) -> None:
         """Score one batch."""
@@ -45,8 +45,8 @@ class FastSelfScoreWithMeasurementTracker(_Scores, SelfScoreWithMeasurementTrack
     joins_uses = False
 
     def operand_dtype(self) -> torch.dtype:
-        """kronfluence's `score_dtype`."""
-        return self.module.score_args.score_dtype
+        """Never below the measurement's: a basis rounded to `score_dtype` would cost precision."""
+        return torch.promote_types(super().operand_dtype(), self.module.score_args.score_dtype)
 
     def consume(self, g: Tensor, a: Tensor) -> None:
         """Score one batch (one use of a shared module).
