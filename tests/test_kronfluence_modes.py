@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from kronfluence import Analyzer, FactorArguments, ScoreArguments, Task, prepare_model
+from kronfluence.module import TrackedModule
+from kronfluence.module.linear import TrackedLinear
 from kronfluence.module.utils import set_gradient_scale
 from kronfluence.utils.state import State
 from test_kronfluence_cases import (
@@ -115,6 +117,92 @@ def test_convolutions_beside_linears(tmp_path: Path) -> None:
         args = ScoreArguments(damping_factor=None, use_measurement_for_self_influence=measured)
         expected = pair.self_scores(False, "stock", args, "mixed")
         assert_close(pair.self_scores(True, "stock", args, "mixed"), expected, 1e-5)
+
+
+def test_a_module_used_twice_unannounced(tmp_path: Path) -> None:
+    """Without `has_shared_parameters` kronfluence counts the last use only, and so do we."""
+    torch.manual_seed(0)
+    data = [Examples(torch.randn(n, 2, 4, 3), torch.randn(n, 3, 5)) for n in (7, 5)]
+    task = SumLoss(modules=["q", "shared", "head"])
+    one = Pair(Siblings(), task, *data, tmp_path, FactorArguments(use_empirical_fisher=True))
+    one.fit(False, "stock")
+    found = one.covariances(True, "fast") | one.eigenvalues(True, "fast_lambda", "stock")
+    for load in ("load_covariance_matrices", "load_lambda_matrices"):
+        for name, expected in getattr(one.analyzer, load)("stock").items():
+            assert_close(found[name], expected, 1e-5)
+    args = ScoreArguments(damping_factor=None, compute_per_module_scores=True)
+    for scores in (one.pairwise, one.self_scores):
+        expected = scores(False, "stock", args, "twice")
+        assert_close(scores(True, "stock", args, "twice"), expected, 1e-5)
+
+
+class Doubled(nn.Linear):
+    """A layer that kronfluence knows only because the script taught it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class TrackedDoubled(TrackedLinear):
+    """The script's own class: its gradients are not those of `nn.Linear`."""
+
+    def compute_per_sample_gradient(self, input_activation: Tensor, output_gradient: Tensor):
+        return 2 * super().compute_per_sample_gradient(input_activation, output_gradient)
+
+
+class Mixed(nn.Module):
+    """Embedding and LayerNorm (never tracked), Conv2d and a class of the script's own, Linears."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 6)
+        self.up = nn.Linear(6, 10)
+        self.norm = nn.LayerNorm(10)
+        self.conv = nn.Conv2d(1, 2, 3, padding=1)
+        self.own = Doubled(20, 8)
+        self.head = nn.Linear(8, 4, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.norm(torch.tanh(self.up(self.embedding(ids))))
+        x = self.conv(x.unsqueeze(1)).transpose(1, 2).flatten(2)
+        return self.head(torch.tanh(self.own(x)))
+
+
+def test_every_module_takes_its_own_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TrackedModule.SUPPORTED_MODULES, Doubled, TrackedDoubled)
+    torch.manual_seed(0)
+    data = [Examples(torch.randint(11, (n, 5)), torch.randn(n, 5, 4)) for n in (7, 5)]
+    args = FactorArguments(
+        use_empirical_fisher=True, covariance_module_partitions=2, lambda_module_partitions=3
+    )
+    one = Pair(Mixed(), SumLoss(), *data, tmp_path, args)
+    one.fit(False, "stock")
+    one.fit(True, "fast")
+    for load in ("load_covariance_matrices", "load_lambda_matrices"):
+        expected, found = (getattr(one.analyzer, load)(name) for name in ("stock", "fast"))
+        for name in expected:
+            assert_close(found[name], expected[name], 1e-5)
+    for choices in (
+        {"module_partitions": 3},
+        {"query_gradient_low_rank": 3, "compute_per_module_scores": True},
+        {"aggregate_query_gradients": True, "aggregate_train_gradients": True},
+        {"offload_activations_to_cpu": True, "data_partitions": 2},
+    ):
+        args = ScoreArguments(damping_factor=None, **choices)
+        expected = one.pairwise(False, "stock", args, "mixed")
+        assert_close(one.pairwise(True, "stock", args, "mixed"), expected, 1e-5)
+    for measured in (False, True):
+        args = ScoreArguments(
+            damping_factor=None, use_measurement_for_self_influence=measured, module_partitions=2
+        )
+        expected = one.self_scores(False, "stock", args, "mixed")
+        assert_close(one.self_scores(True, "stock", args, "mixed"), expected, 1e-5)
+    rows = {(row.module, row.stage): row for row in fast.report().rows}
+    paths = [rows[name, "lambda"].path for name in ("up", "conv", "head")]
+    assert paths == ["ekfac_fast", "kronfluence", "ekfac_fast"]
+    own = rows["own", "every stage"]
+    assert own.path == "kronfluence"
+    assert "TrackedDoubled is not one of kronfluence's own classes" in own.why
 
 
 class Checkpointed(SumLoss):

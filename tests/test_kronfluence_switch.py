@@ -1,10 +1,12 @@
 """On, off, by thread, by command; what is reported, held together and refused."""
 
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -109,6 +111,49 @@ def test_threads_share_one_switch() -> None:
     assert snapshot() == before
 
 
+class Toggling(SumLoss):
+    """Lets another thread turn the backend off, or on, at the first loss of a stage."""
+
+    toggle: Callable[[], None] | None = None
+
+    def compute_train_loss(self, batch: tuple, model: nn.Module, sample: bool = False) -> Tensor:
+        if self.toggle is not None:
+            thread = threading.Thread(target=self.toggle)
+            self.toggle = None
+            thread.start()
+            thread.join()
+        return super().compute_train_loss(batch, model, sample)
+
+
+@pytest.mark.parametrize("begins", ["on", "off"])
+def test_a_stage_ends_on_the_path_on_which_it_began(begins: str, tmp_path: Path) -> None:
+    one = pair(tmp_path, Toggling(), use_empirical_fisher=True)
+    one.fit(False, "stock")
+    layer = one.model.layers[0]
+    low_rank = ScoreArguments(damping_factor=None, query_gradient_low_rank=2)
+    measured = ScoreArguments(damping_factor=None, use_measurement_for_self_influence=True)
+    stages = {
+        "covariance": lambda: one.covariances(False, begins)["gradient_covariance"],
+        "lambda": lambda: one.eigenvalues(False, f"{begins}_lambda", "stock")["lambda_matrix"],
+        "pairwise_score": lambda: one.pairwise(False, "stock", low_rank, begins),
+        "self_measurement_score": lambda: one.self_scores(False, "stock", measured, begins),
+    }
+    for stage, run_it in stages.items():
+        expected = run_it()
+        if begins == "on":
+            fast.enable()
+        one.task.toggle = fast.disable if begins == "on" else fast.enable
+        shutil.rmtree(tmp_path / "ab" / f"factors_{begins}", ignore_errors=True)
+        shutil.rmtree(tmp_path / "ab" / f"factors_{begins}_lambda", ignore_errors=True)
+        found = run_it()
+        assert one.task.toggle is None
+        assert (switch.current() is None) == (begins == "on")
+        fast.disable()
+        tracker = type(layer._trackers[stage]).__name__
+        assert tracker.startswith("Fast") == (begins == "on"), stage
+        assert_close(found, expected, 1e-5)
+
+
 def test_what_others_replaced_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     class Mine(TrackedLinear):
         pass
@@ -192,6 +237,16 @@ def test_factors_of_another_model_are_refused(tmp_path: Path) -> None:
         deeper.self_scores(True, "stock", ScoreArguments(), "other")
     with pytest.raises(ValueError, match=r"no entry for module 'layers\.2'"):
         deeper.eigen(True, "other", "stock")
+
+
+def test_convolutions_of_another_model_are_refused(tmp_path: Path) -> None:
+    data = [Examples(torch.randn(n, 2, 4, 3), torch.randn(n, 3, 5)) for n in (6, 4)]
+    one, other = Siblings(), Siblings()
+    other.conv = nn.Conv2d(2, 3, (3, 1), padding=(1, 0))
+    Pair(one, SumLoss(modules=["conv"]), *data, tmp_path).fit(True, "stock")
+    other = Pair(other, SumLoss(modules=["conv"]), *data, tmp_path)
+    with pytest.raises(ValueError, match=r"'conv' has shape \[19, 19\], expected \[7, 7\]"):
+        other.pairwise(True, "stock", ScoreArguments(), "other")
 
 
 @pytest.mark.parametrize("damage", ["nan", "count"])

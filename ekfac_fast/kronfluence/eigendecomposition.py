@@ -118,10 +118,10 @@ def check_sizes(factors: FACTOR_TYPE, model: nn.Module) -> None:
                     "they were fitted. Fit the factors again, or name the modules that do take "
                     "part in Task.get_influence_tracked_modules"
                 )
-            linear = module.original_module
-            if not isinstance(linear, nn.Linear):
+            layer = module.original_module
+            if type(layer) not in (nn.Linear, nn.Conv2d):
                 continue
-            O, J = linear.out_features, linear.in_features + (linear.bias is not None)
+            O, J = len(layer.weight), layer.weight[0].numel() + (layer.bias is not None)
             expected = {
                 ACTIVATION_COVARIANCE_MATRIX_NAME: (J, J),
                 ACTIVATION_EIGENVECTORS_NAME: (J, J),
