@@ -148,4 +148,12 @@ Letters check(const char* op, const char* line, const Arguments& args, bool bias
           size('Q', 0), size('K', 0), size('N', 0)};
 }
 
+Order contraction_order(const Letters& size, const std::optional<c10::string_view>& forced) {
+  if (!forced) return {size.T < size.O, size.T < size.J};
+  if (*forced == "tokens") return {true, true};
+  if (*forced == "a_tokens") return {true, false};
+  if (*forced == "g_tokens") return {false, true};
+  return {false, false};
+}
+
 }  // namespace ekfac_fast

@@ -22,4 +22,12 @@ using Arguments = std::vector<std::optional<at::Tensor>>;
 Letters check(const char* op, const char* line, const Arguments& args, bool bias,
               double damping = 0.0, const std::optional<c10::string_view>& order = {});
 
+// Which sides of a gradient are rotated token by token; `gradients.py` has the costs and computes
+// the same.
+struct Order {
+  bool a_tokens, g_tokens;
+};
+// `forced` has passed `check`.
+Order contraction_order(const Letters& size, const std::optional<c10::string_view>& forced);
+
 }  // namespace ekfac_fast

@@ -6,14 +6,6 @@
 
 namespace ekfac_fast {
 
-Order contraction_order(const Letters& size, const std::optional<c10::string_view>& forced) {
-  if (!forced) return {size.T < size.O, size.T < size.J};
-  if (*forced == "tokens") return {true, true};
-  if (*forced == "a_tokens") return {true, false};
-  if (*forced == "g_tokens") return {false, true};
-  return {false, false};
-}
-
 int64_t sequences_at_once(const Letters& size) {
   return std::max<int64_t>(
       1, kSlabBytes / (4 * std::max<int64_t>(1, size.T * std::max(size.O, size.J))));

@@ -11,13 +11,6 @@
 
 namespace ekfac_fast {
 
-// Which sides are rotated token by token; `gradients.py` has the costs and computes the same.
-struct Order {
-  bool a_tokens, g_tokens;
-};
-// `forced` has passed `check`.
-Order contraction_order(const Letters& size, const std::optional<c10::string_view>& forced);
-
 // x [.., F] times Q [F', F'] by rows, plus Q's last row where `bias`; in the dtype products use.
 at::Tensor rotate_tokens(const at::Tensor& x, const at::Tensor& Q, bool bias);
 // sum_t g_bt (a_bt, 1)^T of one sequence, in the dtype products use.

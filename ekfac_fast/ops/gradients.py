@@ -16,7 +16,7 @@ from .shapes import Shape
 
 
 def cheapest_order(shape: Shape) -> str:
-    """The contraction order of least FLOPs; `csrc/cpu/gradients.h` computes the same."""
+    """The contraction order of least FLOPs; `csrc/check.h` computes the same."""
     a, g = shape.T < shape.O, shape.T < shape.J
     return "tokens" if a and g else "a_tokens" if a else "g_tokens" if g else "gradient"
 
