@@ -227,7 +227,7 @@ def weaknesses(scores: Scores, data: Tokens, changes: list[tuple[float, float]])
     up = sum(top > 0 for top, _ in changes)
     down = sum(bottom < 0 for _, bottom in changes)
     return [
-        f"A model of 4M parameters that has read {len(data)} sequences a dozen times: its "
+        f"A model of 4M parameters that has read {len(data)} sequences over and over: its "
         "completions are memorised more than understood, and so are its influences.",
         f"One gradient step on a query's top sequence raised the completion's log-probability for "
         f"{up} of {len(changes)} queries; one on its bottom sequence lowered it for {down}.",

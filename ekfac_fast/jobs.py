@@ -194,7 +194,7 @@ def report_job(
 
 
 def print_top(
-    console: Console, folder: Path, data: Tokens, tokenizer: Any, k: int = 3, width: int = 76
+    console: Console, folder: Path, data: Tokens, tokenizer: Any, k: int = 3, width: int = 70
 ) -> None:
     """The first k sequences of every query, in the terminal."""
     run, scores, queries = load_json(folder / RUN), Scores(folder), Queries.load(folder)

@@ -48,6 +48,7 @@ def test_demo_does_the_whole_job(demo):
         assert f"{name}: " in output
     page = (folder / "demo/report.html").read_text()
     assert page.count("<svg") > 8
+    assert "Sequences that lower it most (5)" in page
     # What was printed is what is stored.
     ((_, value),) = scores.top(0, 1)
     assert f"{value / scores.train_size:+.4f}" in output
@@ -129,6 +130,10 @@ def test_errors_name_the_file_and_the_line(demo, tmp_path):
     model = folder / "demo/model"
     (tmp_path / "bad.jsonl").write_text('{"text": "one two three"}\n{"text": \n')
     assert "line 2" in run("fit", model, "bad.jsonl", "--out", "f", cwd=tmp_path, ok=False)
+    refused = run("fit", model, folder / "demo/corpus/class.txt", "--out", "g", "--on-long",
+                  "refuse", cwd=tmp_path, ok=False)  # fmt: skip
+    assert "class.txt" in refused
+    assert "tokens, but the context is 128" in " ".join(refused.split())
     (tmp_path / "q.jsonl").write_text('{"prompt": "a b", "completion": ""}\n')
     said = run("score", model, folder / "demo/factors", "q.jsonl", folder / "demo/corpus",
                "--out", "s", cwd=tmp_path, ok=False)  # fmt: skip

@@ -4,11 +4,11 @@
 #include <ATen/Dispatch.h>
 #include <ATen/native/CPUBlas.h>
 #include <ATen/ops/addmm.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 
 #include "endings.h"
 #include "isa.h"
+#include "scratch.h"
 
 namespace ekfac_fast {
 
@@ -36,7 +36,7 @@ Panels::Panels(bool columns, int64_t batch, int64_t extent, int64_t depth, at::S
   const int64_t equal = ceil_div(extent, std::max<int64_t>(1, ceil_div(extent, kTile)));
   this->width = width ? width : round_up(equal, kLanes);
   count = extent ? ceil_div(extent, this->width) : 0;
-  storage = at::empty({batch * count * this->width * padded_depth}, at::dtype(compute));
+  storage = scratch({batch * count * this->width * padded_depth}, compute);
 }
 
 char* Panels::at(int64_t b, int64_t panel, int64_t chunk) const {

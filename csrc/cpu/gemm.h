@@ -25,9 +25,8 @@ constexpr int64_t kTile = 128;   // rows and columns of a tile: 64 KiB of fp32
 constexpr int64_t kDepth = 256;  // k per chunk: two 128 KiB panels and the tile fit in 512 KiB
 constexpr int64_t kLanes = 16;   // panels are padded to whole vectors
 constexpr int64_t kBlock = 32;   // k packed at a time
-// Operands are packed in slabs of this size. Larger blocks would leave the last-level cache, and
-// malloc maps blocks over 32 MiB anew at every call: faulting 38 MB in took 9 ms where copying it
-// took 0.6 ms.
+// Operands are packed in slabs of this size: larger ones leave the last-level cache and gain
+// nothing.
 constexpr int64_t kSlabBytes = int64_t{31} << 20;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -1,8 +1,7 @@
 #include "gradients.h"
 
-#include <ATen/ops/empty.h>
-
 #include "endings.h"
+#include "scratch.h"
 
 namespace ekfac_fast {
 
@@ -57,7 +56,7 @@ at::Tensor rotate_tokens(const at::Tensor& x, const at::Tensor& Q, bool bias) {
   const auto wide = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const at::Tensor last = bias ? Q.select(0, F).to(wide).contiguous() : at::Tensor();
   const Panels A = pack_rows(rows);
-  at::Tensor y = at::empty({1, A.extent, Q.size(1)}, at::dtype(A.storage.scalar_type()));
+  at::Tensor y = scratch({1, A.extent, Q.size(1)}, A.storage.scalar_type());
   const int64_t step = slab_lines(F);
   for (int64_t n = 0; n < Q.size(1); n += step) {
     const at::Tensor slab = Q.narrow(0, 0, F).narrow(1, n, std::min(step, Q.size(1) - n));
@@ -68,7 +67,7 @@ at::Tensor rotate_tokens(const at::Tensor& x, const at::Tensor& Q, bool bias) {
 
 at::Tensor one_gradient(const at::Tensor& g, const at::Tensor& a, bool bias) {
   const Panels A = pack_rows(g.mT()), B = pack_columns(a, bias);
-  at::Tensor G = at::empty({1, A.extent, B.extent}, at::dtype(A.storage.scalar_type()));
+  at::Tensor G = scratch({1, A.extent, B.extent}, A.storage.scalar_type());
   multiply_into(G, 0, A, B, {});
   return G;
 }
