@@ -7,7 +7,7 @@ OUT ?= build/gpu-check
 BIN := .venv/bin
 SITE = $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 PINS := $(wildcard requirements/*.txt)
-CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu* tests/*.h)
 SHORT := $(addprefix tests/test_,ops.py ops_errors.py math.py queries.py)
 
 .PHONY: venv build lint test test-short demo bench gpu-check clean
