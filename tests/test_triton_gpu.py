@@ -1,6 +1,6 @@
 """The registered kernels on a real GPU, through the dispatcher: parity, graphs, streams, bits.
 
-Run `compute-sanitizer --tool memcheck` (and `racecheck`) over this file to check memory accesses.
+`test_cuda_gpu.py` runs compute-sanitizer over them.
 """
 
 import pytest
