@@ -71,8 +71,8 @@ def test_rows_where_we_lose_are_shown(tmp_path):
     assert len(shown) == 6
     row = "| corrected eigenvalues | 768 x 3072, T=128, B=8 | 3000 ms | 1000 ms | 3.0x |"
     assert shown[2] == row
-    assert shown[3].startswith("| covariance, bf16: our weakest |")
-    assert shown[3].endswith("| 0.5x |")
+    assert shown[3].startswith("| covariance, bfloat16: our weakest |")
+    assert shown[3].endswith("| 0.50x |")
     assert shown[5] == "Some CPU, 2 threads, torch 2.13.0, revision aaaaaaaaa+, 2026-01-02."
 
 
