@@ -15,7 +15,7 @@ ROOT = Path(gpu_check.__file__).parents[1]
 
 def test_make_runs_the_check_with_the_python_that_is_given():
     listed = subprocess.run(
-        ["make", "-n", "gpu-check", "PYTHON=python9", "OUT=there"],
+        ["make", "--no-print-directory", "-n", "gpu-check", "PYTHON=python9", "OUT=there"],
         cwd=ROOT,
         capture_output=True,
         text=True,
