@@ -244,7 +244,8 @@ def captured_energy(P: Tensor, L: Tensor, R: Tensor) -> Tensor:
 
 def rotate_back(L: Tensor, R: Tensor, Qg: Tensor, Qa: Tensor) -> tuple[Tensor, Tensor]:
     """Thin factors from the eigenbasis to weight space: Qg L [Q,O,K] and R Qa^T [Q,K,J]."""
-    return Qg @ L, R @ Qa.mT
+    # Written so that all queries form one product: `Qg @ L` would read Qg once a query.
+    return (L.mT @ Qg.mT).mT.contiguous(), R @ Qa.mT
 
 
 def _orthonormal(Y: Tensor) -> Tensor:
