@@ -11,7 +11,7 @@ import plain_torch
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from work import reflection
+from work import energy, reflection, tolerance
 
 from ekfac_fast.hooks import Layer, LayerBatch, SharedRotation
 from ekfac_fast.ops.sampling import wide
@@ -205,12 +205,12 @@ def agree(ours: Side, plain: Side, dtype: torch.dtype) -> float:
     """
     assert ours.found.keys() == plain.found.keys()
     if ours.stage == "queries":
-        kept, needed = (sum(map(_energy, side.found.values())) for side in (ours, plain))
+        kept, needed = (sum(energy(*lr) for lr in side.found.values()) for side in (ours, plain))
         error, allowed = max(0.0, 1 - kept / needed), 1e-3
     else:
         difference = sum(_norm(x - plain.found[name]) ** 2 for name, x in ours.found.items())
         error = (difference / sum(_norm(x) ** 2 for x in ours.found.values())) ** 0.5
-        allowed = 8 * torch.finfo(dtype).eps * (1 if dtype.itemsize == 2 else 100)
+        allowed = tolerance(dtype)
     assert error < allowed, (
         f"{ours.stage}: ours and plain torch differ by {error:.1e} (allowed {allowed:.1e})"
     )
@@ -219,9 +219,3 @@ def agree(ours: Side, plain: Side, dtype: torch.dtype) -> float:
 
 def _norm(x: Tensor) -> float:
     return torch.linalg.vector_norm(x, dtype=torch.float64).item()
-
-
-def _energy(factors: tuple[Tensor, Tensor]) -> float:
-    """||L R||^2 over all queries."""
-    L, R = (x.double() for x in factors)
-    return ((L.mT @ L) * (R @ R.mT)).sum().item()

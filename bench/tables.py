@@ -60,25 +60,20 @@ def acceptance(rows: list[dict]) -> str:
     whole way of doing the same, whatever its dtype.
     """
     rows = latest(rows, "name", "dtype")
-
-    def ratios(row: dict) -> list[float]:
-        return [row["seconds"][n] / row["seconds"]["ours"] for n in THEIRS if n in row["seconds"]]
-
-    shown = [row for row in rows if row["dtype"] == "float32"]
     lines = []
-    for row in shown:
-        theirs = [
-            duration(row["seconds"][n]) + ("" if n == THEIRS[0] else f" ({n})")
-            for n in THEIRS
-            if n in row["seconds"]
-        ]
+    for row in rows:
+        if row["dtype"] != "float32":
+            continue
+        ours = row["seconds"]["ours"]
+        theirs = {name: row["seconds"][name] for name in THEIRS if name in row["seconds"]}
+        times = [duration(s) + ("" if n == THEIRS[0] else f" ({n})") for n, s in theirs.items()]
         lines.append(
             [
                 WHAT[row["quantity"]],
                 shape(row),
-                ", ".join(theirs),
-                duration(row["seconds"]["ours"]),
-                ", ".join(f"{ratio:.1f}x" for ratio in ratios(row)),
+                ", ".join(times),
+                duration(ours),
+                ", ".join(f"{s / ours:.1f}x" for s in theirs.values()),
             ]
         )
     found = [

@@ -137,14 +137,14 @@ def agree(work: Work, dtype: torch.dtype) -> dict[str, str]:
             failed[name] = str(error).partition("\n")[0]
             continue
         if isinstance(ours, tuple):
-            kept, needed = _energy(*ours), _energy(*got)
+            kept, needed = energy(*ours), energy(*got)
             # The full SVD is the optimum, which ours only approaches.
             if name == "svd_lowrank":
                 assert kept > 0.999 * needed, f"ours keeps {kept:.4e}, svd_lowrank {needed:.4e}"
             continue
         want = work.same(ours) if name == "kronfluence order" else ours
         error = ((got.to(want.dtype) - want).norm() / want.norm()).item()
-        allowed = 8 * torch.finfo(dtype).eps * (1 if dtype.itemsize == 2 else 100)
+        allowed = tolerance(dtype)
         assert error < allowed, f"{name} and ours differ by {error:.1e} (allowed {allowed:.1e})"
     return failed
 
@@ -201,7 +201,12 @@ def _their(case: Case, made: dict[str, Tensor]) -> Callable[[], Tensor]:
     return lambda: scores(*factors, x["g"], x["a"], bias, case.per_token)
 
 
-def _energy(L: Tensor, R: Tensor) -> float:
+def tolerance(dtype: torch.dtype) -> float:
+    """Relative difference that rounding explains between two right results in `dtype`."""
+    return 8 * torch.finfo(dtype).eps * (1 if dtype.itemsize == 2 else 100)
+
+
+def energy(L: Tensor, R: Tensor) -> float:
     """||L R||^2 over all queries."""
     L, R = L.double(), R.double()
     return ((L.mT @ L) * (R @ R.mT)).sum().item()

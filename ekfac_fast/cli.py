@@ -17,7 +17,7 @@ from rich.table import Table
 from . import __version__, jobs, ops
 from . import demo as demonstration
 from . import plan as planning
-from .data import OnLong, Split
+from .data import OnLong, Split, Tokens
 from .factors import Factors
 from .files import load_json
 from .hooks import select_layers
@@ -90,9 +90,7 @@ def fit(
     trust_remote_code: Trust = False,
 ) -> None:
     """Fit the EK-FAC factors of a model on a corpus."""
-    source = jobs.load(model, trust_remote_code)
-    cutting = jobs.Cutting(source.context(context), split, on_long)
-    corpus = jobs.read_data(data, source.tokenizer, cutting, console)
+    source, _, corpus = _loaded(model, data, context, split, on_long, trust_remote_code)
     jobs.fit_job(
         source, corpus, out, console, layers=layers, batch_tokens=batch_tokens,
         max_examples=max_examples, seed=seed, autocast=torch.bfloat16 if bf16 else None,
@@ -122,9 +120,7 @@ def score(
     trust_remote_code: Trust = False,
 ) -> None:
     """Rank the sequences of a corpus by their influence on completions."""
-    source = jobs.load(model, trust_remote_code)
-    cutting = jobs.Cutting(source.context(context), split, on_long)
-    corpus = jobs.read_data(data, source.tokenizer, cutting, console)
+    source, cutting, corpus = _loaded(model, data, context, split, on_long, trust_remote_code)
     jobs.score_job(
         source, Factors(factors), queries, corpus, cutting, out, console, rank=rank or None,
         damping=damping, top_k=top_k, candidates=candidates, train_size=train_size,
@@ -149,9 +145,7 @@ def self_influence(
     trust_remote_code: Trust = False,
 ) -> None:
     """Rank the sequences of a corpus by their influence on themselves."""
-    source = jobs.load(model, trust_remote_code)
-    cutting = jobs.Cutting(source.context(context), split, on_long)
-    corpus = jobs.read_data(data, source.tokenizer, cutting, console)
+    source, _, corpus = _loaded(model, data, context, split, on_long, trust_remote_code)
     scores = jobs.self_job(
         source, Factors(factors), corpus, out, console, damping=damping,
         batch_tokens=batch_tokens, autocast=torch.bfloat16 if bf16 else None,
@@ -253,6 +247,20 @@ def demo(
         f"({floor:.1f} s)"
     )
     console.print(f"{path}, after {_duration(time.perf_counter() - start)}", markup=False)
+
+
+def _loaded(
+    model: str,
+    data: Path,
+    context: int | None,
+    split: Split,
+    on_long: OnLong,
+    trust_remote_code: bool,
+) -> tuple[jobs.Source, jobs.Cutting, Tokens]:
+    """A model, and a corpus cut for it as the command line asks."""
+    source = jobs.load(model, trust_remote_code)
+    cutting = jobs.Cutting(source.context(context), split, on_long)
+    return source, cutting, jobs.read_data(data, source.tokenizer, cutting, console)
 
 
 def _duration(seconds: float) -> str:

@@ -4,6 +4,8 @@
 #include <ATen/ops/from_blob.h>
 #include <c10/core/impl/alloc_cpu.h>
 
+#include <algorithm>
+#include <limits>
 #include <map>
 #include <mutex>
 
