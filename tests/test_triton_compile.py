@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 from collections import defaultdict
+from collections.abc import Callable
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -27,14 +28,22 @@ from ekfac_fast import ops
 
 # sm -> multiprocessors and bytes of shared memory a program of A100, H100 and B200.
 CHIPS = {80: (108, 166912), 90: (132, 232448), 100: (148, 232448)}
-# 16-bit operands as layers have them; with a bias, so odd rows; narrower than a wide tile; fp32.
+# 16-bit operands as layers have them; with a bias, so odd rows; narrower than a wide tile; a number
+# of sequences that does not divide by four; fp32.
 CASES = {
     "wide": (torch.bfloat16, "ieee", {}),
     "wide with bias": (torch.bfloat16, "ieee", {"bias": True}),
     "narrow": (torch.bfloat16, "ieee", {"O": 64, "I": 48, "bias": True, "Q": 1, "K": 2, "B": 2}),
-    "fp16": (torch.float16, "ieee", {}),
+    "fp16": (torch.float16, "ieee", {"B": 15}),
     "tf32": (torch.float32, "tf32", {}),
     "fp32": (torch.float32, "ieee", {}),
+}
+# Layers narrow enough for strips, by which side is wider and where the bias is.
+STRIPS = {
+    f"{O} x {I}" + " with bias" * bias: (torch.bfloat16, "ieee", {"O": O, "I": I, "bias": bias})
+    for widths in ((128, 96), (256, 192), (512, 256))
+    for O, I in (widths, widths[::-1])
+    for bias in (False, True)
 }
 HELPERS = ("fold_kernel", "covariance_fold_kernel")
 
@@ -57,8 +66,7 @@ def launch_all(dtype, T=512, O=4096, I=4096, B=16, Q=4, K=32, bias=False) -> Non
     mask = torch.empty(B * T, dtype=torch.bool, device="meta")
     module("covariance").covariance(wide(J, J), a.view(-1, I), mask, bias)
     module("eigenvalues").eigenvalues(wide(O, J), g, a, Qg, Qa, bias)
-    module("precondition").precondition(g, a, Qg, Qa, wide(O, J), 0.1, bias)
-    module("self_influence").self_influence(wide(B), g, a, Qg, Qa, wide(O, J), 0.1, bias)
+    launch_divisions(dtype, T, O, I, B, bias, order="tokens")
     many = 16 * Q
     L, R = operand(many, O, K), operand(many, K, J)
     for tokens in ((), (T,)):
@@ -66,17 +74,28 @@ def launch_all(dtype, T=512, O=4096, I=4096, B=16, Q=4, K=32, bias=False) -> Non
         module("low_rank_scores").low_rank_scores(wide(many, B, *tokens), L, R, g, a, bias)
 
 
+def launch_divisions(dtype, T=512, O=4096, I=4096, B=16, bias=False, order=None) -> None:
+    """The two ops that divide by eigenvalues: in strips where no order is forced."""
+    g, a, Qg, Qa = (
+        torch.empty(shape, dtype=dtype, device="meta")
+        for shape in ((B, T, O), (B, T, I), (O, O), (I + bias, I + bias))
+    )
+    lam, s = torch.empty(O, I + bias, device="meta"), torch.empty(B, device="meta")
+    module("precondition").precondition(g, a, Qg, Qa, lam, 0.1, bias, order)
+    module("self_influence").self_influence(s, g, a, Qg, Qa, lam, 0.1, bias, order)
+
+
 @pytest.fixture
 def compiled(monkeypatch):
-    """compiled(sm, case) -> [(kernel's name, launch options, compiled kernel)] of all ops."""
+    """compiled(sm, case) -> [(kernel's name, launch options, compiled kernel)] of all launches."""
     run, launches = JITFunction.run, []
 
     def compile_only(self, *args, grid, warmup, **options):
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         launches.append((self.__name__, options, kernel))
 
-    def all_ops(sm: int, case: str):
-        dtype, precision, sizes = CASES[case]
+    def compile(sm: int, case: str, call: Callable = launch_all):
+        dtype, precision, sizes = (CASES | STRIPS)[case]
         target = SimpleNamespace(
             get_current_target=lambda: GPUTarget("cuda", sm, 32),
             get_current_device=lambda: f"sm_{sm}",
@@ -85,14 +104,14 @@ def compiled(monkeypatch):
         chip = module("launch").Chip(sm, *CHIPS[sm])
         monkeypatch.setattr(driver, "_active", target)
         monkeypatch.setattr(JITFunction, "run", compile_only)
-        for card in ops.ALL:
-            monkeypatch.setattr(module(ops.stem(card)), "chip", lambda device: chip)
+        for name in (*map(ops.stem, ops.ALL), "narrow"):
+            monkeypatch.setattr(module(name), "chip", lambda device: chip)
         torch.backends.cuda.matmul.fp32_precision = precision
-        launch_all(dtype, **sizes)
+        call(dtype, **sizes)
         return launches
 
     before = torch.backends.cuda.matmul.fp32_precision
-    yield all_ops
+    yield compile
     torch.backends.cuda.matmul.fp32_precision = before
 
 
@@ -126,6 +145,40 @@ def test_every_configuration_fits(compiled, sm, case, tmp_path):
             assert tensor_core_instruction(sm, case) in kernel.asm["ptx"], where
             if case in ("wide", "fp16", "tf32"):
                 assert "cp.async" in kernel.asm["ptx"], f"{where}: loads are not pipelined"
+
+
+@pytest.mark.parametrize("case", STRIPS)
+@pytest.mark.parametrize("sm", CHIPS)
+def test_narrow_layers_take_one_launch_that_fits(compiled, sm, case, tmp_path):
+    launches = compiled(sm, case, launch_divisions)
+    assert [name for name, _, _ in launches] == ["narrow_kernel"] * 2 + ["fold_kernel"]
+    for _, options, kernel in launches[:2]:
+        registers, stack = resources(kernel, tmp_path)
+        where = f"on sm_{sm}, {case}, {options}"
+        assert stack == 0, f"{where}: {stack} bytes spilled, {registers} registers"
+        assert kernel.metadata.shared <= CHIPS[sm][1], where
+        assert tensor_core_instruction(sm, case) in kernel.asm["ptx"], where
+        assert "cp.async" in kernel.asm["ptx"], f"{where}: loads are not pipelined"
+
+
+def test_strips_are_for_narrow_layers():
+    strip = module("narrow").strip
+    chips = {sm: module("launch").Chip(sm, *CHIPS[sm]) for sm in CHIPS}
+    chips[89] = module("launch").Chip(89, 128, 101376)
+    widths = (1, 64, 128, 256, 257, 512, 513, 1024)
+    for chip in chips.values():
+        found = {
+            (O, I): strip(512, O, I, True, 2, chip) for O in widths for I in widths if O * I > 4096
+        }
+        for (O, I), by in found.items():
+            assert by is None or (max(O, I) <= by.height and min(O, I) <= by.width), (O, I)
+        assert found[256, 256]
+        assert found[128, 64]
+        assert bool(found[512, 256]) == (chip.shared > 101376), "S, Qx and loads are on chip"
+        assert not any(by for (O, I), by in found.items() if max(O, I) > 512 or min(O, I) > 256)
+        assert len(set(found.values()) - {None}) <= 3
+    assert strip(8, 256, 256, True, 2, chips[90]) is None, "few tokens: rotate them"
+    assert strip(512, 256, 256, True, 4, chips[90]) is None, "fp32"
 
 
 @pytest.mark.parametrize("sm", CHIPS)

@@ -20,7 +20,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from ekfac_fast import ops
 from ekfac_fast.ops import parity
 from ekfac_fast.ops.gradients import cheapest_order
-from ekfac_fast.ops.sampling import Sample, draw, layers, strided
+from ekfac_fast.ops.sampling import Sample, draw, layers, orthogonal, strided
 from ekfac_fast.ops.shapes import Shape
 
 # Padding is garbage on purpose, and numpy says so.
@@ -41,14 +41,14 @@ def launcher(card):
 
 def use_chip(monkeypatch, name: str) -> None:
     chip = kernels("launch").Chip(*CHIPS[name])
-    for card in ops.ALL:
-        monkeypatch.setattr(kernels(ops.stem(card)), "chip", lambda device: chip)
+    for name in (*map(ops.stem, ops.ALL), "narrow"):
+        monkeypatch.setattr(kernels(name), "chip", lambda device: chip)
 
 
 @pytest.fixture(autouse=True)
 def _poison(monkeypatch):
-    """Fill new memory with NaN; make bf16 dots of fp32 casts, since interpreted ones are wrong."""
-    dot = InterpreterBuilder.create_dot
+    """Fill new memory with NaN; mend bf16, interpreted wrongly: dots, and rounding by cutting."""
+    dot, trunc = InterpreterBuilder.create_dot, InterpreterBuilder.create_fp_trunc
 
     def widened(x):
         if x.dtype.scalar != tl.bfloat16:
@@ -60,6 +60,14 @@ def _poison(monkeypatch):
         "create_dot",
         lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest),
     )
+
+    def rounded(self, x, to):
+        if to.scalar != tl.bfloat16 or x.dtype.scalar != tl.float32:
+            return trunc(self, x, to)
+        bits = torch.from_numpy(np.ascontiguousarray(x.data)).bfloat16().view(torch.int16)
+        return TensorHandle(bits.numpy().view(np.uint16), tl.bfloat16)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_fp_trunc", rounded)
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
@@ -106,6 +114,48 @@ def test_second_run_is_bitwise_equal(card, monkeypatch):
 def test_gradients_rotated_a_sequence_at_a_time(card, monkeypatch):
     monkeypatch.setattr(kernels("rotations"), "CHUNK_BYTES", 1)
     agree(card, card.samples(torch.float32), launcher(card))
+
+
+DIVISIONS = pytest.mark.parametrize(
+    "card", [ops.precondition, ops.self_influence], ids=["precondition", "self_influence"]
+)
+
+
+@pytest.mark.parametrize("way", ["in strips", "rotated by cuBLAS"])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@DIVISIONS
+def test_both_ways_of_narrow_layers(card, dtype, way, monkeypatch):
+    """On every sample, whatever its tokens: the choice between the two is one of cost."""
+    use_chip(monkeypatch, "wide")
+    narrow, launched = kernels("narrow"), []
+    strip, run = narrow.strip, narrow.narrow_kernel.run
+
+    def choose(T, *layer):
+        return strip(max(T, 512), *layer) if way == "in strips" else None
+
+    def count(*args, **options):
+        launched.append(options)
+        return run(*args, **options)
+
+    monkeypatch.setattr(narrow, "strip", choose)
+    monkeypatch.setattr(narrow.narrow_kernel, "run", count)
+    assert agree(card, card.samples(dtype), launcher(card)) >= 10
+    assert bool(launched) == (way == "in strips")
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("O", "I"), [(512, 256), (200, 512), (150, 130), (512, 40), (5, 7)])
+@DIVISIONS
+def test_strips_of_every_width(card, O, I, bias, monkeypatch):
+    use_chip(monkeypatch, "wide")
+    shape = Shape(B=2, T=150, I=I, O=O, bias=bias)
+    assert kernels("narrow").strip(shape.T, O, I, bias, 2, kernels("launch").Chip(*CHIPS["wide"]))
+    g, a = draw(2, 150, O, dtype=torch.float16) / 8, draw(2, 150, I, dtype=torch.float16)
+    Qg, Qa = orthogonal(O, torch.float16), orthogonal(shape.J, torch.float16)
+    lam, s = torch.rand(O, shape.J) + 0.05, torch.rand(2)
+    args = (g, a, Qg, Qa, lam, 0.1, bias)
+    args = args if card is ops.precondition else (s, *args)
+    agree(card, [Sample("strips", shape, args, 150 + O + I)], launcher(card))
 
 
 @pytest.mark.parametrize("way", ["few_queries", "many_queries"])

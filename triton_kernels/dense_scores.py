@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gradient_tile import gradient_tile, grouped, product_tile, tile_at
-from .launch import aligned, cdiv, chip, fold, launcher, precision, splits, tile
+from .gradient_tile import gradient_tile, product_tile, tile_at, tile_of
+from .launch import aligned, cdiv, chip, fold, launcher, precision, side_by_side, splits, tile
 
 # Above this, multiply-adds on plain cores (1/15 of the tensor cores' rate) outweigh the tile.
 FEW_QUERIES = 8
@@ -25,7 +25,6 @@ def dense_scores_kernel(
     P,  # [Q,O,>=J], zeros past J
     g,  # [B,T,O]
     a,  # [B,T,I]
-    tiles,
     Q,
     T,
     O,
@@ -45,15 +44,15 @@ def dense_scores_kernel(
     a_i,
     ADD: tl.constexpr,
     BIAS: tl.constexpr,
+    TOGETHER: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_T: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """The share of one tile in the scores of one sequence, for all queries in turn."""
-    p = tl.program_id(0)
-    b = (p // tiles).to(tl.int64)
-    row, column = grouped(p % tiles, tl.cdiv(O, BLOCK_O), tl.cdiv(J, BLOCK_J), 8)
+    rows, columns = tl.cdiv(O, BLOCK_O), tl.cdiv(J, BLOCK_J)
+    b, tile, row, column = tile_of(tl.program_id(0), rows, columns, TOGETHER)
     o = row * BLOCK_O + tl.arange(0, BLOCK_O)
     j = column * BLOCK_J + tl.arange(0, BLOCK_J)
     G = gradient_tile(
@@ -75,7 +74,7 @@ def dense_scores_kernel(
         PRECISION,
     )
     inside = (o < O)[:, None] & (j < J)[None, :]
-    at = out + (p % tiles).to(tl.int64) * out_tile + b * out_b
+    at = out + tile.to(tl.int64) * out_tile + b * out_b
     for _ in range(Q):
         query = tile_at(P, row * BLOCK_O, column * BLOCK_J, P_o, P_j, BLOCK_O, BLOCK_J)
         value = tl.sum(G * tl.load(query, mask=inside, other=0.0).to(tl.float32))
@@ -177,7 +176,6 @@ def few_queries(s: Tensor, P: Tensor, g: Tensor, a: Tensor, bias: bool) -> None:
         P,
         g,
         a,
-        tiles,
         Q,
         T,
         O,
@@ -189,6 +187,7 @@ def few_queries(s: Tensor, P: Tensor, g: Tensor, a: Tensor, bias: bool) -> None:
         *a.stride(),
         ADD=tiles == 1,
         BIAS=bias,
+        TOGETHER=side_by_side(B),
         BLOCK_O=by.rows,
         BLOCK_J=by.columns,
         BLOCK_T=by.step,

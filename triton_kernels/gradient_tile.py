@@ -22,6 +22,19 @@ def grouped(p, rows, columns, GROUP: tl.constexpr):
 
 
 @triton.jit
+def tile_of(p, rows, columns, TOGETHER: tl.constexpr):
+    """Sequence, tile, row and column of program p, TOGETHER sequences side by side on a tile.
+
+    Apart, every sequence would take the tile of lam or P from memory again.
+    """
+    tiles = rows * columns
+    b = p // (TOGETHER * tiles) * TOGETHER + p % TOGETHER
+    tile = p % (TOGETHER * tiles) // TOGETHER
+    row, column = grouped(tile, rows, columns, 8)
+    return b.to(tl.int64), tile, row, column
+
+
+@triton.jit
 def tile_at(x, row, column, x_row, x_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Pointers to a tile of x, from element [row,column] on: [ROWS,COLUMNS].
 

@@ -121,6 +121,15 @@ def splits(tiles: int, terms: int, limit: int, chip: Chip) -> int:
     return min(range(1, max(1, limit) + 1), key=time)
 
 
+def side_by_side(B: int) -> int:
+    """How many sequences run side by side on a tile of lam, or of P, that all of them need.
+
+    It comes from memory once for four. More would push each other's activations out of L2; a rest
+    of fewer than four, or a number not known when compiling, costs registers that 128x256 lacks.
+    """
+    return 1 if B % 4 else 4
+
+
 @triton.jit
 def fold_kernel(
     out,  # [X,Y,Z]

@@ -5,8 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gradient_tile import gradient_tile, grouped, tile_at
-from .launch import cdiv, chip, launcher, precision, tile
+from .gradient_tile import gradient_tile, tile_at, tile_of
+from .launch import cdiv, chip, launcher, precision, side_by_side, tile
+from .narrow import narrow
 from .rotations import operands
 
 
@@ -17,7 +18,6 @@ def precondition_kernel(
     a,  # [B,T,>=J]
     lam,  # [O,J]
     damping,
-    tiles,
     T,
     O,
     J,
@@ -34,15 +34,15 @@ def precondition_kernel(
     a_j,
     lam_o,
     lam_j,
+    TOGETHER: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_T: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One tile of one sequence's P; `g` and `a` may be wider than O and J, padded by anything."""
-    p = tl.program_id(0)
-    b = (p // tiles).to(tl.int64)
-    row, column = grouped(p % tiles, tl.cdiv(O, BLOCK_O), tl.cdiv(J, BLOCK_J), 8)
+    rows, columns = tl.cdiv(O, BLOCK_O), tl.cdiv(J, BLOCK_J)
+    b, _, row, column = tile_of(tl.program_id(0), rows, columns, TOGETHER)
     o = row * BLOCK_O + tl.arange(0, BLOCK_O)
     j = column * BLOCK_J + tl.arange(0, BLOCK_J)
     G = gradient_tile(
@@ -86,6 +86,8 @@ def precondition(
     P = torch.empty((B, O, J), device=g.device)
     if B == 0 or T == 0:
         return P.zero_()
+    if narrow(P, g, a, Qg, Qa, lam, damping, bias, order):
+        return P
     on = chip(g.device)
     by = tile(O, J, g.element_size(), on, accumulators=2)
     tiles = cdiv(O, by.rows) * cdiv(J, by.columns)
@@ -96,7 +98,6 @@ def precondition(
             y,
             lam,
             damping,
-            tiles,
             x.shape[1],
             O,
             J,
@@ -106,6 +107,7 @@ def precondition(
             *x.stride(),
             *y.stride(),
             *lam.stride(),
+            TOGETHER=side_by_side(x.shape[0]),
             BLOCK_O=by.rows,
             BLOCK_J=by.columns,
             BLOCK_T=by.step,

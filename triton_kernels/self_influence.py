@@ -8,8 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gradient_tile import gradient_tile, grouped, tile_at
-from .launch import cdiv, chip, fold, launcher, precision, tile
+from .gradient_tile import gradient_tile, tile_at, tile_of
+from .launch import cdiv, chip, fold, launcher, precision, side_by_side, tile
+from .narrow import narrow
 from .rotations import operands
 
 
@@ -20,7 +21,6 @@ def self_influence_kernel(
     a,  # [B,T,>=J]
     lam,  # [O,J]
     damping,
-    tiles,
     T,
     O,
     J,
@@ -37,15 +37,15 @@ def self_influence_kernel(
     lam_o,
     lam_j,
     ADD: tl.constexpr,
+    TOGETHER: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_T: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """The share of one tile in one sequence's score; padding as in `precondition_kernel`."""
-    p = tl.program_id(0)
-    b = (p // tiles).to(tl.int64)
-    row, column = grouped(p % tiles, tl.cdiv(O, BLOCK_O), tl.cdiv(J, BLOCK_J), 8)
+    rows, columns = tl.cdiv(O, BLOCK_O), tl.cdiv(J, BLOCK_J)
+    b, tile, row, column = tile_of(tl.program_id(0), rows, columns, TOGETHER)
     o = row * BLOCK_O + tl.arange(0, BLOCK_O)
     j = column * BLOCK_J + tl.arange(0, BLOCK_J)
     G = gradient_tile(
@@ -70,7 +70,7 @@ def self_influence_kernel(
     at = tile_at(lam, row * BLOCK_O, column * BLOCK_J, lam_o, lam_j, BLOCK_O, BLOCK_J)
     scale = tl.load(at, mask=inside, other=1.0) + damping
     value = tl.sum(tl.where(inside, G * G / scale, 0.0))
-    at = out + (p % tiles) * out_tile + b * out_b
+    at = out + tile * out_tile + b * out_b
     if ADD:
         value += tl.load(at)
     tl.store(at, value)
@@ -92,6 +92,8 @@ def self_influence(
     if g.numel() == 0:
         return
     O, J = lam.shape
+    if narrow(s, g, a, Qg, Qa, lam, damping, bias, order):
+        return
     on = chip(g.device)
     by = tile(O, J, g.element_size(), on, accumulators=1)
     tiles = cdiv(O, by.rows) * cdiv(J, by.columns)
@@ -104,7 +106,6 @@ def self_influence(
             y,
             lam,
             damping,
-            tiles,
             x.shape[1],
             O,
             J,
@@ -115,6 +116,7 @@ def self_influence(
             *y.stride(),
             *lam.stride(),
             ADD=tiles == 1,
+            TOGETHER=side_by_side(B),
             BLOCK_O=by.rows,
             BLOCK_J=by.columns,
             BLOCK_T=by.step,
