@@ -45,6 +45,9 @@ def samples(card, dtype, device="cpu") -> Iterator[Sample]:
         if card is not ops.dense_scores or sample.args[0].ndim == 2:
             yield sample
     yield layer_sample(card, dtype, device)
+    if card in (ops.precondition, ops.self_influence, ops.dense_scores):
+        # Fours of sequences side by side on a tile.
+        yield layer_sample(card, dtype, device, B=8, T=20, O=300, I=140, Q=2)
     if card is ops.low_rank_scores:
         yield layer_sample(card, dtype, device, O=70, I=64, Q=3, K=200)
         yield layer_sample(card, dtype, device, B=1, T=20, O=70, I=64, Q=2, K=100)

@@ -162,7 +162,7 @@ void together(const Slot& slot, const Compute& compute) {
 
 }  // namespace emulated
 
-inline emulated::Index threadIdx, blockIdx;
+inline emulated::Index threadIdx, blockIdx, gridDim;
 
 namespace emulated {
 
@@ -334,6 +334,7 @@ inline int processors() { return 2; }
 template <class... P, class... A>
 void launch(void (*kernel)(P...), int64_t blocks, int threads, int shared, const A&... args) {
   if (shared > 166912) throw std::runtime_error("more shared memory than a block has on sm_80");
+  gridDim.x = static_cast<unsigned>(blocks);
   for (int64_t i = 0; i < blocks; i++) {
     blockIdx.x = static_cast<unsigned>(i);
     emulated::run_block(threads, shared, [&] { kernel(static_cast<P>(args)...); });

@@ -167,6 +167,21 @@ def test_both_ways_of_dense_scores(way, dtype, monkeypatch):
     agree(ops.dense_scores, ops.dense_scores.samples(dtype), dense.dense_scores)
 
 
+@pytest.mark.parametrize("B", [4, 6, 8])
+def test_sequences_side_by_side_on_a_tile(B, monkeypatch):
+    use_chip(monkeypatch, "little memory")
+    shape = Shape(B=B, T=20, I=150, O=600, Q=3, bias=True)
+    g, a = draw(B, 20, 600, dtype=torch.float16) / 8, draw(B, 20, 150, dtype=torch.float16)
+    Qg, Qa = orthogonal(600, torch.float16), orthogonal(151, torch.float16)
+    lam, P = torch.rand(600, 151) + 0.05, draw(3, 600, 151, dtype=torch.float16)
+    for card, args in (
+        (ops.precondition, (g, a, Qg, Qa, lam, 0.1, True)),
+        (ops.self_influence, (torch.rand(B), g, a, Qg, Qa, lam, 0.1, True)),
+        (ops.dense_scores, (torch.rand(3, B), P, g, a, True)),
+    ):
+        agree(card, [Sample(f"{B} sequences", shape, args, 20 + 600 + 151)], launcher(card))
+
+
 def test_strided_accumulators():
     B, T, I, O, Q, K = 3, 9, 21, 35, 18, 5
     g, a = draw(B, T, O, dtype=torch.float32), draw(B, T, I, dtype=torch.float32)

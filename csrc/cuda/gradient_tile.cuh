@@ -109,15 +109,17 @@ __global__ void __launch_bounds__(Tiling::threads)
   });
 }
 
-// ending(tile, at, b, G) for one tile of one sequence.
+// ending(tile, at, b, G) for one tile of one sequence. Where they divide by four, four sequences
+// run side by side on a tile: what they share, lam or P, comes from memory once for them.
 template <class Tiling, class E, class Ending>
 __global__ void __launch_bounds__(Tiling::threads) gradient_tile_kernel(Layer<E> x, Ending ending) {
-  const int tiles = x.template tiles<Tiling>(), tile = blockIdx.x % tiles;
+  const int tiles = x.template tiles<Tiling>(), together = gridDim.x / tiles % 4 ? 1 : 4;
+  const int tile = blockIdx.x / together % tiles;
+  const int sequence = blockIdx.x / (together * tiles) * together + blockIdx.x % together;
   const Place at = x.template place<Tiling>(tile);
-  gradient_tiles<Tiling>(x, at, blockIdx.x / tiles, 1,
-                         [&](int b, const typename Tiling::Accumulator& G) {
-                           ending.template close<Tiling>(x, at, tiles, tile, b, G);
-                         });
+  gradient_tiles<Tiling>(x, at, sequence, 1, [&](int b, const typename Tiling::Accumulator& G) {
+    ending.template close<Tiling>(x, at, tiles, tile, b, G);
+  });
 }
 
 // P_b = G_b / (lam + damping): P [B,O,J], lam [O,J]
