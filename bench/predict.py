@@ -8,15 +8,18 @@ reached in full, so these are bounds from below on time, and no measurement.
 from dataclasses import dataclass
 from math import ceil
 
-from ekfac_fast.triton_kernels.launch import Chip, cdiv, splits, tile
+from ekfac_fast.triton_kernels.launch import Chip, cdiv, side_by_side, splits, tile
+from ekfac_fast.triton_kernels.narrow import ROWS, strip
 from markdown import duration, table
 from shapes import ACCEPTANCE, Case
 
 from ekfac_fast import ops
 from ekfac_fast.ops.gradients import cheapest_order, flops
+from ekfac_fast.ops.shapes import Shape
 
 ITEM = 2  # bytes of bf16
 GROUP = 8  # rows of tiles that a wave shares, as in the kernels
+LAUNCH = 2e-6  # seconds from one launch's end to its successor's full pace: assumed
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,15 @@ class Kernel:
     live: int
     other: int
     products: int = 1
+    together: int = 1  # sequences side by side on a tile
 
     def seconds(self, gpu: Gpu) -> dict[str, float]:
         """Time by what would bound it."""
         waves = ceil(self.programs / gpu.chip.processors)
         flops = 2 * self.rows * self.columns * self.terms * self.products
         loaded = (self.rows + self.columns) * self.terms * self.products * ITEM
-        wide = GROUP * self.rows + gpu.chip.processors / GROUP * self.columns
+        across = gpu.chip.processors / GROUP / self.together
+        wide = self.together * (GROUP * self.rows + across * self.columns)
         again = waves * wide * self.terms * self.products * ITEM
         operands = self.operands if self.live < gpu.l2_size / 2 else max(self.operands, again)
         return {
@@ -87,9 +92,10 @@ def kernel(case: Case, chip: Chip) -> Kernel:
     if case.quantity == "self_influence":
         by = tile(s.O, s.J, ITEM, chip, accumulators=1)
         tiles = cdiv(s.O, by.rows) * cdiv(s.J, by.columns)
-        # Sequence by sequence, and lam is read for every one.
-        lam = 4 * s.O * s.J * s.B
-        return Kernel(by.rows, by.columns, tiles * s.B, s.T, both, both // s.B, lam)
+        together = side_by_side(s.B)
+        lam, live = 4 * s.O * s.J * s.B // together, both // s.B * together
+        programs = tiles * s.B
+        return Kernel(by.rows, by.columns, programs, s.T, both, live, lam, together=together)
     if case.quantity == "covariance":
         by = tile(s.I, s.I, ITEM, chip, accumulators=2)
         rows = cdiv(s.J, by.rows)
@@ -133,13 +139,64 @@ def bare_bmm(case: Case, gpu: Gpu) -> float:
     return max(flops(s, rotate_g=False, rotate_a=False) / gpu.flops, moved / gpu.memory)
 
 
+def product(gpu: Gpu, batch: int, rows: int, columns: int, terms: int) -> float:
+    """Seconds of one launch of products in tiles of 128 x 128, its operands in L2."""
+    waves = ceil(batch * cdiv(rows, 128) * cdiv(columns, 128) / gpu.chip.processors)
+    each = max(2 * 128 * 128 * terms / gpu.flops, 2 * 128 * terms * ITEM / gpu.l2)
+    return LAUNCH + waves * each * gpu.chip.processors
+
+
+def in_three_launches(s: Shape, gpu: Gpu) -> float:
+    """`precondition` with rotations by cuBLAS, in the cheapest order."""
+    first, second, last = {
+        "tokens": ((1, s.N, s.O, s.O), (1, s.N, s.J, s.J), (s.B, s.O, s.J, s.T)),
+        "gradient": ((s.B, s.O, s.J, s.T), (1, s.B * s.O, s.J, s.J), (s.B, s.O, s.J, s.O)),
+        "a_tokens": ((1, s.N, s.J, s.J), (s.B, s.O, s.J, s.T), (s.B, s.O, s.J, s.O)),
+        "g_tokens": ((1, s.N, s.O, s.O), (s.B, s.O, s.J, s.T), (s.B, s.O, s.J, s.J)),
+    }[cheapest_order(s)]
+    return sum(product(gpu, *sizes) for sizes in (first, second, last))
+
+
+def in_one_launch(s: Shape, gpu: Gpu) -> float:
+    """`precondition` in strips: each reads both sides of its sequence and both eigenvectors."""
+    X, Y = max(s.O, s.J), min(s.O, s.J)
+    waves = ceil(s.B * cdiv(X, ROWS) / gpu.chip.processors)
+    work = 2 * ROWS * (s.T * X + s.T * Y + Y * Y)
+    moved = ITEM * (s.T * (X + Y) + ROWS * X + Y * Y) + 2 * 4 * ROWS * Y
+    return LAUNCH + waves * gpu.chip.processors * max(work / gpu.flops, moved / gpu.l2)
+
+
+def narrow_layers(name: str) -> str:
+    """Narrow layers, rotated and divided in one launch or in three, as a table."""
+    gpu, lines = GPUS[name], []
+    for O, I in ((128, 128), (256, 256), (512, 256), (512, 512), (1024, 256), (1024, 1024)):
+        for B in (8, 32, 128):
+            s = Shape(B=B, T=512, I=I, O=O)
+            one, three = in_one_launch(s, gpu), in_three_launches(s, gpu)
+            made = strip(B, s.T, O, I, False, ITEM, gpu.chip) is not None
+            ratio = f"{three / one:.2f}x"
+            here = "one launch" if made else "three"
+            lines.append([f"{I} x {O}", f"{B}", duration(one), duration(three), ratio, here])
+    head = ["layer, T=512, bf16", "B", "one launch", "three launches", "one over three", "taken"]
+    title = (
+        f"PREDICTION for {name.upper()}, not measured: bounds from its datasheet, and "
+        f"{LAUNCH * 1e6:.0f} us assumed for every launch."
+    )
+    return f"{title}\n\n{table(head, lines)}"
+
+
+def cases() -> list[Case]:
+    """Acceptance shapes whose main launch is a tile of ours; `narrow_layers` has the others."""
+    needs = [need for need in ACCEPTANCE["cuda"] if need.against != "three launches"]
+    # Of dense_scores, cuBLAS does the most.
+    return list(dict.fromkeys(n.case for n in needs if n.case.quantity != "dense_scores"))
+
+
 def report(name: str) -> str:
     """The acceptance shapes of a GPU, as a table that says what it is."""
     gpu = GPUS[name]
     lines = []
-    for case in dict.fromkeys(need.case for need in ACCEPTANCE["cuda"]):
-        if case.quantity == "dense_scores":
-            continue  # cuBLAS does the most of it
+    for case in cases():
         launch = kernel(case, gpu.chip)
         bounds = launch.seconds(gpu)
         slowest = max(bounds, key=bounds.__getitem__)

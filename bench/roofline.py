@@ -159,6 +159,7 @@ def main(words: list[str] | None = None) -> None:
                 file.write(json.dumps(found) + "\n")
     if chosen.predict:
         print(predict.report(chosen.predict))
+        print(f"\n{predict.narrow_layers(chosen.predict)}")
 
 
 if __name__ == "__main__":

@@ -118,6 +118,10 @@ _TILES = tuple(
 _LLAMA_ORDER = _case("eigenvalues", 4096, 14336, 512)
 _LLAMA_SCORES = _case("low_rank_scores", 4096, 14336, 512, Q=64, K=32)
 _GPT2_SCORES = _case("low_rank_scores", 768, 3072, 512, Q=64, K=32)
+_NARROW = tuple(
+    _case("self_influence", I, O, 512, B=B)
+    for I, O, B in ((128, 128, 32), (256, 256, 8), (256, 512, 8))
+)
 _DENSE = _case("dense_scores", 4096, 14336, 512, Q=8)
 
 _CUDA = (
@@ -130,6 +134,7 @@ _CUDA = (
     Requirement(_LLAMA_SCORES, "bfloat16", "GEMMs + reduction", 0.95),
     Requirement(_GPT2_SCORES, "bfloat16", "GEMMs + reduction", 1.5),
     Requirement(_LLAMA_ORDER, "bfloat16", "kronfluence order", 7.0),
+    *(Requirement(case, "bfloat16", "three launches", 1.0) for case in _NARROW),
     *(
         Requirement(case, "bfloat16", GRADIENTS, 0.05)
         for case in (*_TILES, _LLAMA_ORDER, _LLAMA_SCORES, _GPT2_SCORES, _DENSE)

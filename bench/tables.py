@@ -12,6 +12,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import predict
@@ -196,7 +197,8 @@ TABLES: dict[str, tuple[str, Callable[[list[dict]], str], str]] = {
 }
 
 
-PREDICTED = {f"predicted-{name}": name for name in predict.GPUS}
+PREDICTED = {f"predicted-{name}": partial(predict.report, name) for name in predict.GPUS}
+PREDICTED["predicted-narrow"] = partial(predict.narrow_layers, "h100")
 
 
 def render(name: str, results: Path = RESULTS) -> str:
@@ -206,7 +208,7 @@ def render(name: str, results: Path = RESULTS) -> str:
         KeyError: no such table.
     """
     if name in PREDICTED:
-        return predict.report(PREDICTED[name])
+        return PREDICTED[name]()
     file, show, command = TABLES[name]
     if not (results / file).exists():
         return f"Not measured yet: `{command}`."

@@ -5,14 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import predict
 import pytest
 import run
 import torch
 from shapes import ACCEPTANCE, GRADIENTS, ROOF, Case, layers
-from work import Ways, agree, check, work
+from work import Ways, agree, check, in_one_launch, work
 
 DTYPES = (torch.float32, torch.bfloat16)
 CPU = torch.device("cpu")
+H100 = predict.GPUS["h100"].chip
 BENCH = Path(run.__file__).parent
 SMALL = ["--shapes", "small", "--op", "covariance", "--repeats", "1", "--device", "cpu"]
 
@@ -102,12 +104,15 @@ def test_acceptance_names_rows_that_are_timed():
     against = {name: {need.against for need in needs} for name, needs in ACCEPTANCE.items()}
     assert against["cpu"] == {"svd_lowrank", "full SVD", "kronfluence order", "own fp32", ROOF}
     ways = {"kronfluence order", "addmm", "bare bmm", "GEMMs + reduction"}
-    assert against["cuda"] == {ROOF, GRADIENTS} | ways
+    assert against["cuda"] == {ROOF, GRADIENTS, "three launches"} | ways
     for need in ACCEPTANCE["cpu"]:
         assert (need.against == "own fp32") == (need.dtype == "bfloat16")
     for need in ACCEPTANCE["cuda"]:
         assert need.dtype == "bfloat16"
-        if need.against not in (ROOF, GRADIENTS):
+        if need.against == "three launches":
+            assert in_one_launch(need.case, torch.bfloat16, H100)
+            assert not in_one_launch(need.case, torch.float32, H100)
+        elif need.against not in (ROOF, GRADIENTS):
             small = type(need.case.shape)(B=2, T=3, I=8, O=5, Q=need.case.shape.Q, K=2)
             case = Case("", need.case.quantity, small, rotated=need.case.rotated)
             job = work(case, torch.bfloat16, CPU, Ways())

@@ -153,10 +153,18 @@ def test_a_prediction_says_so_and_is_a_bound(name, capsys):
     shown = capsys.readouterr().out
     assert shown.startswith(f"PREDICTION for {name.upper()}, not measured")
     gpu = predict.GPUS[name]
-    for case in {need.case for need in ACCEPTANCE["cuda"]}:
-        if case.quantity == "dense_scores":
-            continue
+    for case in predict.cases():
         launch = predict.kernel(case, gpu.chip)
         work = 2 * launch.rows * launch.columns * launch.terms * launch.products
         assert launch.seconds(gpu)["tensor cores"] >= work * launch.programs / gpu.flops
         assert case.label in shown
+    assert shown.count("not measured") == 2
+
+
+def test_narrow_layers_are_taken_as_predicted():
+    gpu = predict.GPUS["h100"]
+    for need in ACCEPTANCE["cuda"]:
+        if need.against == "three launches":
+            one = predict.in_one_launch(need.case.shape, gpu)
+            three = predict.in_three_launches(need.case.shape, gpu)
+            assert three >= one * need.ratio, need.case.label

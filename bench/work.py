@@ -7,6 +7,8 @@ from functools import partial
 import kronfluence_order as theirs
 import plain_torch
 import torch
+from ekfac_fast.triton_kernels.launch import Chip, chip
+from ekfac_fast.triton_kernels.narrow import strip
 from shapes import Case
 from torch import Tensor
 
@@ -91,6 +93,9 @@ def work(case: Case, dtype: torch.dtype, device: torch.device, ways: Ways) -> Wo
         if case.quantity in ("eigenvalues", "self_influence"):
             inputs = (made["g"], made["a"], made["Qg"], made["Qa"], s.bias)
             beside["bare bmm"] = lambda: plain_torch.gradients(*inputs)
+    if device.type == "cuda" and in_one_launch(case, dtype, chip(device)):
+        forced = (*args[:-1], card.order(s))
+        others["three launches"] = call(ops.call(card).default, args=forced)
     if device.type == "cuda" and hasattr(torch.ops.ekfac_fast_cuda, case.quantity):
         others["CUDA C++"] = call(getattr(torch.ops.ekfac_fast_cuda, case.quantity).default)
     found = Work(call(ops.call(card).default), others, _cost(card, case, dtype), beside)
@@ -147,6 +152,14 @@ def agree(work: Work, dtype: torch.dtype) -> dict[str, str]:
         allowed = tolerance(dtype)
         assert error < allowed, f"{name} and ours differ by {error:.1e} (allowed {allowed:.1e})"
     return failed
+
+
+def in_one_launch(case: Case, dtype: torch.dtype, chip: Chip) -> bool:
+    """Whether the Triton tier rotates and divides in strips unless an order is forced."""
+    s = case.shape
+    if case.rotated or case.quantity not in ("precondition", "self_influence"):
+        return False
+    return strip(s.B, s.T, s.O, s.I, s.bias, dtype.itemsize, chip) is not None
 
 
 def _card(case: Case):

@@ -40,7 +40,11 @@ CASES = {
 }
 # Layers narrow enough for strips, by which side is wider and where the bias is.
 STRIPS = {
-    f"{O} x {I}" + " with bias" * bias: (torch.bfloat16, "ieee", {"O": O, "I": I, "bias": bias})
+    f"{O} x {I}" + " with bias" * bias: (
+        torch.bfloat16,
+        "ieee",
+        {"B": 4, "O": O, "I": I, "bias": bias},
+    )
     for widths in ((128, 96), (256, 192), (512, 256))
     for O, I in (widths, widths[::-1])
     for bias in (False, True)
@@ -168,7 +172,10 @@ def test_strips_are_for_narrow_layers():
     widths = (1, 64, 128, 256, 257, 512, 513, 1024)
     for chip in chips.values():
         found = {
-            (O, I): strip(512, O, I, True, 2, chip) for O in widths for I in widths if O * I > 4096
+            (O, I): strip(8, 512, O, I, True, 2, chip)
+            for O in widths
+            for I in widths
+            if O * I > 4096
         }
         for (O, I), by in found.items():
             assert by is None or (max(O, I) <= by.height and min(O, I) <= by.width), (O, I)
@@ -177,8 +184,10 @@ def test_strips_are_for_narrow_layers():
         assert bool(found[512, 256]) == (chip.shared > 101376), "S, Qx and loads are on chip"
         assert not any(by for (O, I), by in found.items() if max(O, I) > 512 or min(O, I) > 256)
         assert len(set(found.values()) - {None}) <= 3
-    assert strip(8, 256, 256, True, 2, chips[90]) is None, "few tokens: rotate them"
-    assert strip(512, 256, 256, True, 4, chips[90]) is None, "fp32"
+    assert strip(8, 8, 256, 256, True, 2, chips[90]) is None, "few tokens: rotate them"
+    assert strip(8, 512, 256, 256, True, 4, chips[90]) is None, "fp32"
+    assert strip(33, 512, 256, 256, False, 2, chips[90])
+    assert strip(34, 512, 256, 256, False, 2, chips[90]) is None, "more strips than processors"
 
 
 @pytest.mark.parametrize("sm", CHIPS)

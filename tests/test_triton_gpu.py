@@ -76,6 +76,16 @@ def test_parity_on_a_layer_of_many_tiles(card, dtype):
     parity.check(card, layer_sample(card, dtype), ops.call(card))
 
 
+@pytest.mark.parametrize(("O", "I"), [(100, 128), (256, 200), (200, 512)])
+@pytest.mark.parametrize("dtype", DTYPES[1:3], ids=str)
+@pytest.mark.parametrize("card", [ops.precondition, ops.self_influence], ids=ops.stem)
+def test_parity_on_a_narrow_layer(card, dtype, O, I):
+    sample = layer_sample(card, dtype, B=8, T=300, I=I, O=O)
+    parity.check(card, sample, ops.call(card))
+    first, second = (parity.run(ops.call(card), sample.args) for _ in range(2))
+    assert torch.equal(first, second)
+
+
 @CARDS
 def test_second_run_is_bitwise_equal(card):
     sample = layer_sample(card, torch.bfloat16, B=24, T=200, I=768, O=1024)

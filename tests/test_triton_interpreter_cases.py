@@ -130,8 +130,8 @@ def test_both_ways_of_narrow_layers(card, dtype, way, monkeypatch):
     narrow, launched = kernels("narrow"), []
     strip, run = narrow.strip, narrow.narrow_kernel.run
 
-    def choose(T, *layer):
-        return strip(max(T, 512), *layer) if way == "in strips" else None
+    def choose(B, T, *layer):
+        return strip(B, max(T, 512), *layer) if way == "in strips" else None
 
     def count(*args, **options):
         launched.append(options)
@@ -149,7 +149,7 @@ def test_both_ways_of_narrow_layers(card, dtype, way, monkeypatch):
 def test_strips_of_every_width(card, O, I, bias, monkeypatch):
     use_chip(monkeypatch, "wide")
     shape = Shape(B=2, T=150, I=I, O=O, bias=bias)
-    assert kernels("narrow").strip(shape.T, O, I, bias, 2, kernels("launch").Chip(*CHIPS["wide"]))
+    assert kernels("narrow").strip(2, 150, O, I, bias, 2, kernels("launch").Chip(*CHIPS["wide"]))
     g, a = draw(2, 150, O, dtype=torch.float16) / 8, draw(2, 150, I, dtype=torch.float16)
     Qg, Qa = orthogonal(O, torch.float16), orthogonal(shape.J, torch.float16)
     lam, s = torch.rand(O, shape.J) + 0.05, torch.rand(2)

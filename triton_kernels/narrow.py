@@ -7,8 +7,9 @@ rows of the wider side and y those of the narrower, whichever of g and a they ar
     R[r,c] = sum_w S[r,w] Qy[w,c]          divided by lam[r,c] + damping where it was computed
 
 so nothing is computed twice and nothing but the result is written; elsewhere cuBLAS rotates, and
-three launches follow one another through memory. Wider layers lose: every strip reads both sides of
-its sequence again, and S (64 x 512 fp32 spills with a bias) and Qx no longer fit.
+three launches follow one another through memory. That is faster for wider layers and for more
+strips than processors: every strip reads both sides of its sequence again. What lost, by registers
+spilled: y of 512 features with a bias; Qx reread from L2 in an inner loop.
 """
 
 from typing import NamedTuple
@@ -32,8 +33,8 @@ class Strip(NamedTuple):
     stages: int
 
 
-def strip(T: int, O: int, I: int, bias: bool, itemsize: int, chip: Chip) -> Strip | None:
-    """How a layer is cut into strips; None where it is too wide, or this order costs too much.
+def strip(B: int, T: int, O: int, I: int, bias: bool, itemsize: int, chip: Chip) -> Strip | None:
+    """How a layer is cut into strips; None where three launches are taken.
 
     One side is rotated by tokens, the other on the gradient, whatever is cheapest: of sequences of
     few tokens that is many times the least FLOPs, more than launches saved are worth. fp32 products
@@ -42,7 +43,7 @@ def strip(T: int, O: int, I: int, bias: bool, itemsize: int, chip: Chip) -> Stri
     X, Y = (O, I + bias) if O >= I else (I + bias, O)
     here = T * X * X + T * X * Y + X * Y * Y
     least = X * X * min(T, Y) + T * X * Y + Y * Y * min(T, X)
-    if itemsize > 2 or here > 4 * least:
+    if itemsize > 2 or here > 4 * least or B * cdiv(X, ROWS) > chip.processors:
         return None
     sizes = ((128, 128, 4, 3), (256, 256, 8, 3), (512, 256, 8, 2))
     for height, width, warps, most in sizes:
@@ -161,8 +162,8 @@ def narrow(
     order: str | None,
 ) -> bool:
     """Fill P [B,O,J] or add to s [B], if the layer is narrow and no order is forced; whether so."""
-    (_, T, O), I = g.shape, a.shape[2]
-    by = strip(T, O, I, bias, g.element_size(), chip(g.device))
+    (B, T, O), I = g.shape, a.shape[2]
+    by = strip(B, T, O, I, bias, g.element_size(), chip(g.device))
     if by is None or order or Qg is None or Qa is None:
         return False
     sides, lam = [(g, Qg, False), (a, Qa, bias)], lam if O >= I else lam.mT
@@ -175,7 +176,7 @@ def narrow(
         to = out[:, None, None]
     else:
         to = torch.empty((strips, len(out)), device=out.device).T[..., None]
-    narrow_kernel[(strips * len(g),)](
+    narrow_kernel[(strips * B,)](
         to,
         x,
         y,
