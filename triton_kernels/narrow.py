@@ -162,9 +162,11 @@ def narrow(
     order: str | None,
 ) -> bool:
     """Fill P [B,O,J] or add to s [B], if the layer is narrow and no order is forced; whether so."""
+    if order or Qg is None or Qa is None:
+        return False
     (B, T, O), I = g.shape, a.shape[2]
     by = strip(B, T, O, I, bias, g.element_size(), chip(g.device))
-    if by is None or order or Qg is None or Qa is None:
+    if by is None:
         return False
     sides, lam = [(g, Qg, False), (a, Qa, bias)], lam if O >= I else lam.mT
     (x, Qx, bias_x), (y, Qy, bias_y) = sides if O >= I else sides[::-1]
