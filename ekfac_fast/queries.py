@@ -19,6 +19,8 @@ OVERSAMPLING = 16
 POWER_ITERATIONS = 2
 # Dense preconditioned gradients of this size exist at a time, before they are truncated.
 DENSE_BYTES = 1 << 30
+# Elements of a query whose squares are summed in fp64 at a time.
+ENERGY_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -235,7 +237,9 @@ def captured_energy(P: Tensor, L: Tensor, R: Tensor) -> Tensor:
 
     Far below 1 means a flat spectrum: low rank does not represent this query, use a higher one.
     """
-    total = P.double().square().sum((1, 2))
+    # A few rows at a time: a copy of P in fp64 would take longer than `truncate`.
+    some = P.split(max(1, ENERGY_ELEMENTS // max(1, P.shape[2])), dim=1)
+    total = sum(torch.linalg.vector_norm(x.double(), dim=(1, 2)).square() for x in some)
     # ||L R||^2 = <L^T L, R R^T>, for any factors.
     L, R = L.double(), R.double()
     kept = ((L.mT @ L) * (R @ R.mT)).sum((1, 2))
