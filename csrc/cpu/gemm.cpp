@@ -25,6 +25,15 @@ Matrix::Matrix(const at::Tensor& x, int64_t free_dim, int64_t k_dim, int64_t b, 
          (b * x.stride(0) + from * sf) * x.element_size();
 }
 
+namespace {
+
+// Panels of equal width waste less than full ones and a remainder.
+int64_t panel_width(int64_t extent) {
+  return round_up(ceil_div(extent, std::max<int64_t>(1, ceil_div(extent, kTile))), kLanes);
+}
+
+}  // namespace
+
 Panels::Panels(bool columns, int64_t batch, int64_t extent, int64_t depth, at::ScalarType compute,
                int64_t width)
     : columns(columns),
@@ -32,14 +41,29 @@ Panels::Panels(bool columns, int64_t batch, int64_t extent, int64_t depth, at::S
       extent(extent),
       depth(depth),
       padded_depth(round_up(depth, kLanes)) {
-  // Panels of equal width waste less than full ones and a remainder.
-  const int64_t equal = ceil_div(extent, std::max<int64_t>(1, ceil_div(extent, kTile)));
-  this->width = width ? width : round_up(equal, kLanes);
+  this->width = width ? width : panel_width(extent);
   count = extent ? ceil_div(extent, this->width) : 0;
   storage = scratch({batch * count * this->width * padded_depth}, compute);
 }
 
+Panels::Panels(const at::Tensor& rows)
+    : storage(rows),
+      columns(false),
+      batch(rows.size(0)),
+      extent(rows.size(1)),
+      depth(rows.size(2)),
+      padded_depth(depth),
+      width(panel_width(extent)),
+      count(extent ? ceil_div(extent, width) : 0),
+      row_stride(rows.stride(1)),
+      batch_stride(rows.size(0) > 1 ? rows.stride(0) : 0) {}
+
 char* Panels::at(int64_t b, int64_t panel, int64_t chunk) const {
+  if (row_stride) {
+    const int64_t element = b * batch_stride + begin(panel) * row_stride + chunk * kDepth;
+    return static_cast<char*>(const_cast<void*>(storage.const_data_ptr())) +
+           element * storage.element_size();
+  }
   const int64_t before = (batch > 1 ? b * count : 0) + panel;
   const int64_t element = width * (before * padded_depth + chunk * kDepth);
   return static_cast<char*>(storage.mutable_data_ptr()) + element * storage.element_size();
@@ -170,6 +194,13 @@ void Panels::fill(int64_t b, int64_t panel, int64_t to, int64_t n, const Matrix&
 }
 
 Panels pack_rows(const at::Tensor& x, bool ones, const at::Tensor& pick) {
+  const auto dtype = compute_dtype(x.scalar_type());
+  // bf16 is multiplied in pairs of k: the second of an odd last pair would be another row's.
+  const bool whole = dtype == at::kFloat || (dtype == at::kBFloat16 && x.size(2) % 2 == 0);
+  if (whole && x.scalar_type() == dtype && x.stride(2) == 1 && x.stride(1) > 0 && !ones &&
+      !pick.defined()) {
+    return Panels(x);
+  }
   return pack(x, false, ones, pick);
 }
 
@@ -181,10 +212,11 @@ template <class Acc>
 void multiply(const Panels& A, int64_t a, int64_t i, const Panels& B, int64_t b, int64_t j,
               Acc* C) {
   namespace blas = at::native::cpublas;
-  const int64_t M = A.width, N = B.width;
+  const int64_t M = A.lines(i), N = B.width;
   if (A.padded_depth == 0) std::fill_n(C, M * N, Acc(0));
   for (int64_t k = 0, chunk = 0; k < A.padded_depth; k += kDepth, chunk++) {
     const int64_t K = std::min(kDepth, A.padded_depth - k);
+    const int64_t row = A.row_stride ? A.row_stride : K;
     const void *x = A.at(a, i, chunk), *y = B.at(b, j, chunk);
     if constexpr (std::is_same_v<Acc, double>) {
       auto wrap = [](const void* data, int64_t rows, int64_t columns) {
@@ -193,10 +225,10 @@ void multiply(const Panels& A, int64_t a, int64_t i, const Panels& B, int64_t b,
       at::Tensor out = wrap(C, M, N);
       at::addmm_out(out, out, wrap(x, M, K), wrap(y, K, N), k > 0);
     } else if (A.storage.scalar_type() == at::kBFloat16) {
-      blas::brgemm(M, N, K, K, N, N, k > 0, static_cast<const at::BFloat16*>(x),
+      blas::brgemm(M, N, K, row, N, N, k > 0, static_cast<const at::BFloat16*>(x),
                    static_cast<const at::BFloat16*>(y), C, true);
     } else {
-      blas::brgemm(M, N, K, K, N, N, k > 0, static_cast<const float*>(x),
+      blas::brgemm(M, N, K, row, N, N, k > 0, static_cast<const float*>(x),
                    static_cast<const float*>(y), C, false);
     }
   }

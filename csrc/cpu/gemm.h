@@ -58,13 +58,20 @@ struct Panels {
   int64_t extent, depth;  // free and summed sizes
   int64_t padded_depth;   // depth in whole vectors
   int64_t width, count;   // width (padded) and number of panels
+  // Rows that are in place: elements from one to the next and from matrix to matrix; 0 if packed.
+  int64_t row_stride = 0, batch_stride = 0;
 
   // `extent` in panels of equal width, at most kTile unless `width` says so. Not filled.
   Panels(bool columns, int64_t batch, int64_t extent, int64_t depth, at::ScalarType compute,
          int64_t width = 0);
 
+  // rows [batch, m, k] in place, k contiguous.
+  explicit Panels(const at::Tensor& rows);
+
   int64_t begin(int64_t panel) const { return panel * width; }
   int64_t size(int64_t panel) const { return std::min(width, extent - panel * width); }
+  // Lines of a panel that are multiplied: past `size` there is nothing in place.
+  int64_t lines(int64_t panel) const { return row_stride ? size(panel) : width; }
   char* at(int64_t b, int64_t panel, int64_t chunk) const;
 
   // Writes lines [to, to + n) of one panel from x, after them a line of ones if `ones`, and zeroes
@@ -74,7 +81,8 @@ struct Panels {
             const int64_t* pick, int64_t k0, int64_t k1);
 };
 
-// x [batch, m, k] as the left operand; `ones` appends a row of ones.
+// x [batch, m, k] as the left operand; `ones` appends a row of ones. Left in place where its rows
+// can be multiplied as they are.
 Panels pack_rows(const at::Tensor& x, bool ones = false, const at::Tensor& pick = {});
 // x [batch, k, n] as the right operand; `ones` appends a column of ones.
 Panels pack_columns(const at::Tensor& x, bool ones = false, const at::Tensor& pick = {});
