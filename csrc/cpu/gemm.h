@@ -106,15 +106,19 @@ struct Tile {
 
 // Every tile of every A_b B_b: ending(b, m0, m, n0, n, C, ldc, tile index). All b of one tile run
 // on one thread, in order, so an ending may accumulate over b without races and the result is
-// repeatable. `upper`: tiles strictly below the diagonal are left out.
+// repeatable. `upper`: of a square, tiles strictly below the diagonal are left out.
 template <class Acc, class Ending>
 void product(const Panels& A, const Panels& B, const Ending& ending, bool upper = false) {
-  const int64_t tiles = A.count * B.count, batch = std::max(A.batch, B.batch);
+  const int64_t batch = std::max(A.batch, B.batch);
+  // Threads take equal shares of what is multiplied: of a triangle, too.
+  const int64_t tiles = upper ? A.count * (A.count + 1) / 2 : A.count * B.count;
   at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
     Tile<Acc> C(A.width * B.width);
     for (int64_t tile = begin; tile < end; tile++) {
-      const int64_t i = tile / B.count, j = tile % B.count;
-      if (upper && j < i) continue;
+      int64_t i = tile / B.count, j = tile % B.count;
+      if (upper) {
+        for (i = 0, j = tile; j >= B.count; i++) j -= B.count - i - 1;
+      }
       for (int64_t b = 0; b < batch; b++) {
         multiply<Acc>(A, b, i, B, b, j, C.data);
         ending(b, A.begin(i), A.size(i), B.begin(j), B.size(j), C.data, B.width, tile);
