@@ -248,8 +248,10 @@ def captured_energy(P: Tensor, L: Tensor, R: Tensor) -> Tensor:
 
 def rotate_back(L: Tensor, R: Tensor, Qg: Tensor, Qa: Tensor) -> tuple[Tensor, Tensor]:
     """Thin factors from the eigenbasis to weight space: Qg L [Q,O,K] and R Qa^T [Q,K,J]."""
-    # Written so that all queries form one product: `Qg @ L` would read Qg once a query.
-    return (L.mT @ Qg.mT).mT.contiguous(), R @ Qa.mT
+    # All queries side by side: `Qg @ L` would read Qg once a query.
+    Q, O, K = L.shape
+    left = Qg @ L.permute(1, 0, 2).reshape(O, Q * K)
+    return left.view(-1, Q, K).permute(1, 0, 2).contiguous(), R @ Qa.mT
 
 
 def _orthonormal(Y: Tensor) -> Tensor:

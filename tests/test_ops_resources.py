@@ -68,6 +68,29 @@ for n in (1, 2, 3):
 print(json.dumps(counts))
 """
 
+KEPT = """
+import json, resource, torch
+from ekfac_fast import ops
+
+def P(mebibytes):
+    g, a = torch.ones(1, 1, 256), torch.ones(1, 1, mebibytes * 1024)
+    return torch.ops.ekfac_fast.precondition(g, a, None, None, torch.ones(256, a.shape[2]), 0.0)
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) // 256  # MiB
+
+P(1)
+before = resident()
+many = [P(8) for _ in range(64)]  # more than is kept
+del many
+kept = resident() - before
+P(100)
+# lam, 100 MiB of it, is fresh every time.
+faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+P(100)
+print(json.dumps([kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults]))
+"""
+
 PARITY = """
 import torch
 from ekfac_fast import ops
@@ -99,6 +122,14 @@ def test_gradients_never_exist():
     assert used.pop("reference") > mebibytes, "the measure does not see what it should"
     # Packed operands, one gradient where one has to be rotated, partial sums.
     assert {name: size for name, size in used.items() if size > 48} == {}
+
+
+def test_memory_is_kept_for_the_next_call_and_not_more():
+    """After many small results, the large one of the next layer is kept in their place."""
+    # Everything else goes back to the system at once.
+    kept, faults = report(KEPT, MALLOC_MMAP_THRESHOLD_="1000000")
+    assert kept < 200  # MiB
+    assert faults < 1.5 * 25600, "pages of 4 KiB: lam's, and P's once more"
 
 
 def test_threads_are_those_of_torch():

@@ -1,9 +1,9 @@
 // P_b = (Qg^T G_b Qa) / (lam + damping): the tile is divided on its way to memory.
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "endings.h"
 #include "gradients.h"
+#include "scratch.h"
 
 namespace ekfac_fast {
 namespace {
@@ -14,7 +14,7 @@ at::Tensor precondition(const at::Tensor& g, const at::Tensor& a,
                         std::optional<c10::string_view> order) {
   const Letters size = check("precondition", "g[B,T,O] a[B,T,I] Qg[O,O] Qa[J,J] lam[O,J]",
                              {g, a, Qg, Qa, lam}, bias, damping, order);
-  at::Tensor P = at::empty({size.B, size.O, size.J}, lam.options());
+  at::Tensor P = scratch({size.B, size.O, size.J}, lam.scalar_type());
   const at::Tensor values = lam.contiguous();
   auto run = [&]<class Acc>(Acc) {
     Acc* out = P.mutable_data_ptr<Acc>();

@@ -28,7 +28,15 @@ class Pool {
 
   void give(void* data, int64_t bytes) {
     const std::lock_guard guard(mutex_);
-    if (kept_ + bytes > kKept) return c10::free_cpu(data);
+    if (bytes > kKept) return c10::free_cpu(data);
+    // Many small blocks of layers gone by would keep a large one out.
+    while (kept_ + bytes > kKept) {
+      const auto smallest = free_.begin();
+      if (smallest->first >= bytes) return c10::free_cpu(data);
+      kept_ -= smallest->first;
+      c10::free_cpu(smallest->second);
+      free_.erase(smallest);
+    }
     kept_ += bytes;
     free_.emplace(bytes, data);
   }

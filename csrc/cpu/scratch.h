@@ -1,4 +1,5 @@
-// Memory of packed operands and intermediate products, kept between calls.
+// Memory of packed operands, intermediate products and preconditioned gradients, kept between
+// calls.
 #pragma once
 
 #include <ATen/core/Tensor.h>
