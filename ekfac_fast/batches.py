@@ -84,9 +84,9 @@ class Batches:
         """The batch of these examples, on the model's device."""
         if not self.language:
             return _moved(default_collate([self.dataset[i] for i in indices]), self.device)
-        ids = [self.dataset[i].get("id", i) for i in indices]
-        batch = collate([self.example(i) for i in indices]) | {"index": torch.tensor(ids)}
-        return _moved(batch, self.device)
+        examples = [self.example(i) for i in indices]
+        ids = torch.tensor([x.id for x in examples])
+        return _moved(collate(examples) | {"index": ids}, self.device)
 
     def example(self, index: int) -> Example:
         """Example `index` of a language-model data set, checked against the model."""

@@ -1,14 +1,15 @@
 """Text or any indexable data set -> token examples -> batches by token budget.
 
-An example is a mapping with `input_ids` [T] int, optional `attention_mask` [T] (0: padding) and
-optional `labels` [T] (Hugging Face: unshifted, -100 ignored, absent = input_ids). A data set is
-anything with `__len__` and `__getitem__` that gives such mappings.
+An example is a mapping with `input_ids` [T] int, optional `attention_mask` [T] (0: padding),
+optional `labels` [T] (Hugging Face: unshifted, -100 ignored, absent = input_ids) and optional `id`.
+A data set is anything with `__len__` and `__getitem__` that gives such mappings.
 """
 
 import tempfile
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -51,10 +52,15 @@ class Indexable(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """One sequence without padding: input_ids [T], labels [T], int64; `dropped` tokens were cut."""
+    """One sequence without padding: input_ids [T], labels [T], int64; `dropped` tokens were cut.
+
+    `id` is part of the key that samples its labels: the record's "id" where that is an integer, so
+    that labels stay the same in another order or a larger data set; else its index.
+    """
 
     input_ids: Tensor
     labels: Tensor
+    id: int
     dropped: int = 0
 
     def __len__(self) -> int:
@@ -97,7 +103,13 @@ def example(
     _within(
         np.where(labels == IGNORED, 0, labels)[start:stop], vocab_size, start, f"{where}: label"
     )
-    return Example(torch.tensor(ids[start:stop]), torch.tensor(labels[start:stop]), dropped)
+    own = record.get("id")
+    return Example(
+        torch.tensor(ids[start:stop]),
+        torch.tensor(labels[start:stop]),
+        int(own) if isinstance(own, Integral) else index,
+        dropped,
+    )
 
 
 def _integers(values: Any, what: str) -> np.ndarray:

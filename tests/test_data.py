@@ -79,6 +79,13 @@ def test_example_does_not_alias_the_data() -> None:
     assert source.tolist() == e.input_ids.tolist() == [1, 2, 3]
 
 
+@pytest.mark.parametrize(("given", "id"), [(7, 7), (np.int64(8), 8), ("a7", 1), (None, 1)])
+def test_example_is_known_by_its_integer_id_or_its_index(given, id) -> None:
+    found = example([{}, {"input_ids": [1, 2], "id": given}], 1)
+    assert found.id == id
+    assert example([{"input_ids": [1, 2]}], 0).id == 0
+
+
 def test_example_longer_than_the_context() -> None:
     record = {"input_ids": [0, 1, 2, 3, 4], "attention_mask": [0, 1, 1, 1, 1]}
     e = example([record], 0, context=3)
