@@ -135,12 +135,13 @@ def plain_loss(setting: Setting, stage: str) -> Tensor:
     Of queries the second half of a sequence is the completion.
     """
     logits = setting.model(input_ids=setting.batch["input_ids"], use_cache=False).logits
-    logits = logits[:, :-1].flatten(0, 1).float()
+    logits = logits.flatten(0, 1).float()
     if stage in ("covariance", "eigenvalues"):
-        labels = torch.multinomial(logits.detach().softmax(-1), 1).flatten()
+        labels = torch.multinomial(logits.detach().softmax(-1), 1).view_as(setting.batch["labels"])
+        labels[:, -1] = -100
     else:
-        labels = _labels(setting, stage)[:, 1:].flatten()
-    return F.cross_entropy(logits, labels, reduction="sum")
+        labels = F.pad(_labels(setting, stage)[:, 1:], (0, 1), value=-100)
+    return F.cross_entropy(logits, labels.flatten(), reduction="sum")
 
 
 def our_loss(setting: Setting, stage: str, task: LanguageModelTask) -> Tensor:

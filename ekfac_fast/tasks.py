@@ -67,8 +67,7 @@ class LanguageModelTask:
 
     def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
         """Cross-entropy summed over the batch: scalar, nats."""
-        logits = self._logits(batch, model)[:, :-1]
-        labels = _targets(batch)
+        logits, labels = self._logits(batch, model), _targets(batch)
         if sample:
             labels = self._sampled(logits.detach(), labels, batch)
         return _cross_entropy(logits, labels).sum()
@@ -79,7 +78,7 @@ class LanguageModelTask:
 
     def negative_log_likelihoods(self, batch: Any, model: nn.Module) -> Tensor:
         """-log p of every example's labelled tokens: [B], nats."""
-        return _cross_entropy(self._logits(batch, model)[:, :-1], _targets(batch)).sum(1)
+        return _cross_entropy(self._logits(batch, model), _targets(batch)).sum(1)
 
     def get_influence_tracked_modules(self) -> list[str] | None:
         """The default: MLP matrices."""
@@ -128,11 +127,16 @@ class LanguageModelTask:
 
 
 def _targets(batch: Any) -> Tensor:
-    """What position t predicts: labels [B,T-1], -100 also where position t is left padding."""
-    return batch["labels"][:, 1:].masked_fill(batch["attention_mask"][:, :-1] == 0, IGNORED)
+    """What position t predicts: labels [B,T], -100 at the end and where position t is padding."""
+    labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+    return labels.masked_fill(batch["attention_mask"] == 0, IGNORED)
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """-log p of every label, 0 where ignored: [B,T-1], fp32 or wider."""
+    """-log p of every label, 0 where ignored: [B,T], fp32 or wider."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    return F.cross_entropy(wide.mT, labels, ignore_index=IGNORED, reduction="none")
+    # Rows as they lie: a slice of the positions or a transposed view would copy all logits twice.
+    losses = F.cross_entropy(
+        wide.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return losses.view_as(labels)
