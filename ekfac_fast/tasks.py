@@ -110,11 +110,11 @@ class LanguageModelTask:
             draws[row, real[:-1]] = torch.from_numpy(uniform[:-1])
         wanted = (labels != IGNORED).nonzero(as_tuple=True)
         draws = draws.to(logits.device)[wanted]
-        rows = logits[wanted]
         sampled = torch.full_like(labels, IGNORED)
         drawn = []
-        for some, uniform in zip(rows.split(ROWS), draws.split(ROWS), strict=True):
-            cdf = some.double().softmax(-1).cumsum(-1)
+        some = (x.split(ROWS) for x in (*wanted, draws))
+        for b, t, uniform in zip(*some, strict=True):
+            cdf = logits[b, t].double().softmax(-1).cumsum(-1)
             # Rounding can leave the last step a little below 1.
             label = torch.searchsorted(cdf, uniform.unsqueeze(-1), right=True)
             label = label.clamp(max=cdf.shape[-1] - 1)
