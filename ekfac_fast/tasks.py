@@ -111,18 +111,17 @@ class LanguageModelTask:
         wanted = (labels != IGNORED).nonzero(as_tuple=True)
         draws = draws.to(logits.device)[wanted]
         sampled = torch.full_like(labels, IGNORED)
-        drawn = []
+        edges = torch.zeros((), dtype=torch.int64, device=logits.device)
         some = (x.split(ROWS) for x in (*wanted, draws))
         for b, t, uniform in zip(*some, strict=True):
-            cdf = logits[b, t].double().softmax(-1).cumsum(-1)
+            cdf = logits[b, t].softmax(-1, dtype=torch.float64).cumsum_(-1)
             # Rounding can leave the last step a little below 1.
             label = torch.searchsorted(cdf, uniform.unsqueeze(-1), right=True)
             label = label.clamp(max=cdf.shape[-1] - 1)
             steps = cdf.gather(1, torch.cat([label, (label - 1).clamp(min=0)], 1))
-            self.edge_draws += int(((steps - uniform.unsqueeze(-1)).abs() < EDGE).any(1).sum())
-            drawn.append(label.flatten())
-        if drawn:
-            sampled[wanted] = torch.cat(drawn)
+            edges += ((steps - uniform.unsqueeze(-1)).abs() < EDGE).any(1).sum()
+            sampled[b, t] = label.flatten()
+        self.edge_draws += int(edges)
         return sampled
 
 
