@@ -7,9 +7,10 @@
 // Operands are packed once into panels: contiguous, zero padded, converted to what this CPU
 // multiplies (bf16 stays bf16 where there are bf16 products, else 16-bit is widened here). Packing
 // is what makes any stride, any dtype, the implied ones column and the skipping of masked rows cost
-// one pass and nothing in the product. The product itself is oneDNN's batch-reduce GEMM through
-// ATen, at 98 % of the arithmetic peak where it was measured (Zen 5); MKL, which `torch.mm` calls,
-// reached 43 % there.
+// one pass and nothing in the product. Only rows that lie as the product wants them are not packed:
+// that pass was a third of `low_rank_scores` for a few queries. The product itself is oneDNN's
+// batch-reduce GEMM through ATen, at 98 % of the arithmetic peak where it was measured (Zen 5);
+// MKL, which `torch.mm` calls, reached 43 % there.
 #pragma once
 
 #include <ATen/Parallel.h>
