@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 from work import energy, reflection, tolerance
 
 from ekfac_fast.hooks import Layer, LayerBatch, SharedRotation
-from ekfac_fast.ops.sampling import wide
+from ekfac_fast.ops.shapes import wide
 from ekfac_fast.plan import contraction
 from ekfac_fast.queries import DENSE_BYTES, captured_energy, rotate_back, truncate
 

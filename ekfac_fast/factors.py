@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .batches import Batches, autocasting, model_fingerprint
 from .data import Indexable
 from .hooks import Capture, Layer, LayerBatch, SharedRotation, select_layers
-from .ops.sampling import wide
+from .ops.shapes import wide
 from .store import Store, StoreError, load_tensors, save_json, save_tensors
 from .tasks import LanguageModelTask, Task
 

@@ -11,7 +11,7 @@ from .batches import Batches
 from .data import Indexable
 from .factors import Factors, Progress
 from .hooks import Capture, Layer, LayerBatch, SharedRotation
-from .ops.sampling import wide
+from .ops.shapes import wide
 from .store import load_json, load_tensors, save_json, save_tensors
 from .tasks import LanguageModelTask, Task
 

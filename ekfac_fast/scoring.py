@@ -20,7 +20,7 @@ from .candidates import top_candidates
 from .data import Indexable
 from .factors import Factors, Progress
 from .hooks import Capture, LayerBatch, SharedRotation
-from .ops.sampling import wide
+from .ops.shapes import wide
 from .plan import contraction
 from .queries import LayerQueries, Queries
 from .scores import DETAIL, Scores

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 
 from ekfac_fast import ops
-from ekfac_fast.ops.sampling import Sample, draw, orthogonal
 from ekfac_fast.ops.shapes import Shape
+from ekfac_fast.ops.testing.sampling import Sample, draw, orthogonal
 
 # The ops that csrc/cuda has, and the dtypes that its tensor cores take.
 CARDS = tuple(card for card in ops.ALL if card is not ops.covariance)

@@ -17,7 +17,7 @@ from cuda_cases import CARDS, DTYPES, call, layer_sample, samples
 from torch.utils.cpp_extension import include_paths, library_paths
 
 from ekfac_fast import ops
-from ekfac_fast.ops import parity
+from ekfac_fast.ops.testing import parity
 
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"

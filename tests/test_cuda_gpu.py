@@ -11,7 +11,7 @@ import torch
 from cuda_cases import CARDS, DTYPES, call, layer_sample, samples
 
 from ekfac_fast import ops
-from ekfac_fast.ops import parity
+from ekfac_fast.ops.testing import parity
 
 if not torch.cuda.is_available():
     pytest.skip(

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from ekfac_fast import ops
-from ekfac_fast.ops import eigenvalues, parity, precondition, self_influence
-from ekfac_fast.ops.sampling import draw, orthogonal, strided
+from ekfac_fast.ops import eigenvalues, precondition, self_influence
 from ekfac_fast.ops.shapes import ORDERS, Shape
+from ekfac_fast.ops.testing import parity
+from ekfac_fast.ops.testing.sampling import draw, orthogonal, strided
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

@@ -94,7 +94,7 @@ print(json.dumps([kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - fau
 PARITY = """
 import torch
 from ekfac_fast import ops
-from ekfac_fast.ops import parity
+from ekfac_fast.ops.testing import parity
 for dtype in (torch.float32, torch.bfloat16):
     for card in ops.ALL:
         for sample in card.samples(dtype):

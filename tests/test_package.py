@@ -99,7 +99,7 @@ def test_without_torch_at_build_time_the_reference_runs(installed):
     program = """
 import torch, ekfac_fast
 from ekfac_fast import ops
-from ekfac_fast.ops import parity
+from ekfac_fast.ops.testing import parity
 assert not any(tiers["cpu"] for tiers in ops.coverage().values())
 for card in ops.ALL:
     for sample in card.samples(torch.float64):

@@ -12,9 +12,9 @@ if not torch.cuda.is_available():
     )
 
 from ekfac_fast import ops
-from ekfac_fast.ops import parity
-from ekfac_fast.ops.sampling import Sample, draw, orthogonal
 from ekfac_fast.ops.shapes import Shape
+from ekfac_fast.ops.testing import parity
+from ekfac_fast.ops.testing.sampling import Sample, draw, orthogonal
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CARDS = pytest.mark.parametrize("card", ops.ALL, ids=ops.stem)

@@ -18,10 +18,10 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from ekfac_fast import ops
-from ekfac_fast.ops import parity
 from ekfac_fast.ops.gradients import cheapest_order
-from ekfac_fast.ops.sampling import Sample, draw, layers, orthogonal, strided
 from ekfac_fast.ops.shapes import Shape
+from ekfac_fast.ops.testing import parity
+from ekfac_fast.ops.testing.sampling import Sample, draw, layers, orthogonal, strided
 
 # Padding is garbage on purpose, and numpy says so.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")

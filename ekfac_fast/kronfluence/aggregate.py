@@ -5,7 +5,8 @@ from kronfluence.module.tracker.gradient import GradientTracker
 from kronfluence.utils.constants import AGGREGATED_GRADIENT_NAME
 from torch import Tensor
 
-from .capture import TokenTracker, wide
+from ..ops.shapes import wide
+from .capture import TokenTracker
 
 
 class FastGradientTracker(TokenTracker, GradientTracker):

@@ -40,11 +40,6 @@ def by_tokens(x: Tensor) -> Tensor:
     return x.unsqueeze(1) if x.ndim == 2 else x.reshape(x.shape[0], -1, x.shape[-1])
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The accumulators' dtype for operands of `dtype`."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 class TokenTracker(BaseTracker):
     """A kronfluence tracker that hands each (g, a) of its module to `consume`."""
 

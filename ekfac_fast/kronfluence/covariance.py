@@ -16,7 +16,8 @@ from kronfluence.utils.constants import (
 )
 from torch import Tensor, nn
 
-from .capture import TokenTracker, wide
+from ..ops.shapes import wide
+from .capture import TokenTracker
 
 _last_mask: list = [None, False]
 

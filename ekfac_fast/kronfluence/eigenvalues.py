@@ -13,7 +13,8 @@ from kronfluence.utils.exceptions import FactorsNotFoundError
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .capture import TokenTracker, wide
+from ..ops.shapes import wide
+from .capture import TokenTracker
 
 
 def with_ones(a: Tensor, bias: bool) -> Tensor:

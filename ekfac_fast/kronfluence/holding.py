@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.utils import data
 from torch.utils._pytree import tree_leaves
 
+from ..ops.shapes import wide
 from . import switch
-from .capture import wide
 from .memory import free_bytes
 
 Scores = dict[str, Tensor]

@@ -12,8 +12,8 @@ from kronfluence.utils.constants import (
 from torch import Tensor
 
 from ..ops import dense_scores, low_rank_scores
-from ..ops.shapes import Shape
-from .capture import TokenTracker, wide
+from ..ops.shapes import Shape, wide
+from .capture import TokenTracker
 from .memory import free_bytes
 from .precondition import FastPreconditionTracker
 

@@ -14,7 +14,8 @@ from kronfluence.utils.constants import (
 )
 from torch import Tensor, nn
 
-from .capture import TokenTracker, wide
+from ..ops.shapes import wide
+from .capture import TokenTracker
 from .preconditioner import Preconditioner
 from .truncation import low_rank
 

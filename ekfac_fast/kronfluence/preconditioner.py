@@ -24,7 +24,7 @@ from kronfluence.utils.constants import (
 )
 from torch import Tensor
 
-from .capture import wide
+from ..ops.shapes import wide
 from .eigenvalues import with_ones
 from .memory import free_bytes
 

@@ -5,7 +5,8 @@ from kronfluence.module.tracker.self_score import SelfScoreTracker, SelfScoreWit
 from kronfluence.utils.constants import PRECONDITIONED_GRADIENT_NAME, SELF_SCORE_VECTOR_NAME
 from torch import Tensor
 
-from .capture import TokenTracker, wide
+from ..ops.shapes import wide
+from .capture import TokenTracker
 from .preconditioner import Preconditioner
 
 

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .sampling import Sample, draw, spd, strided
 from .shapes import Cost, Shape, check
+from .testing.sampling import Sample, draw, spd, strided
 
 SCHEMA = "(Tensor(a!) cov, Tensor x, Tensor? mask=None, bool bias=False) -> ()"
 SHAPES = "cov[J,J] x[N,I] mask[N]"

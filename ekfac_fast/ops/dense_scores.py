@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .gradients import gradients
-from .sampling import Sample, draw, strided, wide
-from .shapes import Cost, Shape, check
+from .shapes import Cost, Shape, check, wide
+from .testing.sampling import Sample, draw, strided
 
 SCHEMA = "(Tensor(a!) s, Tensor P, Tensor g, Tensor a, bool bias=False) -> ()"
 SHAPES = "s[Q,B]|[Q,B,T] P[Q,O,J] g[B,T,O] a[B,T,I]"

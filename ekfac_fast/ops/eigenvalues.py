@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from .gradients import cheapest_order, flops, rotated_gradients
-from .sampling import Sample, layers
 from .shapes import Cost, Shape, check
+from .testing.sampling import Sample, layers
 
 SCHEMA = (
     "(Tensor(a!) lam_sum, Tensor g, Tensor a, Tensor? Qg, Tensor? Qa, bool bias=False, "

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .sampling import Sample, draw, strided, wide
-from .shapes import Cost, Shape, check
+from .shapes import Cost, Shape, check, wide
+from .testing.sampling import Sample, draw, strided
 
 SCHEMA = "(Tensor(a!) s, Tensor L, Tensor R, Tensor g, Tensor a, bool bias=False) -> ()"
 SHAPES = "s[Q,B]|[Q,B,T] L[Q,O,K] R[Q,K,J] g[B,T,O] a[B,T,I]"

@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 
+import torch
 from torch import Tensor, bfloat16, float16, float32, float64
 
 FLOATS = (float32, bfloat16, float16, float64)
@@ -19,6 +20,11 @@ FLOATS = (float32, bfloat16, float16, float64)
 ACCUMULATORS = frozenset({"cov", "lam", "lam_sum", "s"})
 # Contraction orders (`gradients.py`), named after what is rotated by tokens.
 ORDERS = ("tokens", "a_tokens", "g_tokens", "gradient")
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The accumulators' dtype for operands of `dtype`."""
+    return float64 if dtype == float64 else float32
 
 
 @dataclass(frozen=True)
@@ -128,11 +134,11 @@ def check(
                     "operands share one dtype"
                 )
     assert operand is not None
-    wide = float64 if operand[1].dtype == float64 else float32
+    narrow = operand[1].dtype
     for name, _, x in named:
-        if x is not None and name in ACCUMULATORS and x.dtype != wide:
+        if x is not None and name in ACCUMULATORS and x.dtype != wide(narrow):
             raise TypeError(
-                f"{op}: {name} is {x.dtype}, expected {wide} (operands are {operand[1].dtype})"
+                f"{op}: {name} is {x.dtype}, expected {wide(narrow)} (operands are {narrow})"
             )
     if not damping >= 0:
         raise ValueError(f"{op}: damping is {damping:g}, expected a number >= 0")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .shapes import ORDERS, Shape
+from ..shapes import ORDERS, Shape, wide
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,6 @@ class Layer:
     def sample(self, *args) -> Sample:
         """`args` as a sample; the longest sum runs over tokens and both widths."""
         return Sample(self.why, self.shape, args, self.shape.T + self.shape.O + self.shape.J)
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The accumulators' dtype for operands of `dtype`."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def draw(*shape: int, dtype: torch.dtype, device: str = "cpu") -> Tensor:

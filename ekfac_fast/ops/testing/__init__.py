@@ -1,0 +1,1 @@
+"""What tests and benches share about the ops; no hot path imports it."""
