@@ -13,10 +13,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from work import energy, reflection, tolerance
 
-from ekfac_fast.hooks import Layer, LayerBatch, SharedRotation
+from ekfac_fast.curvature.basis import SharedRotation
+from ekfac_fast.curvature.choice import contraction
+from ekfac_fast.curvature.low_rank import captured_energy, rotate_back, truncate
+from ekfac_fast.model.capture import LayerBatch
+from ekfac_fast.model.layers import Layer
 from ekfac_fast.ops.shapes import wide
-from ekfac_fast.plan import contraction
-from ekfac_fast.queries import DENSE_BYTES, captured_energy, rotate_back, truncate
+from ekfac_fast.stages.queries import DENSE_BYTES
 
 STAGES = ("covariance", "eigenvalues", "queries", "scoring")
 DAMPING = 0.1

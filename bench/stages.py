@@ -33,9 +33,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ekfac_fast import ops
-from ekfac_fast.hooks import Capture, Layer, LayerBatch, linear_layers, select_layers
+from ekfac_fast.model.capture import Capture, LayerBatch
+from ekfac_fast.model.layers import Layer, linear_layers, select_layers
+from ekfac_fast.model.tasks import LanguageModelTask
 from ekfac_fast.ops.shapes import Shape
-from ekfac_fast.tasks import LanguageModelTask
 
 MODELS = {
     "gpt2": {"model_type": "gpt2"},

@@ -10,7 +10,7 @@ import stages
 import torch
 from stage_ways import STAGES, Ours, agree, start
 
-from ekfac_fast.hooks import Layer
+from ekfac_fast.model.layers import Layer
 
 BENCH = Path(stages.__file__).parent
 CPU = torch.device("cpu")

@@ -13,11 +13,11 @@ from shapes import Case
 from torch import Tensor
 
 from ekfac_fast import ops
+from ekfac_fast.curvature.low_rank import OVERSAMPLING, POWER_ITERATIONS, rotate_back, truncate
 from ekfac_fast.ops.gradients import flops
 from ekfac_fast.ops.shapes import ACCUMULATORS, Cost, Shape, parse, wide
 from ekfac_fast.ops.testing import parity
 from ekfac_fast.ops.testing.sampling import Sample
-from ekfac_fast.queries import OVERSAMPLING, POWER_ITERATIONS, rotate_back, truncate
 
 DAMPING = 0.1
 Factors = tuple[Tensor, Tensor]

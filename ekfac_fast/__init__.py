@@ -6,19 +6,23 @@ scores = score(model, queries, dataset, out="scores")
 scores.top(0, 10)
 """
 
-from . import ops
-from .factors import Factors, LayerFactors, fit
-from .queries import Queries, prepare_queries
-from .scores import Scores
-from .scoring import score, self_scores
-from .tasks import LanguageModelTask, Task
-
 __version__ = "0.1.0"
 
+from . import ops
+from .errors import Error, Notice
+from .model.tasks import LanguageModelTask, Task
+from .stages.factors import Factors, LayerFactors
+from .stages.fit import fit
+from .stages.queries import Queries, prepare_queries
+from .stages.scan import score, self_scores
+from .stages.scores import Scores
+
 __all__ = [
+    "Error",
     "Factors",
     "LanguageModelTask",
     "LayerFactors",
+    "Notice",
     "Queries",
     "Scores",
     "Task",

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ekfac_fast
 from ekfac_fast.data import read, tokenize
-from ekfac_fast.files import fingerprint
+from ekfac_fast.store.fingerprint import fingerprint
 
 CONTEXT = 128
 

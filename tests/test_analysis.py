@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from ekfac_fast import analysis
-from ekfac_fast.analysis import NoFit, PowerLaw, RankedSequence
+from ekfac_fast.report import statistics as analysis
+from ekfac_fast.report.contents import RankedSequence
+from ekfac_fast.report.statistics import NoFit, PowerLaw
 
 finite = st.floats(-1e6, 1e6).filter(lambda v: v == 0 or abs(v) > 1e-6)
 

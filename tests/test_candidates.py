@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ekfac_fast.candidates import top_candidates
-from ekfac_fast.data import DataError
+from ekfac_fast.errors import DataError
+from ekfac_fast.stages.candidates import top_candidates
 
 
 def corpus(rows: list[list[int]]) -> list[dict]:
@@ -152,11 +152,11 @@ def test_scipy_is_named_where_it_is_not_installed() -> None:
         "import sys, importlib.util as u\n"
         "find = u.find_spec\n"
         "u.find_spec = lambda name: None if name == 'scipy' else find(name)\n"
-        "from ekfac_fast.candidates import top_candidates\n"
+        "from ekfac_fast.stages.candidates import top_candidates\n"
         "assert 'scipy' not in sys.modules\n"
         "top_candidates([[1]], [{'input_ids': [1]}], 1, 8)\n"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "ImportError: scipy.sparse is not installed: pip install 'ekfac-fast[analysis]'" in (
+    assert "MissingExtra: scipy.sparse is not installed: pip install 'ekfac-fast[analysis]'" in (
         run.stderr
     )

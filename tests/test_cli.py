@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ekfac_fast.cli.inputs import load_tokenizer
 from ekfac_fast.data import read, tokenize
-from ekfac_fast.jobs import load_tokenizer
-from ekfac_fast.scores import Scores
+from ekfac_fast.stages.scores import Scores
 
 ROOT = Path(__file__).parent.parent
 

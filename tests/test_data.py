@@ -1,32 +1,26 @@
 """Examples, batches and readers on real files and a real byte-level BPE tokenizer."""
 
+import gzip
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ekfac_fast.data import (
-    DataError,
-    batch_plan,
-    collate,
-    example,
-    lengths,
-    read,
-    read_queries,
-    tokenize,
-)
+from ekfac_fast.data import read, read_queries, tokenize
+from ekfac_fast.data.batches import example
+from ekfac_fast.errors import DataError, Notice
 
 TEXT = "The quick brown fox jumps over the lazy dog. A context manager is used by with. " * 30
+
+
+def lengths(dataset) -> list[int]:
+    return [len(dataset[i]["input_ids"]) for i in range(len(dataset))]
 
 
 def bpe(bos: bool = False) -> PreTrainedTokenizerFast:
@@ -53,125 +47,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def ids(values: list[int]) -> list[dict]:
     return [{"input_ids": values}]
-
-
-@pytest.mark.parametrize(
-    "kind", [list, torch.tensor, np.array, lambda v: torch.tensor(v, dtype=torch.int32)]
-)
-def test_example_drops_padding_of_either_side(kind) -> None:
-    record = {
-        "input_ids": kind([0, 0, 5, 6, 7, 0]),
-        "attention_mask": kind([0, 0, 1, 1, 1, 0]),
-        "labels": kind([9, 9, -100, 6, 7, 9]),
-    }
-    e = example([record], 0, vocab_size=8)
-    assert e.input_ids.dtype == e.labels.dtype == torch.int64
-    assert e.input_ids.tolist() == [5, 6, 7]
-    assert e.labels.tolist() == [-100, 6, 7]
-    assert (len(e), e.targets, e.dropped) == (3, 2, 0)
-    assert example(ids([1, 2]), 0).labels.tolist() == [1, 2]
-
-
-def test_example_does_not_alias_the_data() -> None:
-    source = torch.tensor([1, 2, 3])
-    e = example([{"input_ids": source}], 0)
-    e.labels[0] = -100
-    assert source.tolist() == e.input_ids.tolist() == [1, 2, 3]
-
-
-@pytest.mark.parametrize(("given", "id"), [(7, 7), (np.int64(8), 8), ("a7", 1), (None, 1)])
-def test_example_is_known_by_its_integer_id_or_its_index(given, id) -> None:
-    found = example([{}, {"input_ids": [1, 2], "id": given}], 1)
-    assert found.id == id
-    assert example([{"input_ids": [1, 2]}], 0).id == 0
-
-
-def test_example_longer_than_the_context() -> None:
-    record = {"input_ids": [0, 1, 2, 3, 4], "attention_mask": [0, 1, 1, 1, 1]}
-    e = example([record], 0, context=3)
-    assert (e.input_ids.tolist(), e.labels.tolist(), e.dropped) == ([1, 2, 3], [1, 2, 3], 1)
-    assert example([record], 0, context=4).dropped == 0
-
-
-@pytest.mark.parametrize(
-    ("record", "message"),
-    [
-        ({"input_ids": []}, "example 1: has no tokens"),
-        ({"input_ids": [1, 2], "attention_mask": [0, 0]}, "example 1: has no tokens"),
-        ({"input_ids": [3, 50, 8]}, "example 1: token id 50 at position 1 is outside .* of 10"),
-        ({"input_ids": [3, -1]}, "example 1: token id -1 at position 1 is outside"),
-        (
-            {"input_ids": [0, 0, 99], "attention_mask": [0, 1, 1]},
-            "token id 99 at position 2 is outside",
-        ),
-        ({"input_ids": [1, 2], "labels": [1, 10]}, "example 1: label 10 at position 1 is outside"),
-        (
-            {"input_ids": [1, 2], "labels": [1]},
-            "example 1: labels has 1 positions, input_ids has 2",
-        ),
-        ({"input_ids": [1], "attention_mask": [1, 1]}, "attention_mask has 2 positions"),
-        (
-            {"input_ids": [1, 2, 3], "attention_mask": [1, 0, 1]},
-            "example 1: attention_mask is 0 at position 1, between real tokens",
-        ),
-        (
-            {"input_ids": [[1, 2]]},
-            r"example 1: input_ids must be integers \[T\], not int64 \[1, 2\]",
-        ),
-        ({"input_ids": [0.5]}, r"must be integers \[T\], not float64 \[1\]"),
-        ({"text": "a"}, "example 1: is a dict, not a mapping with 'input_ids'"),
-        ([1, 2], "example 1: is a list, not a mapping with 'input_ids'"),
-    ],
-)
-def test_wrong_examples_are_named(record, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        example([{"input_ids": [1]}, record], 1, vocab_size=10)
-
-
-def test_lengths_are_those_of_the_examples() -> None:
-    dataset = [
-        {"input_ids": [1, 2, 3]},
-        {"input_ids": torch.arange(9), "attention_mask": torch.tensor([0] * 4 + [1] * 5)},
-        {"input_ids": [1]},
-    ]
-    assert lengths(dataset) == [len(example(dataset, i)) for i in range(3)] == [3, 5, 1]
-
-
-@given(st.lists(st.integers(1, 50), max_size=60), st.integers(1, 200))
-def test_batch_plan(sizes: list[int], budget: int) -> None:
-    plan = batch_plan(sizes, budget)
-    assert sorted(i for batch in plan for i in batch) == list(range(len(sizes)))
-    flat = [i for batch in plan for i in batch]
-    assert flat == sorted(flat, key=lambda i: (-sizes[i], i))
-    for n, batch in enumerate(plan, 1):
-        longest = max(sizes[i] for i in batch)
-        assert len(batch) == 1 or longest * len(batch) <= budget
-        assert n == len(plan) or longest * (len(batch) + 1) > budget  # full
-    assert plan == batch_plan(sizes, budget)
-
-
-@given(
-    st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=12), min_size=1, max_size=6),
-    st.sampled_from(["left", "right"]),
-    st.integers(0, 99),
-)
-def test_collate_round_trips(rows: list[list[int]], side: str, pad_id: int) -> None:
-    dataset = [{"input_ids": r, "labels": [-100, *r[1:]]} for r in rows]
-    examples = [example(dataset, i) for i in range(len(rows))]
-    batch = collate(examples, pad_id, side)
-    T = max(map(len, rows))
-    for i, row in enumerate(rows):
-        pads = T - len(row)
-        real = slice(pads, T) if side == "left" else slice(0, len(row))
-        assert batch["attention_mask"][i].sum() == len(row)
-        assert batch["attention_mask"][i, real].all()
-        hidden = batch["attention_mask"][i] == 0
-        assert (batch["input_ids"][i][hidden] == pad_id).all()
-        assert (batch["labels"][i][hidden] == -100).all()
-        back = example([{name: batch[name][i] for name in batch}], 0)
-        assert back.input_ids.tolist() == row
-        assert back.labels.tolist() == dataset[i]["labels"]
-    assert all(t.shape == (len(rows), T) and t.dtype == torch.int64 for t in batch.values())
 
 
 def jsonl(path: Path, *lines: str) -> Path:
@@ -263,17 +138,37 @@ def test_parquet_by_row_groups(tmp_path: Path) -> None:
         read(path)
 
 
+def row(text: str) -> bytes:
+    return (json.dumps({"text": text}) + "\n").encode()
+
+
 def test_folder_holds_all_kinds_by_name(tmp_path: Path) -> None:
-    jsonl(tmp_path / "b.jsonl", '{"text": "2"}', '{"text": "3"}')
-    (tmp_path / "a.txt").write_text("1\n")
-    (tmp_path / "sub").mkdir()
-    pa.parquet.write_table(pa.table({"text": ["4"]}), tmp_path / "sub" / "c.parquet")
+    corpus, other = tmp_path / "corpus", tmp_path / "other"
+    (corpus / "sub").mkdir(parents=True)
+    other.mkdir()
+    (corpus / "a.txt").write_text("1\n")
+    jsonl(corpus / "b.jsonl", '{"text": "2"}', '{"text": "3"}')
+    (corpus / "c.JSONL").write_bytes(row("4"))
+    (corpus / "d.json").write_bytes(row("5") + row("6"))
+    (corpus / "e.json").write_text(json.dumps([{"text": "7"}, {"text": "8"}], indent=1))
+    (corpus / "f.jsonl.gz").write_bytes(gzip.compress(row("9")))
+    with pa.output_stream(corpus / "g.jsonl.zst", compression="zstd") as file:
+        file.write(row("10"))
+    (other / "x.jsonl").write_bytes(row("11"))
+    (corpus / "linked").symlink_to(other)
+    (other / "again").symlink_to(corpus)  # a circle
+    pa.parquet.write_table(pa.table({"text": ["12"]}), corpus / "sub" / "c.parquet")
+    (corpus / "notes.md").write_text("not read")
+    (corpus / ".hidden.txt").write_text("not read")
+    with pytest.warns(Notice, match=r"left out notes\.md: not of a kind"):
+        records = read(corpus)
+    assert [int(r["text"]) for r in records] == list(range(1, 13))
+    assert records[8]["source"] == f"{corpus / 'f.jsonl.gz'}, line 1"
+    assert records[7]["source"] == f"{corpus / 'e.json'}, item 2"
     (tmp_path / "notes.md").write_text("not read")
-    (tmp_path / ".hidden.txt").write_text("not read")
-    assert [r["text"] for r in read(tmp_path)] == ["1", "2", "3", "4"]
     for missing, message in [
         (tmp_path / "absent", "absent: no such file or folder"),
-        (tmp_path / "notes.md", r"notes\.md: cannot be read; .*\.jsonl, \.txt, \.parquet"),
+        (tmp_path / "notes.md", r"notes\.md: cannot be read; .*\.jsonl, \.json, \.txt, \.parquet"),
     ]:
         with pytest.raises(DataError, match=message):
             read(missing)
@@ -376,14 +271,38 @@ def test_queries_mask_their_prompt(tokenizer, tmp_path: Path) -> None:
         *(json.dumps({"prompt": p, "completion": c}) for p, c in queries),
     )
     tokens = read_queries(path, tokenizer, 32)
+    # A token that reaches over the border is the completion's.
+    measured = [" dog.", " context manager", "The fox jumps"]
     for i, (prompt, completion) in enumerate(queries):
         row, labels = tokens[i]["input_ids"], tokens[i]["labels"]
-        assert tokenizer.decode(row[labels == -100]) == prompt
-        assert tokenizer.decode(row[labels != -100]) == completion
+        assert row.tolist() == tokenizer(prompt + completion)["input_ids"]
+        assert tokenizer.decode(row[labels != -100]) == measured[i]
         assert tokens.source(i) == f"{path}, line {i + 1}"
         assert example(tokens, i, vocab_size=len(tokenizer)).targets >= 1
-    # the border stays, where one text would have had a token across it
-    assert tokens[1]["input_ids"].tolist() != tokenizer("What is a context manager")["input_ids"]
+
+
+def test_a_completion_keeps_its_very_characters(tmp_path: Path) -> None:
+    """SentencePiece puts a space before a text: not before a completion that has none."""
+    backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    special = ["<unk>", *[f"<0x{i:02X}>" for i in range(256)]]
+    backend.train_from_iterator(
+        ["2+2=4 the quick brown fox"] * 3,
+        trainers.BpeTrainer(vocab_size=400, special_tokens=special),
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    path = jsonl(tmp_path / "q.jsonl", json.dumps({"prompt": "2+2=", "completion": "4"}))
+    row = read_queries(path, fast, 64)[0]
+    pieces = fast.convert_ids_to_tokens(row["input_ids"])
+    assert "".join(pieces) == "▁2+2=4"
+    assert pieces[-1] == "4"
+    assert (row["labels"] >= 0).tolist() == [*[False] * (len(pieces) - 1), True]
+
+
+def test_half_a_character_is_named(tokenizer, tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "c.jsonl", '{"text": "a"}', '{"text": "a \\ud83d b"}')
+    with pytest.raises(DataError, match=r"c\.jsonl, line 2: 'text' holds half of a character"):
+        tokenize(read(path), tokenizer, 16)
 
 
 @pytest.mark.parametrize(
@@ -433,6 +352,6 @@ def test_what_is_not_installed_is_named(tmp_path: Path) -> None:
         "read(sys.argv[1])\n"
     )
     run = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
-    assert "ImportError: pyarrow.parquet is not installed: pip install 'ekfac-fast[hf]'" in (
+    assert "MissingExtra: pyarrow.parquet is not installed: pip install 'ekfac-fast[hf]'" in (
         run.stderr
     )

@@ -1,12 +1,13 @@
 """A pass as a stream of layer batches: right gradients, right labels, the model left alone."""
 
 import torch
-from test_pipeline import VOCABULARY, batch_of, close, corpus, gpt2, llama
+from dense_ekfac import VOCABULARY, batch_of, close, corpus, gpt2, llama
 from torch import nn
 from torch.nn import functional as F
 
-from ekfac_fast.hooks import Capture, select_layers
-from ekfac_fast.tasks import LanguageModelTask
+from ekfac_fast.model.capture import Capture
+from ekfac_fast.model.layers import select_layers
+from ekfac_fast.model.tasks import LanguageModelTask
 
 
 def test_left_padding_gives_the_same_gradients():

@@ -15,11 +15,12 @@ from test_kronfluence_cases import (
     quick_release,
 )
 
-from ekfac_fast.kronfluence.memory import free_bytes
-from ekfac_fast.kronfluence.pairwise import multiplies_out
-from ekfac_fast.kronfluence.precondition import FastPreconditionTracker
-from ekfac_fast.kronfluence.preconditioner import Preconditioner
-from ekfac_fast.kronfluence.truncation import low_rank, truncate_exactly
+from ekfac_fast.curvature.basis import Basis
+from ekfac_fast.curvature.choice import contraction
+from ekfac_fast.curvature.low_rank import truncate_exactly
+from ekfac_fast.curvature.memory import free_bytes
+from ekfac_fast.kronfluence.trackers.queries import FastPreconditionTracker
+from ekfac_fast.kronfluence.truncation import low_rank
 from ekfac_fast.ops.shapes import Shape
 
 
@@ -87,9 +88,10 @@ def test_too_many_held_queries_are_scored_as_asked(
 
 def test_low_rank_queries_are_multiplied_out_where_that_costs_less(tmp_path: Path) -> None:
     few, many = (Shape(B=8, T=512, I=768, O=3072, Q=Q, K=32, bias=True) for Q in (4, 64))
-    assert not multiplies_out(few, per_token=False)
-    assert multiplies_out(many, per_token=False)
-    assert not multiplies_out(many, per_token=True)
+    assert contraction(few, room=1e12) == "low_rank"
+    assert contraction(many, room=1e12) == "dense"
+    assert contraction(many, room=1e9) == "low_rank"
+    assert contraction(many, room=1e12, per_token=True) == "low_rank"
     torch.manual_seed(0)
     model = Sequence((5, 6, 4), (True, False), inplace=False)
     data = examples(9, (30, 5), (30, 4)), examples(9, (30, 5), (30, 4))
@@ -119,7 +121,7 @@ def test_low_rank_of_equal_draws_is_that_of_kronfluence() -> None:
     for O, J in ((8, 12), (12, 8)):
         Qg, Qa = (torch.linalg.qr(torch.randn(n, n, dtype=torch.float64))[0] for n in (O, J))
         M = torch.randn(3, O, J, dtype=torch.float64)
-        basis = Preconditioner(Qg, Qa, torch.ones(O, J, dtype=torch.float64))
+        basis = Basis(Qg, Qa, torch.ones(O, J, dtype=torch.float64))
         torch.manual_seed(1)
         U, S, V = torch.svd_lowrank(Qg @ M @ Qa.T, q=4)
         state = torch.get_rng_state()

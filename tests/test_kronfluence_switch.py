@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from kronfluence import FactorArguments, ScoreArguments
-from kronfluence.computer import factor_computer, score_computer
+from kronfluence.computer import factor_computer
 from kronfluence.module import TrackedModule
 from kronfluence.module.linear import TrackedLinear
 from test_kronfluence_cases import (
@@ -33,9 +33,11 @@ from test_kronfluence_cases import (
 from torch import Tensor, nn
 
 import ekfac_fast.kronfluence as fast
-from ekfac_fast.kronfluence import eigendecomposition, patches, switch
+from ekfac_fast.curvature import eigen
+from ekfac_fast.curvature.threads import eigh, spread
+from ekfac_fast.kronfluence import options as switched
+from ekfac_fast.kronfluence import patches, switch
 from ekfac_fast.kronfluence.modules import FastLinear
-from ekfac_fast.kronfluence.threads import eigh, spread
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +45,7 @@ def _off():
     with quick_release():
         yield
     fast.disable()
-    assert switch.current() is None
+    assert switched.current() is None
 
 
 def pair(folder: Path, task: SumLoss | None = None, **choices) -> Pair:
@@ -66,7 +68,7 @@ def test_disabling_restores_every_name() -> None:
     assert all(x is not y for x, y in zip(before, during, strict=True))
     fast.enable(truncation="randomised")
     assert snapshot() == during
-    assert switch.current() == switch.Options(truncation="randomised")
+    assert switched.current() == switch.Options(truncation="randomised")
     fast.disable()
     assert snapshot() == before
     fast.disable()
@@ -77,11 +79,11 @@ def test_blocks_nest_and_do_not_end_each_other() -> None:
     before = snapshot()
     with fast.enabled(hold_queries=False):
         with fast.enabled():
-            assert switch.current() == switch.Options()
-        assert switch.current() == switch.Options(hold_queries=False)
+            assert switched.current() == switch.Options()
+        assert switched.current() == switch.Options(hold_queries=False)
         fast.enable(memory_share=0.5)
         fast.disable()
-        assert switch.current() == switch.Options(hold_queries=False)
+        assert switched.current() == switch.Options(hold_queries=False)
     assert snapshot() == before
     with pytest.raises(KeyError), fast.enabled():
         raise KeyError
@@ -147,7 +149,7 @@ def test_a_stage_ends_on_the_path_on_which_it_began(begins: str, tmp_path: Path)
         shutil.rmtree(tmp_path / "ab" / f"factors_{begins}_lambda", ignore_errors=True)
         found = run_it()
         assert one.task.toggle is None
-        assert (switch.current() is None) == (begins == "on")
+        assert (switched.current() is None) == (begins == "on")
         fast.disable()
         tracker = type(layer._trackers[stage]).__name__
         assert tracker.startswith("Fast") == (begins == "on"), stage
@@ -175,7 +177,7 @@ def test_other_versions_are_refused(version: str, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ImportError, match=rf"{version}.*>= 1\.0\.1, < 2"):
         fast.enable()
     assert snapshot() == before
-    assert switch.current() is None
+    assert switched.current() is None
 
 
 def test_absence_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +193,7 @@ def test_absence_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_options_are_checked(options: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         fast.enable(**options)
-    assert switch.current() is None
+    assert switched.current() is None
 
 
 def test_models_join_and_leave_whenever_they_were_prepared(tmp_path: Path) -> None:
@@ -223,70 +225,6 @@ def test_report_names_path_and_reason(tmp_path: Path) -> None:
     assert "head" in str(fast.report())
 
 
-def test_factors_of_another_model_are_refused(tmp_path: Path) -> None:
-    one = pair(tmp_path)
-    one.fit(False, "stock")
-    torch.manual_seed(0)
-    data = examples(9, (3, 5), (3, 4)), examples(7, (3, 5), (3, 4))
-    other = Pair(Sequence((5, 7, 4), (True, False), inplace=False), SumLoss(), *data, tmp_path)
-    with pytest.raises(ValueError, match=r"layers\.1.*\[6, 6\].*\[7, 7\].*another model"):
-        other.pairwise(True, "stock", ScoreArguments(), "other")
-    deeper = Sequence((5, 6, 4, 4), (True, False, True), inplace=False)
-    deeper = Pair(deeper, SumLoss(), *data, tmp_path)
-    with pytest.raises(ValueError, match=r"no entry for module 'layers\.2'"):
-        deeper.self_scores(True, "stock", ScoreArguments(), "other")
-    with pytest.raises(ValueError, match=r"no entry for module 'layers\.2'"):
-        deeper.eigen(True, "other", "stock")
-
-
-def test_convolutions_of_another_model_are_refused(tmp_path: Path) -> None:
-    data = [Examples(torch.randn(n, 2, 4, 3), torch.randn(n, 3, 5)) for n in (6, 4)]
-    one, other = Siblings(), Siblings()
-    other.conv = nn.Conv2d(2, 3, (3, 1), padding=(1, 0))
-    Pair(one, SumLoss(modules=["conv"]), *data, tmp_path).fit(True, "stock")
-    other = Pair(other, SumLoss(modules=["conv"]), *data, tmp_path)
-    with pytest.raises(ValueError, match=r"'conv' has shape \[19, 19\], expected \[7, 7\]"):
-        other.pairwise(True, "stock", ScoreArguments(), "other")
-
-
-@pytest.mark.parametrize("damage", ["nan", "count"])
-def test_broken_covariances_are_named(damage: str, tmp_path: Path) -> None:
-    one = pair(tmp_path)
-    factors = one.covariances(True, "fast")
-    if damage == "nan":
-        factors["gradient_covariance"]["layers.1"][2, 1] = torch.nan
-    else:
-        factors["num_gradient_covariance_processed"]["layers.1"].zero_()
-    message = r"gradient_covariance of module 'layers\.1' \(\[4, 4\].*(NaN|counts no rows)"
-    with fast.enabled(), pytest.raises(ValueError, match=message):
-        factor_computer.perform_eigendecomposition(
-            covariance_factors=factors,
-            model=one.model,
-            state=one.analyzer.state,
-            factor_args=one.factor_args,
-            disable_tqdm=True,
-        )
-
-
-def test_broken_eigenvalues_are_named(tmp_path: Path) -> None:
-    one = pair(tmp_path)
-    one.fit(True, "fast")
-    factors = one.analyzer.load_all_factors("fast")
-    factors["lambda_matrix"]["layers.0"][0, 0] = torch.inf
-    with fast.enabled(), pytest.raises(ValueError, match=r"layers\.0.*NaN or infinity"):
-        score_computer.compute_self_scores_with_loaders(
-            loaded_factors=factors,
-            model=one.model,
-            state=one.analyzer.state,
-            task=one.task,
-            train_loader=torch.utils.data.DataLoader(one.train),
-            score_args=ScoreArguments(),
-            factor_args=one.factor_args,
-            tracked_module_names=None,
-            disable_tqdm=True,
-        )
-
-
 def test_equal_covariances_share_one_eigendecomposition(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -303,8 +241,8 @@ def test_equal_covariances_share_one_eigendecomposition(
     monkeypatch.setattr(torch.linalg, "eigh", counting)
     expected = one.eigen(False, "stock", "stock")
     assert len(sizes) == 28
-    for solve in (eigendecomposition._one_by_one, eigendecomposition._in_batches):
-        monkeypatch.setattr(eigendecomposition, "_one_by_one", solve)
+    for solve in (eigen._one_by_one, eigen._in_batches):
+        monkeypatch.setattr(eigen, "_one_by_one", solve)
         sizes.clear()
         found = one.eigen(True, solve.__name__, "stock")
         # q, k and v share an input, gate and up another: 3 of 7 in each of 2 layers.

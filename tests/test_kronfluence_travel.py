@@ -17,9 +17,9 @@ from test_kronfluence_cases import (
 )
 from torch import Tensor
 
-from ekfac_fast.kronfluence import modules, travel
-from ekfac_fast.kronfluence.preconditioner import Preconditioner, fits
-from ekfac_fast.kronfluence.travel import Travelling
+from ekfac_fast.curvature import offload
+from ekfac_fast.curvature.basis import Basis
+from ekfac_fast.curvature.offload import Travelling, fits
 
 CPU = torch.device("cpu")
 
@@ -29,11 +29,11 @@ class Copied:
 
     log: ClassVar[list[str]] = []
 
-    def __init__(self, pinned: Preconditioner, device: torch.device) -> None:
+    def __init__(self, pinned: Basis, device: torch.device) -> None:
         self.factors = pinned.each(Tensor.clone)
         self.log.append("departs")
 
-    def arrived(self) -> Preconditioner:
+    def arrived(self) -> Basis:
         self.log.append("arrives")
         return self.factors
 
@@ -41,8 +41,8 @@ class Copied:
 @pytest.fixture
 def small_device(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """No module's factors fit; what the transfers did."""
-    monkeypatch.setattr(modules, "fits", lambda *_: False)
-    monkeypatch.setattr(travel, "Transfer", Copied)
+    monkeypatch.setattr(offload, "fits", lambda *_: False)
+    monkeypatch.setattr(offload, "Transfer", Copied)
     monkeypatch.setattr(Tensor, "pin_memory", lambda x: x)
     Copied.log.clear()
     return Copied.log
@@ -76,7 +76,7 @@ def test_scores_do_not_change(tmp_path: Path, small_device: list[str]) -> None:
 
 def test_the_next_module_departs_before_this_one_computes(small_device: list[str]) -> None:
     last, middle, first = (
-        Travelling(Preconditioner(None, None, torch.full((2, 2), float(n)))) for n in range(3)
+        Travelling(Basis(None, None, torch.full((2, 2), float(n)))) for n in range(3)
     )
     for _ in range(2):
         for number, factors in enumerate((last, middle, first)):
@@ -95,7 +95,7 @@ def test_everything_fits_on_a_cpu() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_transfers_wait_for_each_other() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
-    kept = [Preconditioner(None, None, torch.randn(1024, 1024)) for _ in range(4)]
+    kept = [Basis(None, None, torch.randn(1024, 1024)) for _ in range(4)]
     travelling = [Travelling(factors) for factors in kept]
     x = torch.randn(1024, 1024, device=device)
     for _ in range(20):

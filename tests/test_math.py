@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from ekfac_fast import ops
+from ekfac_fast.curvature.low_rank import rotate_back, truncate
 from ekfac_fast.ops.shapes import ORDERS
 from ekfac_fast.ops.testing.sampling import orthogonal
-from ekfac_fast.queries import rotate_back, truncate
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

@@ -1,7 +1,6 @@
 """The whole pipeline against dense EK-FAC, built from per-sample autograd gradients in fp64."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -9,139 +8,23 @@ import time
 import numpy as np
 import pytest
 import torch
+from dense_ekfac import (
+    VOCABULARY,
+    asked,
+    close,
+    corpus,
+    dense_ekfac,
+    gpt2,
+    llama,
+    weight_gradient,
+)
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from ekfac_fast.candidates import top_candidates
-from ekfac_fast.factors import Factors, LayerFactors, eigendecomposition, fit
-from ekfac_fast.hooks import select_layers
-from ekfac_fast.queries import Queries, prepare_queries
-from ekfac_fast.scoring import score, self_scores
-from ekfac_fast.store import Store, StoreError
-from ekfac_fast.tasks import LanguageModelTask
-
-VOCABULARY, CONTEXT = 61, 24
-
-
-def gpt2(dtype=torch.float32):
-    torch.manual_seed(0)
-    config = GPT2Config(
-        n_layer=2, n_embd=16, n_head=2, vocab_size=VOCABULARY, n_positions=CONTEXT,
-        bos_token_id=0, eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-        attn_implementation="eager",
-    )  # fmt: skip
-    return GPT2LMHeadModel(config).to(dtype)
-
-
-def llama(dtype=torch.float32):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        num_hidden_layers=2, hidden_size=16, intermediate_size=40, num_attention_heads=2,
-        num_key_value_heads=2, vocab_size=VOCABULARY, max_position_embeddings=CONTEXT,
-        bos_token_id=0, eos_token_id=0, pad_token_id=None, attn_implementation="eager",
-    )  # fmt: skip
-    return LlamaForCausalLM(config).to(dtype)
-
-
-def corpus(n=12, seed=0):
-    rng = np.random.default_rng(seed)
-    return [
-        {"input_ids": rng.integers(0, VOCABULARY, rng.integers(4, 20)).tolist()} for _ in range(n)
-    ]
-
-
-def asked(n=3, seed=1):
-    rng = np.random.default_rng(seed)
-    examples = []
-    for _ in range(n):
-        ids = rng.integers(0, VOCABULARY, 10).tolist()
-        examples.append({"input_ids": ids, "labels": [-100] * 5 + ids[5:]})
-    return examples
-
-
-def batch_of(examples):
-    """One example alone, without padding."""
-    ids = torch.tensor([examples["input_ids"]])
-    labels = torch.tensor([examples.get("labels", examples["input_ids"])])
-    return {
-        "input_ids": ids,
-        "labels": labels,
-        "attention_mask": torch.ones_like(ids),
-        "index": torch.tensor([examples["id"]]),
-    }
-
-
-def weight_gradient(model, name, loss):
-    """[O,J] by autograd on the parameters themselves: no hook of ours."""
-    module = model.get_submodule(name)
-    parameters = [p for p in (module.weight, module.bias) if p is not None]
-    weight, *bias = torch.autograd.grad(loss, parameters, retain_graph=True)
-    weight = weight if isinstance(module, nn.Linear) else weight.T
-    return torch.cat([weight, *(b.unsqueeze(1) for b in bias)], 1)
-
-
-def moments(model, names, batch, task):
-    """Inputs [T,J] and output gradients [T,O] of one sequence's sampled loss, by plain hooks."""
-    seen, handles = {}, []
-    for name in names:
-
-        def hook(module, args, output, name=name):
-            output.retain_grad()
-            seen[name] = (args[0].detach(), output, module.bias is not None)
-
-        handles.append(model.get_submodule(name).register_forward_hook(hook))
-    loss = task.compute_train_loss(batch, model, sample=True)
-    loss.backward()
-    for handle in handles:
-        handle.remove()
-    rows = {}
-    for name, (a, output, bias) in seen.items():
-        a = a[0]
-        a = torch.cat([a, torch.ones(len(a), 1, dtype=a.dtype)], 1) if bias else a
-        rows[name] = (a, output.grad[0])
-    return loss, rows
-
-
-def dense_ekfac(model, names, data, queries, damping=None):
-    """Scores [Q,N], self scores [N] and lam by the definitions, one sequence at a time."""
-    model = model.double()
-    task = LanguageModelTask()
-    data = [example | {"id": i} for i, example in enumerate(data)]
-    A, S, lam = ({} for _ in range(3))
-    tokens = sum(len(e["input_ids"]) for e in data)
-    for example in data:
-        _, rows = moments(model, names, batch_of(example), task)
-        for name, (a, g) in rows.items():
-            A[name] = A.get(name, 0) + a.T @ a / tokens
-            S[name] = S.get(name, 0) + g.T @ g / tokens
-    Q = {n: (torch.linalg.eigh(A[n])[1], torch.linalg.eigh(S[n])[1]) for n in names}
-    for example in data:
-        loss = task.compute_train_loss(batch_of(example), model, sample=True)
-        for n in names:
-            rotated = Q[n][1].T @ weight_gradient(model, n, loss) @ Q[n][0]
-            lam[n] = lam.get(n, 0) + rotated**2 / len(data)
-    size = {n: 0.1 * lam[n].mean() if damping is None else damping for n in names}
-
-    def inverse(n, G):
-        Qa, Qg = Q[n]
-        return Qg @ ((Qg.T @ G @ Qa) / (lam[n] + size[n])) @ Qa.T
-
-    def gradients(example, measure):
-        loss = measure(batch_of(example), model)
-        return {n: weight_gradient(model, n, loss) for n in names}
-
-    train = [gradients(e, task.compute_train_loss) for e in data]
-    ask = [gradients(e | {"id": 0}, task.compute_measurement) for e in queries]
-    scores = [[sum((inverse(n, q[n]) * g[n]).sum() for n in names) for g in train] for q in ask]
-    own = [sum((inverse(n, g[n]) * g[n]).sum() for n in names) for g in train]
-    return torch.tensor(scores), torch.tensor(own), lam
-
-
-def close(got, expected, tolerance):
-    got = got if isinstance(got, torch.Tensor) else torch.tensor(np.array(got))
-    got, expected = got.double(), expected.double()
-    error = (got - expected).abs().max() / expected.abs().max()
-    assert error < tolerance, f"relative error {error:.2e}"
+from ekfac_fast.model.layers import select_layers
+from ekfac_fast.stages.candidates import top_candidates
+from ekfac_fast.stages.fit import fit
+from ekfac_fast.stages.queries import Queries, prepare_queries
+from ekfac_fast.stages.scan import score, self_scores
 
 
 # Llama's norms compute in fp32 whatever the model is.
@@ -257,126 +140,6 @@ def test_top_k_is_the_matrix_and_candidates_are_the_only_ones(tmp_path):
         assert [best[q][d.candidate_rank - 1] for d in details] == [d.index for d in details]
 
 
-KILLED = """
-import os, sys
-import ekfac_fast.store as store
-sys.path.insert(0, {tests!r})
-from test_pipeline import asked, corpus, gpt2
-from ekfac_fast.factors import Factors, fit
-from ekfac_fast.queries import prepare_queries
-from ekfac_fast.scoring import score
-
-def slowly(stage, done, total):
-    print(stage, done, flush=True)
-
-store.Pace.due = property(lambda self: True)
-model, out = gpt2(), {out!r}
-factors = fit(model, corpus(30), out=out + "/f", batch_tokens=32, progress=slowly)
-prepared = prepare_queries(model, factors, asked(), rank=4)
-score(model, prepared, corpus(30), out=out + "/s", batch_tokens=32, progress=slowly)
-score(model, prepared, corpus(30), out=out + "/h", batch_tokens=32, top_k=3, progress=slowly)
-"""
-
-
-def test_killed_and_continued_is_bitwise_the_same(tmp_path):
-    """Killed with -9 in every stage, at a line that is printed after a batch, and started again."""
-    tests = os.path.dirname(__file__)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-
-    def run(out, kill_after=None):
-        code = KILLED.format(tests=tests, out=str(out))
-        with subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", code], stdout=subprocess.PIPE, text=True,
-            env=environment,
-        ) as process:  # fmt: skip
-            lines = []
-            for line in process.stdout:
-                lines.append(line)
-                if kill_after and len(lines) == kill_after:
-                    process.send_signal(signal.SIGKILL)
-                    break
-        return lines, process.wait()
-
-    lines, status = run(tmp_path / "whole")
-    assert status == 0
-    third = len(lines) // 4
-    for at in (3, third, 2 * third, 3 * third):
-        _, status = run(tmp_path / "killed", kill_after=min(at, third))
-        assert status == -signal.SIGKILL
-    lines, status = run(tmp_path / "killed")
-    assert status == 0
-    for name in (
-        "f/lambda_matrix.safetensors",
-        "f/activation_eigenvectors.safetensors",
-        "s/scores.npy",
-    ):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
-
-
-def test_other_settings_are_refused_by_name(tmp_path):
-    data, model = corpus(), gpt2()
-    fit(model, data, out=tmp_path / "f")
-    with pytest.raises(StoreError, match="seed"):
-        fit(model, data, out=tmp_path / "f", seed=1)
-    with pytest.raises(StoreError, match="data"):
-        fit(model, data[:-1], out=tmp_path / "f")
-    with pytest.raises(StoreError, match="layers"):
-        fit(model, data, out=tmp_path / "f", layers="*.c_attn")
-    other = gpt2()
-    with torch.no_grad():
-        other.transformer.h[0].mlp.c_fc.weight.mul_(1.1)
-    with pytest.raises(StoreError, match="model"):
-        fit(other, data, out=tmp_path / "f")
-
-
-def test_bad_input_is_named(tmp_path):
-    data, model = corpus(), gpt2()
-    with pytest.raises(ValueError, match=r"nearest are .*c_fc"):
-        fit(model, data, out=tmp_path / "a", layers="*.c_fcc")
-    with pytest.raises(ValueError, match=r"example 0.*outside the vocabulary"):
-        fit(model, [{"input_ids": [1, 2, VOCABULARY]}], out=tmp_path / "b")
-    with pytest.raises(ValueError, match=r"example 0.*no tokens"):
-        fit(model, [{"input_ids": []}], out=tmp_path / "b2")
-    with pytest.raises(ValueError, match="empty"):
-        fit(model, [], out=tmp_path / "c")
-    broken = gpt2()
-    with torch.no_grad():
-        broken.transformer.h[1].mlp.c_proj.weight[0, 0] = torch.nan
-    with pytest.raises(ValueError, match=r"loss is nan for examples \["):
-        fit(broken, data, out=tmp_path / "d")
-    factors = fit(model, data, out=tmp_path / "f")
-    wider = GPT2LMHeadModel(GPT2Config(**(model.config.to_diff_dict() | {"n_embd": 32})))
-    with pytest.raises(ValueError, match=r"c_fc is .* belong to another model"):
-        prepare_queries(wider, factors, asked())
-    (tmp_path / "f" / "lambda_matrix.safetensors").write_bytes(b"\x10")
-    with pytest.raises(StoreError, match=r"lambda_matrix\.safetensors"):
-        _ = Factors(tmp_path / "f")["transformer.h.0.mlp.c_fc"]
-    (tmp_path / "f" / "num_lambda_processed.safetensors").unlink()
-    with pytest.raises(StoreError, match="num_lambda_processed"):
-        Factors(tmp_path / "f")
-    with pytest.raises(ValueError, match=r"layer x: lam holds NaN"):
-        LayerFactors("x", torch.eye(2), torch.eye(3), torch.full((3, 2), torch.nan))
-    with pytest.raises(ValueError, match="covariance of x"):
-        eigendecomposition(torch.full((2, 2), torch.inf), "x")
-
-
-def test_long_sequences_are_cut_and_counted_or_refused(tmp_path):
-    data = [*corpus(3), {"input_ids": [1] * (CONTEXT + 5)}]
-    model = gpt2()
-    factors = fit(model, data, out=tmp_path / "f")
-    assert Store.load(tmp_path / "f").state["truncated"] == 1
-    queries = prepare_queries(model, factors, asked())
-    message = rf"longer than the model's {CONTEXT} positions; the first is example 3 with"
-    for refused in (
-        lambda: fit(model, data, out=tmp_path / "g", on_long="refuse"),
-        lambda: score(model, queries, data, out=tmp_path / "s", on_long="refuse"),
-        lambda: self_scores(model, factors, data, out=tmp_path / "i", on_long="refuse"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            refused()
-    assert not any((tmp_path / name).exists() for name in "gsi")
-
-
 def test_queries_survive_the_disk(tmp_path):
     data, model = corpus(), gpt2()
     factors = fit(model, data, out=tmp_path / "f")
@@ -397,10 +160,10 @@ def test_memory_does_not_grow_with_the_data(tmp_path):
     code = """
 import re, sys
 sys.path.insert(0, {tests!r})
-from test_pipeline import asked, corpus, gpt2
-from ekfac_fast.factors import fit
-from ekfac_fast.queries import prepare_queries
-from ekfac_fast.scoring import score
+from dense_ekfac import asked, corpus, gpt2
+from ekfac_fast.stages.fit import fit
+from ekfac_fast.stages.queries import prepare_queries
+from ekfac_fast.stages.scan import score
 model = gpt2()
 few = corpus(20)
 factors = fit(model, few, out={out!r} + "/f")

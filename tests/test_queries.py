@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ekfac_fast.curvature.low_rank import captured_energy, rotate_back, truncate
 from ekfac_fast.ops.testing.sampling import orthogonal
-from ekfac_fast.queries import captured_energy, rotate_back, truncate
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

@@ -8,9 +8,10 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from ekfac_fast import report
-from ekfac_fast.analysis import QueryResult, RankedSequence, RunFacts, Stage
+from ekfac_fast import extras, report
+from ekfac_fast.errors import MissingExtra
 from ekfac_fast.report import charts, text
+from ekfac_fast.report.contents import QueryResult, RankedSequence, RunFacts, StageTime
 
 pytest.importorskip("jinja2")
 
@@ -78,7 +79,7 @@ def facts() -> RunFacts:
         factor_tokens=107_520,
         train_size=1000,
         scanned=857,
-        stages=(Stage("fit", 95.2, 60.0), Stage("<scan>", 0.42)),
+        stages=(StageTime("fit", 95.2, 60.0), StageTime("<scan>", 0.42)),
         settings=(("dtype", "fp32 & <bf16>"),),
         notes=("The model is small: </p> its scores are noisy.",),
     )
@@ -312,6 +313,6 @@ def test_disagreement_and_missing_jinja_are_refused(monkeypatch):
     none = RunFacts("m", LAYERS, (), "none", None, 1, 1, 0, 0)
     with pytest.raises(ValueError, match="train_size is 0"):
         report.render(none, ())
-    monkeypatch.setattr(report, "find_spec", lambda _: None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'ekfac-fast\[report\]'"):
+    monkeypatch.setattr(extras, "find_spec", lambda _: None)
+    with pytest.raises(MissingExtra, match=r"pip install 'ekfac-fast\[report\]'"):
         report.render(facts(), ())

@@ -13,7 +13,8 @@ What differs from kronfluence, and by how much: `docs/kronfluence.md`. Importing
 not import kronfluence; enabling it does.
 """
 
+from .options import Options
 from .report import Report, Row, report
-from .switch import Options, disable, enable, enabled
+from .switch import disable, enable, enabled
 
 __all__ = ["Options", "Report", "Row", "disable", "enable", "enabled", "report"]

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from . import enable, report
-from .switch import TRUNCATIONS
+from .options import TRUNCATIONS
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

@@ -24,18 +24,20 @@ from kronfluence.utils.constants import (
 )
 from torch import nn
 
+from ..curvature.basis import Basis
+from ..curvature.offload import Travelling, placed
+from ..errors import NotFiniteError
 from ..ops.shapes import FLOATS
-from . import switch
-from .aggregate import FastGradientTracker
-from .capture import TokenTracker
-from .covariance import FastCovarianceTracker
-from .eigenvalues import FastLambdaTracker
-from .pairwise import FastPairwiseScoreTracker
-from .precondition import FastPreconditionTracker
-from .preconditioner import Preconditioner, build, fits
+from . import options as switched
 from .report import FAST, STOCK, Row, record
-from .self_scores import FastSelfScoreTracker, FastSelfScoreWithMeasurementTracker
-from .travel import Travelling
+from .storage import build
+from .trackers.base import TokenTracker
+from .trackers.covariance import FastCovarianceTracker
+from .trackers.eigenvalues import FastLambdaTracker
+from .trackers.gradient_sum import FastGradientTracker
+from .trackers.pairwise import FastPairwiseScoreTracker
+from .trackers.queries import FastPreconditionTracker
+from .trackers.self_scores import FastSelfScoreTracker, FastSelfScoreWithMeasurementTracker
 
 TRACKERS: dict[ModuleMode, type[TokenTracker]] = {
     ModuleMode.COVARIANCE: FastCovarianceTracker,
@@ -65,8 +67,8 @@ CONFIGS = {"identity": Identity, "diagonal": Diagonal, "kfac": Kfac, "ekfac": Ek
 class Backed(TrackedModule):
     """A tracked module that chooses its path when a stage begins."""
 
-    options: switch.Options | None = None
-    preconditioner: Preconditioner | Travelling | None = None
+    options: switched.Options | None = None
+    basis: Basis | Travelling[Basis] | None = None
     # The stage is self-influence with a measurement; the stored gradient sum is of training data.
     scores_measurement: bool = False
     aggregate_is_train: bool = False
@@ -74,8 +76,8 @@ class Backed(TrackedModule):
     def update_factor_args(self, factor_args: FactorArguments) -> None:
         """The first thing every stage calls: the switch is read here, once a stage."""
         super().update_factor_args(factor_args)
-        self.options = switch.current()
-        self.preconditioner = None
+        self.options = switched.current()
+        self.basis = None
 
     def obstacle(self, mode: ModuleMode) -> str | None:
         """Why this module keeps kronfluence's own path in `mode`; None where ours serves."""
@@ -87,7 +89,7 @@ class Backed(TrackedModule):
             self._seat(mode)
         super().set_mode(mode, release_memory)
         if mode == ModuleMode.DEFAULT and release_memory:
-            self.preconditioner = None
+            self.basis = None
 
     def get_factor(self, factor_name: str) -> Any:
         """A factor as kronfluence collects it."""
@@ -151,34 +153,28 @@ class FastLinear(Backed, TrackedLinear):
     def prepare_storage(self, device: torch.device) -> None:
         """Prepare the factors for scoring; on our path they go to the device once, if they fit."""
         if self.options is None or self.obstacle(ModuleMode.PRECONDITION_GRADIENT) is not None:
-            self.preconditioner = None
+            self.basis = None
             super().prepare_storage(device)
             return
         args, bias = self.score_args, self.original_module.bias is not None
         sizes = self.out_features, self.in_features + bias
         dtype = torch.promote_types(args.per_sample_gradient_dtype, args.precondition_dtype)
-        stay = fits(sizes, dtype, device)
         try:
             built = build(
-                self.storage,
-                self.factor_args.strategy,
-                args.damping_factor,
-                sizes,
-                dtype,
-                device if stay else torch.device("cpu"),
+                self.storage, self.factor_args.strategy, args.damping_factor, sizes, dtype
             )
-        except ValueError as error:
-            raise ValueError(f"module {self.name!r}: {error}") from error
-        self.preconditioner = built if stay else Travelling(built)
+        except NotFiniteError as error:
+            raise NotFiniteError(f"module {self.name!r}: {error}") from error
+        self.basis = placed(built, sizes, device)
         for name in CONSUMED:
             self.storage[name] = None
 
-    def basis_on(self, device: torch.device) -> Preconditioner:
-        """The preconditioner, on `device`; prepared now if the loop did not."""
-        if self.preconditioner is None:
+    def basis_on(self, device: torch.device) -> Basis:
+        """The basis, on `device`; prepared now if the loop did not."""
+        if self.basis is None:
             self.prepare_storage(device)
-        assert self.preconditioner is not None
-        return self.preconditioner.at(device)
+        assert self.basis is not None
+        return self.basis.at(device)
 
 
 class OwnConv2d(Backed, TrackedConv2d):

@@ -13,7 +13,7 @@ from kronfluence.module.linear import TrackedLinear
 from kronfluence.module.tracked_module import TrackedModule
 from torch import nn
 
-from . import eigendecomposition, holding, loops, memory, modules
+from . import eigendecomposition, modules, query_batches, wrappers
 
 # Layer type -> (kronfluence's class, ours).
 REGISTRY = {
@@ -32,31 +32,31 @@ def _both(outer: Callable, inner: Callable) -> Callable[[Callable], Callable]:
 
 # (module of kronfluence, name) -> what makes our function out of kronfluence's.
 FUNCTIONS: dict[tuple[str, str], Callable[[Callable], Callable]] = {
-    ("factor.covariance", "update_factor_args"): loops.adopting,
-    ("factor.eigen", "update_factor_args"): loops.adopting,
-    ("score.pairwise", "update_factor_args"): loops.adopting,
-    ("score.self", "update_factor_args"): loops.adopting,
-    ("factor.eigen", "set_factors"): _instead(loops.set_factors),
-    ("score.pairwise", "set_factors"): _instead(loops.set_factors),
-    ("score.self", "set_factors"): _instead(loops.set_factors),
-    ("computer.computer", "release_memory"): memory.while_searching,
-    ("score.dot_product", "release_memory"): memory.while_searching,
-    ("score.self", "release_memory"): memory.while_searching,
-    ("computer.factor_computer", "find_executable_batch_size"): memory.releasing,
-    ("computer.score_computer", "find_executable_batch_size"): memory.releasing,
+    ("factor.covariance", "update_factor_args"): wrappers.adopting,
+    ("factor.eigen", "update_factor_args"): wrappers.adopting,
+    ("score.pairwise", "update_factor_args"): wrappers.adopting,
+    ("score.self", "update_factor_args"): wrappers.adopting,
+    ("factor.eigen", "set_factors"): _instead(wrappers.set_factors),
+    ("score.pairwise", "set_factors"): _instead(wrappers.set_factors),
+    ("score.self", "set_factors"): _instead(wrappers.set_factors),
+    ("computer.computer", "release_memory"): wrappers.while_searching,
+    ("score.dot_product", "release_memory"): wrappers.while_searching,
+    ("score.self", "release_memory"): wrappers.while_searching,
+    ("computer.factor_computer", "find_executable_batch_size"): wrappers.releasing,
+    ("computer.score_computer", "find_executable_batch_size"): wrappers.releasing,
     ("computer.factor_computer", "perform_eigendecomposition"): _instead(
         eigendecomposition.perform_eigendecomposition
     ),
     ("computer.score_computer", "compute_pairwise_scores_with_loaders"): _both(
-        loops.in_score_dtype, holding.holding_queries
+        wrappers.in_score_dtype, query_batches.holding_queries
     ),
     (
         "computer.score_computer",
         "compute_pairwise_query_aggregated_scores_with_loaders",
-    ): loops.in_score_dtype,
-    ("computer.score_computer", "compute_self_scores_with_loaders"): loops.in_score_dtype,
+    ): wrappers.in_score_dtype,
+    ("computer.score_computer", "compute_self_scores_with_loaders"): wrappers.in_score_dtype,
     ("computer.score_computer", "compute_self_measurement_scores_with_loaders"): _both(
-        loops.in_score_dtype, loops.measuring
+        wrappers.in_score_dtype, wrappers.measuring
     ),
 }
 

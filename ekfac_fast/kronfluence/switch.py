@@ -8,57 +8,16 @@ has begun keeps the path it began with.
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
+from . import options
+from .options import Hold, Options
+
 SUPPORTED = "kronfluence >= 1.0.1, < 2"
-TRUNCATIONS = ("kronfluence", "randomised")
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the user may choose; the defaults change speed only.
-
-    truncation: "kronfluence" truncates queries as the script's own arguments say (`svd_lowrank`,
-        or exactly with `use_full_svd=True`); "randomised" replaces both by `queries.truncate`,
-        seeded and oversampled.
-    hold_queries: score as many query batches in one pass over the training data as fit in
-        `memory_share` of the free memory (never fewer than the script asked for).
-    memory_share: between 0 and 1.
-
-    Raises:
-        ValueError: an unknown truncation, or a share outside [0, 1].
-    """
-
-    truncation: str = "kronfluence"
-    hold_queries: bool = True
-    memory_share: float = 0.25
-
-    def __post_init__(self) -> None:
-        if self.truncation not in TRUNCATIONS:
-            raise ValueError(
-                f"truncation is {self.truncation!r}, expected one of {', '.join(TRUNCATIONS)}"
-            )
-        if not 0 <= self.memory_share <= 1:
-            raise ValueError(f"memory_share is {self.memory_share}, expected a number in [0, 1]")
-
-
-class Hold:
-    """One reason for the backend to be on: an `enable()` or an open `with enabled()` block."""
-
-    def __init__(self, options: Options) -> None:
-        self.options = options
 
 
 _lock = threading.RLock()
-_holds: list[Hold] = []
 _enabled: Hold | None = None
-
-
-def current() -> Options | None:
-    """The options in force, those set last; None while the backend is off."""
-    holds = _holds
-    return holds[-1].options if holds else None
 
 
 def enable(
@@ -126,21 +85,17 @@ def check_version() -> None:
 
 
 def _add(hold: Hold) -> None:
-    global _holds
-    if not _holds:
+    if options.current() is None:
         check_version()
         # Imported here: it imports kronfluence, whose version had to be checked first.
         from . import patches
 
         patches.install()
-    # Replaced, never mutated: `current` reads it without the lock.
-    _holds = [*_holds, hold]
+    options.add(hold)
 
 
 def _remove(hold: Hold) -> None:
-    global _holds
-    _holds = [other for other in _holds if other is not hold]
-    if not _holds:
+    if options.remove(hold):
         from . import patches
 
         patches.restore()

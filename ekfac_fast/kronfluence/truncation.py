@@ -8,17 +8,12 @@ carries the singular values and R has orthonormal rows.
 import torch
 from torch import Tensor
 
-from ..queries import rotate_back, truncate
-from .preconditioner import Preconditioner
-from .threads import eigh
-
-POWER_ITERATIONS = 2
-# Below this ratio of singular values, squaring them in fp64 costs more than 1e-11 of the largest.
-RESOLVED = 1e-5
+from ..curvature.basis import Eigenvectors
+from ..curvature.low_rank import POWER_ITERATIONS, rotate_back, truncate, truncate_exactly
 
 
 def low_rank(
-    M: Tensor, rank: int, basis: Preconditioner, exact: bool, randomised: bool
+    M: Tensor, rank: int, basis: Eigenvectors, exact: bool, randomised: bool
 ) -> tuple[Tensor, Tensor]:
     """L [Q,O,K] and R [Q,K,J] in weight space, in the dtype of M (fp32 or fp64).
 
@@ -27,7 +22,7 @@ def low_rank(
         rank: K < min(O, J).
         basis: of M.
         exact: kronfluence's `use_full_svd`.
-        randomised: `queries.truncate` instead of either of kronfluence's ways.
+        randomised: `curvature.low_rank.truncate` instead of either of kronfluence's ways.
     """
     if randomised:
         L, R = truncate(M, rank)
@@ -40,29 +35,7 @@ def low_rank(
     return rotate_back(L, R, basis.Qg.to(M.dtype), basis.Qa.to(M.dtype))
 
 
-def truncate_exactly(M: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best rank-K factors, as from a full SVD, through the Gram matrix of the smaller side.
-
-    Its fp64 eigenvectors give the directions to 1.5e-8 of the largest singular value or better:
-    exact for fp32. In fp64, a query whose K-th singular value is below `RESOLVED` of its first is
-    handed to LAPACK's SVD. One eigh replaces an SVD that costs 3 to 100 times as much.
-    """
-    tall = M.shape[1] > M.shape[2]
-    A = M.mT if tall else M
-    wide = A.double()
-    values, vectors = eigh(wide @ wide.mT)
-    directions = vectors[..., -rank:].flip(-1).to(M.dtype)
-    rows = directions.mT @ A
-    scale = rows.norm(dim=-1, keepdim=True)
-    L, R = (rows.mT, directions.mT) if tall else _scaled(directions, rows, scale)
-    if M.dtype == torch.float64:
-        for q in (values[:, -rank] < RESOLVED**2 * values[:, -1]).nonzero().flatten().tolist():
-            U, S, Vh = torch.linalg.svd(M[q], full_matrices=False)
-            L[q], R[q] = U[:, :rank] * S[:rank], Vh[:rank]
-    return L, R
-
-
-def truncate_as_kronfluence(M: Tensor, rank: int, basis: Preconditioner) -> tuple[Tensor, Tensor]:
+def truncate_as_kronfluence(M: Tensor, rank: int, basis: Eigenvectors) -> tuple[Tensor, Tensor]:
     """`torch.svd_lowrank(P, q=K)` of P = Qg M Qa^T, without P.
 
     The random columns are drawn as there (same shape, dtype and generator) and rotated into the
@@ -83,8 +56,3 @@ def truncate_as_kronfluence(M: Tensor, rank: int, basis: Preconditioner) -> tupl
     if wide_side:
         return Vh.mT * S.unsqueeze(-2), U.mT
     return U * S.unsqueeze(-2), Vh
-
-
-def _scaled(directions: Tensor, rows: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Move the singular values from the rows of R to the columns of L."""
-    return directions * scale.mT, torch.where(scale > 0, rows / scale, 0)

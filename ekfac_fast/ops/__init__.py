@@ -7,7 +7,9 @@ Adding an op is one card, one file per tier and one name in `ALL`.
 """
 
 import importlib
+from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -19,16 +21,24 @@ from . import (
     precondition,
     self_influence,
 )
+from .shapes import Card
 
-ALL = (covariance, eigenvalues, precondition, self_influence, dense_scores, low_rank_scores)
+ALL: tuple[Card, ...] = (
+    covariance,
+    eigenvalues,
+    precondition,
+    self_influence,
+    dense_scores,
+    low_rank_scores,
+)
 
 
-def stem(card) -> str:
+def stem(card: Card) -> str:
     """The op's name in every folder."""
     return card.__name__.rpartition(".")[2]
 
 
-def call(card):
+def call(card: Card) -> Callable[..., Any]:
     """The dispatched op of a card."""
     return getattr(torch.ops.ekfac_fast, stem(card))
 

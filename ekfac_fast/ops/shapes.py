@@ -9,8 +9,10 @@ the first argument that contradicts them. `csrc/check.h` reads the same line the
 """
 
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, bfloat16, float16, float32, float64
@@ -56,6 +58,40 @@ class Cost:
 
     flops: int
     bytes: int
+
+
+class Card(Protocol):
+    """What every module of `ops.ALL` holds: an op in one page."""
+
+    @property
+    def __name__(self) -> str:
+        """The module; its last part is the stem."""
+        ...
+
+    @property
+    def SCHEMA(self) -> str:
+        """Its declaration to PyTorch."""
+        ...
+
+    @property
+    def SHAPES(self) -> str:
+        """Its tensors and their letters."""
+        ...
+
+    @property
+    def reference(self) -> Callable[..., Tensor | None]:
+        """The equation in plain torch."""
+        ...
+
+    @property
+    def samples(self) -> Callable[..., Iterator[Any]]:
+        """Inputs for tests, the edges included."""
+        ...
+
+    @property
+    def cost(self) -> Callable[..., Cost]:
+        """Least work of one call."""
+        ...
 
 
 @cache

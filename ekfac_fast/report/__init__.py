@@ -10,14 +10,15 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
-from .. import analysis
-from ..analysis import QueryResult, RankedSequence, RunFacts
-from . import charts, text
+from ..errors import ArgumentError
+from ..extras import optional
+from ..store.files import replacing
+from . import charts, statistics, text
+from .contents import QueryResult, RankedSequence, RunFacts
 
 # Sequences up to this long are shown whole, longer ones first as their strongest spans.
 SHORT = 160
@@ -27,22 +28,18 @@ SPAN = 56
 def write(path: str | os.PathLike[str], facts: RunFacts, results: Sequence[QueryResult]) -> Path:
     """Write the report and return its path; a file that is there is replaced as a whole.
 
-    Raises ModuleNotFoundError without jinja2, ValueError where `facts` and `results` disagree.
+    Raises MissingExtra without jinja2, ArgumentError where `facts` and `results` disagree.
     """
     path = Path(path)
     page = render(facts, results)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(page, encoding="utf-8", newline="\n")
-    return partial.replace(path)
+    with replacing(path, len(page)) as partial:
+        partial.write_text(page, encoding="utf-8", newline="\n")
+    return path
 
 
 def render(facts: RunFacts, results: Sequence[QueryResult]) -> str:
     """The page; the same input gives the same bytes."""
-    if find_spec("jinja2") is None:
-        raise ModuleNotFoundError("the report needs jinja2: pip install 'ekfac-fast[report]'")
-    import jinja2
-    from markupsafe import Markup
+    jinja2, Markup = optional("jinja2", "report"), optional("markupsafe", "report").Markup
 
     check(facts, results)
     environment = jinja2.Environment(
@@ -64,7 +61,7 @@ def render(facts: RunFacts, results: Sequence[QueryResult]) -> str:
     return environment.get_template("report.html.j2").render(
         facts=facts,
         results=results,
-        analysis=analysis,
+        statistics=statistics,
         charts=charts,
         excerpts=excerpts,
         heat=heat,
@@ -85,22 +82,22 @@ def source(name: str) -> str:
 def check(facts: RunFacts, results: Sequence[QueryResult]) -> None:
     """One layer axis for all, a scale that exists."""
     if facts.train_size < 1:
-        raise ValueError(f"report: train_size is {facts.train_size}, the scale 1/N needs N >= 1")
+        raise ArgumentError(f"report: train_size is {facts.train_size}, the scale 1/N needs N >= 1")
     for query in results:
         for sequence in (*query.ranked, *query.bottom):
             if len(sequence.per_layer) != len(facts.layers):
-                raise ValueError(
+                raise ArgumentError(
                     f"report: query {query.name!r}, sequence {sequence.index}: "
                     f"{len(sequence.per_layer)} layer scores for {len(facts.layers)} layers"
                 )
 
 
-def excerpts(sequence: RankedSequence) -> tuple[analysis.Span, ...]:
+def excerpts(sequence: RankedSequence) -> tuple[statistics.Span, ...]:
     """What is shown first: the whole, or the spans with the most |influence|."""
     T = len(sequence.tokens)
     width = T if T <= SHORT else SPAN
     weights = np.abs(np.nan_to_num(sequence.per_token, posinf=0, neginf=0))
-    return analysis.spans(weights, width=max(width, 1), limit=2)
+    return statistics.spans(weights, width=max(width, 1), limit=2)
 
 
 def heat(
@@ -115,7 +112,7 @@ def heat(
 
 def row_names(layers: tuple[str, ...]) -> list[str]:
     """Labels of the layer axis, top to bottom: names, or numbers where layers are grouped."""
-    groups = min(analysis.GROUPS, len(layers))
+    groups = min(statistics.GROUPS, len(layers))
     if groups == len(layers):
         return text.short_names(layers)
     return [f"{i}{' upper' * (i == groups)}{' lower' * (i == 1)}" for i in range(groups, 0, -1)]
@@ -125,10 +122,10 @@ def tokens_by_layer(sequence: RankedSequence) -> np.ndarray | None:
     """[groups, T], the highest layers first, or None where the scan kept no such detail."""
     if sequence.per_layer_token is None:
         return None
-    return analysis.layer_groups(sequence.per_layer_token)[::-1]
+    return statistics.layer_groups(sequence.per_layer_token)[::-1]
 
 
 def sequences_by_layer(ranked: Sequence[RankedSequence]) -> np.ndarray:
     """[groups, sequences]: shares, highest layers first, columns by centre of mass (Fig. 18)."""
-    depth = np.argsort([analysis.centre_of_mass(s.per_layer) for s in ranked], kind="stable")
-    return np.stack([analysis.layer_shares(ranked[i].per_layer) for i in depth], axis=1)[::-1]
+    depth = np.argsort([statistics.centre_of_mass(s.per_layer) for s in ranked], kind="stable")
+    return np.stack([statistics.layer_shares(ranked[i].per_layer) for i in depth], axis=1)[::-1]

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .. import analysis
-from ..analysis import NoFit, PowerLaw
+from . import statistics
+from .statistics import NoFit, PowerLaw
 from .text import number, tick
 
 WIDTH, HEIGHT = 320, 190
@@ -95,7 +95,7 @@ class Histogram:
 
 def histogram(scores: ArrayLike, bins: int = 44) -> Histogram | None:
     """Scores [N] with zero on the edge of a bin; None where fewer than two differ."""
-    s = analysis.scanned(scores)
+    s = statistics.scanned(scores)
     if len(s) == 0 or s[0] == s[-1]:
         return None
     width = (s[-1] - s[0]) / bins
@@ -148,10 +148,10 @@ class Tail:
 
 def tail(scores: ArrayLike) -> Tail | None:
     """P(X >= x) of the positive scores on log-log axes; None where fewer than two differ."""
-    x, p = analysis.ccdf_points(scores)
+    x, p = statistics.ccdf_points(scores)
     if len(x) < 2 or x[-1] * 1e-4 > x[-2]:
         return None
-    fit = analysis.power_law(scores)
+    fit = statistics.power_law(scores)
     # The lowest scores stretch over many decades and say nothing of the tail.
     seen = x >= x[-1] * 1e-4
     x, p = x[seen], p[seen]
@@ -179,7 +179,7 @@ def tail(scores: ArrayLike) -> Tail | None:
         x=tuple(Tick(float(place_x(v)), tick(v)) for v in log_ticks(*bounds_x)),
         y=tuple(Tick(float(place_y(v)), tick(v)) for v in log_ticks(*bounds_y)),
         fit=fit,
-        top_one_percent=analysis.top_share(scores, 0.01),
+        top_one_percent=statistics.top_share(scores, 0.01),
     )
 
 

@@ -1,8 +1,12 @@
 """Tokens and numbers as a reader sees them. Nothing here is HTML: the templates escape it."""
 
+import json
 import math
 import re
+from collections.abc import Sequence
+from functools import cache
 from itertools import takewhile
+from typing import Any
 
 # What would vanish, break the line order or turn the text around: controls, soft hyphen, bidi and
 # other format characters, surrogates, private use, noncharacters. The joiners U+200C and U+200D
@@ -88,3 +92,43 @@ def short_names(layers: tuple[str, ...]) -> list[str]:
     paths = [name.split(".") for name in layers]
     common = len(list(takewhile(lambda level: len(set(level)) == 1, zip(*paths, strict=False))))
     return [".".join(path[common:] or path[-1:]) for path in reversed(paths)]
+
+
+class TokenTexts:
+    """The text of each token by itself; bytes that are no UTF-8 become surrogates.
+
+    What depends on the tokenizer alone is found once: its JSON is megabytes.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._special = set(tokenizer.all_special_tokens)
+        self._table = _byte_of_character() if _byte_level(tokenizer) else None
+
+    def __call__(self, ids: Sequence[int]) -> tuple[str, ...]:
+        """The texts of token ids."""
+        pieces = self._tokenizer.convert_ids_to_tokens(list(ids))
+        return tuple(p if p in self._special else _text(p, self._table) for p in pieces)
+
+
+@cache
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's stand-ins for bytes, inverted: printable ones are themselves, others are 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def _byte_level(tokenizer: Any) -> bool:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return backend is not None and '"ByteLevel"' in json.dumps(
+        json.loads(backend.to_str()).get("decoder")
+    )
+
+
+def _text(piece: str, table: dict[str, int] | None) -> str:
+    if table is not None and all(c in table for c in piece):
+        return bytes(table[c] for c in piece).decode("utf-8", "surrogateescape")
+    if byte := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):
+        return bytes([int(byte[1], 16)]).decode("utf-8", "surrogateescape")
+    return piece.replace("\u2581", " ")

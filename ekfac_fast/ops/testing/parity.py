@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..shapes import Card
 from .sampling import Sample
 
 C = 2.0
@@ -42,7 +43,7 @@ def run(op: Callable, args: tuple) -> Tensor:
     return copies[0] if out is None else out
 
 
-def measure(card, sample: Sample, op: Callable) -> Error:
+def measure(card: Card, sample: Sample, op: Callable) -> Error:
     """Compare `op` with the card's reference in fp64 and in the sample's own dtype."""
     exact_args = tuple(
         x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in sample.args
@@ -68,7 +69,7 @@ def measure(card, sample: Sample, op: Callable) -> Error:
     )
 
 
-def check(card, sample: Sample, op: Callable) -> Error:
+def check(card: Card, sample: Sample, op: Callable) -> Error:
     """`measure`, refusing a kernel outside the rule.
 
     Raises:

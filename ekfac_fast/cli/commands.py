@@ -1,0 +1,283 @@
+"""The command line: `ekfac-fast` or `python -m ekfac_fast`."""
+
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .. import ops
+from ..data.records import Split
+from ..data.tokens import OnLong, Tokens
+from ..errors import Error, Notice
+from ..extras import optional
+from ..model.layers import select_layers
+from ..stages import plan as planning
+from ..stages.factors import Factors
+from ..stages.queries import Queries
+from ..stages.run import floor_seconds
+from ..validation.one_step import step_check
+from . import demo as demonstration
+from . import inputs, runs
+from .doctor import environment
+from .progress import showing
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+console = Console(highlight=False)
+
+
+Model = Annotated[str, typer.Argument(help="Hugging Face model folder or name")]
+Data = Annotated[Path, typer.Argument(help=".jsonl, .txt or .parquet, or a folder of them")]
+Out = Annotated[Path, typer.Option(help="folder of the results; a run that was killed continues")]
+FactorFolder = Annotated[Path, typer.Argument(help="folder written by fit (or by kronfluence)")]
+Context = Annotated[int | None, typer.Option(help="tokens a sequence, at most; default 512")]
+SplitBy = Annotated[Split, typer.Option(help="a .txt record is a: file, paragraph or line")]
+TooLong = Annotated[OnLong, typer.Option(help="what becomes of a record over the context")]
+Layers = Annotated[list[str] | None, typer.Option(help="layer names or globs; default: MLPs")]
+BatchTokens = Annotated[int | None, typer.Option(help="tokens a batch; default 4096")]
+Damping = Annotated[float | None, typer.Option(help="absolute; default 0.1 x mean eigenvalue")]
+Trust = Annotated[bool, typer.Option(help="run code that comes with the model")]
+Bf16 = Annotated[bool, typer.Option("--bf16", help="run the model in bf16 autocast")]
+
+
+def reported(command: Callable[..., None]) -> Callable[..., None]:
+    """Errors that say what to do are printed, without a traceback, with exit status 1."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show
+            try:
+                command(*args, **kwargs)
+            except Error as error:
+                console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+                raise typer.Exit(1) from error
+
+    return run
+
+
+def _show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    """A notice is a line for the reader; other warnings go where they always go."""
+    if issubclass(category, Notice):
+        console.print(f"note: {message}", style="yellow", markup=False, soft_wrap=True)
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, *where[:2]))
+
+
+@app.callback()
+def main() -> None:
+    """EK-FAC influence functions for language models, fast."""
+
+
+@app.command()
+def doctor() -> None:
+    """Print versions, instruction sets, CUDA, threads, and which tier runs each op."""
+    facts = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in environment().items():
+        facts.add_row(name, value)
+    tiers = Table("op", "reference", "cpu", "cuda", box=None, pad_edge=False)
+    for stem, has in ops.coverage().items():
+        tiers.add_row(stem, *("yes" if has[tier] else "-" for tier in ("reference", "cpu", "cuda")))
+    console.print(facts, "", tiers, sep="\n")
+
+
+@app.command()
+@reported
+def fit(
+    model: Model,
+    data: Data,
+    out: Out,
+    layers: Layers = None,
+    context: Context = None,
+    split: SplitBy = "file",
+    on_long: TooLong = "chunk",
+    batch_tokens: BatchTokens = None,
+    max_examples: Annotated[int | None, typer.Option(help="use the first so many")] = None,
+    seed: Annotated[int, typer.Option(help="of the sampled labels")] = 0,
+    bf16: Bf16 = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Fit the EK-FAC factors of a model on a corpus."""
+    source, _, corpus = _loaded(model, data, context, split, on_long, trust_remote_code)
+    runs.fit_job(
+        source, corpus, out, console, layers=layers, batch_tokens=batch_tokens,
+        max_examples=max_examples, seed=seed, autocast=torch.bfloat16 if bf16 else None,
+    )  # fmt: skip
+
+
+@app.command()
+@reported
+def score(
+    model: Model,
+    factors: FactorFolder,
+    queries: Annotated[Path, typer.Argument(help="JSON lines with prompt and completion")],
+    data: Data,
+    out: Out,
+    rank: Annotated[int, typer.Option(help="of a query's gradients; 0: full rank")] = 32,
+    damping: Damping = None,
+    top_k: Annotated[int | None, typer.Option(help="keep so many a query, no matrix")] = None,
+    candidates: Annotated[str | None, typer.Option(help="tfidf:COUNT scans only those")] = None,
+    train_size: Annotated[
+        int | None, typer.Option(help="N that displayed scores divide by")
+    ] = None,
+    context: Context = None,
+    split: SplitBy = "file",
+    on_long: TooLong = "chunk",
+    batch_tokens: BatchTokens = None,
+    bf16: Bf16 = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Rank the sequences of a corpus by their influence on completions."""
+    source, cutting, corpus = _loaded(model, data, context, split, on_long, trust_remote_code)
+    runs.score_job(
+        source, Factors(factors), queries, corpus, cutting, out, console, rank=rank or None,
+        damping=damping, top_k=top_k, candidates=candidates, train_size=train_size,
+        batch_tokens=batch_tokens, autocast=torch.bfloat16 if bf16 else None,
+    )  # fmt: skip
+    runs.print_top(console, out, corpus, source.tokenizer)
+
+
+@app.command(name="self")
+@reported
+def self_influence(
+    model: Model,
+    factors: FactorFolder,
+    data: Data,
+    out: Out,
+    damping: Damping = None,
+    context: Context = None,
+    split: SplitBy = "file",
+    on_long: TooLong = "chunk",
+    batch_tokens: BatchTokens = None,
+    bf16: Bf16 = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Rank the sequences of a corpus by their influence on themselves."""
+    source, _, corpus = _loaded(model, data, context, split, on_long, trust_remote_code)
+    scores = runs.self_job(
+        source, Factors(factors), corpus, out, console, damping=damping,
+        batch_tokens=batch_tokens, autocast=torch.bfloat16 if bf16 else None,
+    )  # fmt: skip
+    for index, value in scores.top(0, 10):
+        console.print(f"{value / scores.train_size:.4f}  {corpus.source(index)}", markup=False)
+
+
+@app.command()
+@reported
+def report(
+    scores: Annotated[Path, typer.Argument(help="folder written by score")],
+    data: Data,
+    out: Annotated[Path, typer.Option(help="HTML file")] = Path("report.html"),
+    top: Annotated[int, typer.Option(help="sequences a query")] = 10,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Write one self-contained HTML file about a scan."""
+    run = runs.load_run(scores)
+    tokenizer = inputs.load_tokenizer(run["model"], trust_remote_code)
+    corpus = inputs.read_data(data, tokenizer, inputs.Cutting(**run["cutting"]), console)
+    console.print(f"{runs.report_job(scores, corpus, tokenizer, out, top)}", markup=False)
+
+
+@app.command()
+@reported
+def plan(
+    model: Model,
+    sequences: Annotated[int, typer.Option(help="in the corpus")],
+    tokens: Annotated[int, typer.Option(help="a sequence")] = 512,
+    fit_sequences: Annotated[int | None, typer.Option(help="to fit on; default: all")] = None,
+    queries: Annotated[int, typer.Option(help="scored in one pass")] = 8,
+    rank: Annotated[int, typer.Option(help="0: full rank")] = 32,
+    layers: Layers = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Print what a run would cost, from shapes alone: no weights are loaded."""
+    transformers = optional("transformers", "hf")
+    config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        shape = transformers.AutoModelForCausalLM.from_config(
+            config, trust_remote_code=trust_remote_code
+        )
+    parameters = sum(p.numel() for p in shape.parameters())
+    costs = planning.plan(
+        select_layers(shape, layers), parameters=parameters, sequences=sequences, tokens=tokens,
+        fit_sequences=fit_sequences or sequences, queries=queries, rank=rank or None,
+    )  # fmt: skip
+    chosen = Table("layer", "I", "O", "bias", "scored by", box=None, pad_edge=False)
+    for x, how in zip(costs.layers, costs.scored_by, strict=True):
+        chosen.add_row(x.name, str(x.I), str(x.O), "yes" if x.bias else "-", how)
+    console.print(chosen)
+    console.print(f"\n{parameters / 1e6:.1f}M parameters, {4 * parameters / 2**30:.2f} GiB in fp32")
+    console.print(f"factors on disk  {costs.factor_bytes / 2**30:.2f} GiB")
+    console.print(f"sums in memory   {costs.fitting_bytes / 2**30:.2f} GiB")
+    console.print(f"queries          {costs.query_bytes / 2**30:.2f} GiB")
+    console.print(f"batch_tokens     {costs.batch_tokens} fit beside them in free memory\n")
+    work = Table("stage", "TFLOP", "time", box=None, pad_edge=False)
+    for stage in costs.stages:
+        work.add_row(stage.name, f"{stage.flops / 1e12:.3g}", _duration(stage.seconds))
+    console.print(work)
+    console.print(f"at {costs.gemm_rate / 1e9:.0f} GFLOP/s, measured now (fp32 product of 1024^2)")
+
+
+@app.command()
+@reported
+def demo(
+    folder: Annotated[Path, typer.Option(help="everything is made here")] = Path("demo"),
+    steps: Annotated[int, typer.Option(help="of training")] = demonstration.STEPS,
+    topics: Annotated[int | None, typer.Option(help="use so many of them; default: all")] = None,
+) -> None:
+    """Train a small GPT-2 on Python's reference, and ask it where its answers come from."""
+    start = time.perf_counter()
+    with showing(console) as progress:
+        demonstration.prepare(
+            folder, steps, topics, lambda done, total, _: progress("training", done, total)
+        )
+    source = inputs.load(str(folder / "model"), False, "cpu")
+    cutting = inputs.Cutting(demonstration.CONTEXT)
+    corpus = inputs.read_data(folder / "corpus", source.tokenizer, cutting, console)
+    factors = runs.fit_job(source, corpus, folder / "factors", console)
+    out = folder / "scores"
+    scores = runs.score_job(
+        source, factors, folder / "queries.jsonl", corpus, cutting, out, console, rank=32,
+        damping=None,
+    )  # fmt: skip
+    runs.print_top(console, out, corpus, source.tokenizer)
+    floor = floor_seconds(source.model, corpus, select_layers(source.model, scores.layers))
+    changes = step_check(source.model, Queries.load(out), scores, corpus)
+    notes = demonstration.weaknesses(scores, corpus, changes)
+    path = runs.report_job(out, corpus, source.tokenizer, folder / "report.html", 10, floor, notes)
+    console.print()
+    for note in notes:
+        console.print(note, markup=False)
+    console.print(
+        f"scan: {scores.seconds:.1f} s for {len(corpus)} sequences and {len(changes)} queries, "
+        f"{scores.seconds / floor:.2f} x a forward and gradient-to-activations backward alone "
+        f"({floor:.1f} s)"
+    )
+    console.print(f"{path}, after {_duration(time.perf_counter() - start)}", markup=False)
+
+
+def _loaded(
+    model: str,
+    data: Path,
+    context: int | None,
+    split: Split,
+    on_long: OnLong,
+    trust_remote_code: bool,
+) -> tuple[inputs.Source, inputs.Cutting, Tokens]:
+    """A model, and a corpus cut for it as the command line asks."""
+    source = inputs.load(model, trust_remote_code)
+    cutting = inputs.Cutting(source.context(context), split, on_long)
+    return source, cutting, inputs.read_data(data, source.tokenizer, cutting, console)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

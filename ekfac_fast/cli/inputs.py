@@ -1,0 +1,73 @@
+"""What a command is given: a model and its tokenizer, text cut into sequences."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from ..data.batches import positions
+from ..data.records import Split, read
+from ..data.tokens import OnLong, Tokens, tokenize
+from ..errors import ArgumentError
+from ..extras import optional
+
+CONTEXT = 512
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """How text becomes sequences: of at most `context` tokens, from records that `split` makes of
+    a text file; longer ones are cut in chunks, truncated or refused.
+    """
+
+    context: int
+    split: Split = "file"
+    on_long: OnLong = "chunk"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model folder or name, and its tokenizer."""
+
+    path: str
+    model: nn.Module
+    tokenizer: Any
+
+    def context(self, wanted: int | None) -> int:
+        """Tokens a sequence: as wanted (512), but no more than the model has positions for."""
+        if wanted is not None and wanted < 2:
+            raise ArgumentError(f"context is {wanted}, expected at least 2 tokens")
+        limit = positions(self.model)
+        return min(wanted or CONTEXT, limit) if limit else wanted or CONTEXT
+
+
+def load(path: str, trust_remote_code: bool, device: str | None = None) -> Source:
+    """A Hugging Face causal language model in evaluation mode, on a GPU if there is one."""
+    transformers = optional("transformers", "hf")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path, trust_remote_code=trust_remote_code
+    )
+    return Source(path, model.to(device).eval(), load_tokenizer(path, trust_remote_code))
+
+
+def load_tokenizer(path: str, trust_remote_code: bool) -> Any:
+    """The tokenizer beside a model."""
+    transformers = optional("transformers", "hf")
+    return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+
+
+def read_data(path: Path, tokenizer: Any, cutting: Cutting, console: Console) -> Tokens:
+    """A corpus as examples; says what was cut off or left out."""
+    records = read(path, split=cutting.split)
+    data = tokenize(records, tokenizer, cutting.context, on_long=cutting.on_long, on_empty="skip")
+    notes = [f"{len(data)} sequences of at most {cutting.context} tokens"]
+    if data.truncated:
+        notes.append(f"{data.truncated} records lost {data.dropped} tokens")
+    if data.skipped:
+        notes.append(f"{data.skipped} empty records skipped")
+    console.print(f"{path}: {'; '.join(notes)}")
+    return data

@@ -1,0 +1,163 @@
+"""What the commands do: files in, files out, progress shown; public API put together."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from .. import report
+from ..data.tokens import Tokens, read_queries
+from ..errors import StoreError
+from ..report.collect import check_together, collect, run_facts
+from ..report.contents import StageTime
+from ..stages.factors import Factors
+from ..stages.fit import fit
+from ..stages.queries import Queries, prepare_queries
+from ..stages.run import Stage
+from ..stages.scan import score, self_scores
+from ..stages.scores import Scores
+from ..store.files import load_json, save_json
+from ..store.folder import Store
+from .inputs import Cutting, Source
+from .progress import showing
+
+RUN, QUERIES = "run.json", "queries"
+DAMPING_RULE = "0.1 x the mean eigenvalue of each layer"
+# The stages as a report names them.
+SPOKEN = {
+    Stage.COVARIANCE: "covariances",
+    Stage.EIGENDECOMPOSITION: "eigendecompositions",
+    Stage.EIGENVALUE: "corrected eigenvalues",
+    Stage.QUERIES: "prepare the queries",
+    Stage.SCAN: "scan the corpus",
+    Stage.DETAIL: "details of the top sequences",
+}
+
+
+def fit_job(source: Source, data: Tokens, out: Path, console: Console, **settings: Any) -> Factors:
+    """`fit` with progress; `out/run.json` says which model."""
+    with showing(console) as progress:
+        factors = fit(source.model, data, out=out, progress=progress, **settings)
+    if not (out / RUN).exists():
+        save_json(out / RUN, {"model": source.path})
+    console.print(
+        f"factors of {len(factors)} layers from {factors.sequences} sequences, "
+        f"{factors.tokens} tokens, in {out}",
+        markup=False,
+    )
+    return factors
+
+
+def score_job(
+    source: Source,
+    factors: Factors,
+    queries: Path,
+    data: Tokens,
+    cutting: Cutting,
+    out: Path,
+    console: Console,
+    *,
+    rank: int | None,
+    damping: float | None,
+    batch_tokens: int | None = None,
+    autocast: torch.dtype | None = None,
+    **settings: Any,
+) -> Scores:
+    """Queries prepared, the corpus scanned, everything that `report_job` needs kept in `out`."""
+    asked = read_queries(queries, source.tokenizer, cutting.context)
+    with showing(console) as progress:
+        passes = {"batch_tokens": batch_tokens, "autocast": autocast, "progress": progress}
+        prepared = prepare_queries(
+            source.model, factors, asked, rank=rank, damping=damping, out=out / QUERIES, **passes
+        )
+        scores = score(source.model, prepared, data, out=out, per_token=True, **passes, **settings)
+    prepared.save(out)
+    seconds = factors.seconds | Store.load(out / QUERIES).state["seconds"] | scores.stages
+    run = {
+        "model": source.path,
+        "factors": str(factors.folder),
+        "cutting": asdict(cutting),
+        "names": [_name(asked.records[i], i) for i in range(len(asked))],
+        "damping_rule": DAMPING_RULE if damping is None else "the same in every layer, as given",
+        "seconds": {stage: seconds[stage] for stage in Stage if stage in seconds},
+    }
+    save_json(out / RUN, run)
+    return scores
+
+
+def self_job(
+    source: Source, factors: Factors, data: Tokens, out: Path, console: Console, **settings: Any
+) -> Scores:
+    """`self_scores` with progress."""
+    with showing(console) as progress:
+        return self_scores(source.model, factors, data, out=out, progress=progress, **settings)
+
+
+def load_run(folder: Path) -> dict[str, Any]:
+    """What `score_job` noted in a folder.
+
+    Raises:
+        StoreError: something is missing from it.
+    """
+    run = load_json(folder / RUN)
+    wanted = {"model": str, "factors": str, "cutting": dict, "names": list, "damping_rule": str}
+    for name, kind in wanted.items():
+        if not isinstance(run, dict) or not isinstance(run.get(name), kind):
+            raise StoreError(f"{folder / RUN}: {name!r} is missing or malformed; score again")
+    return run
+
+
+def report_job(
+    folder: Path,
+    data: Tokens,
+    tokenizer: Any,
+    out: Path,
+    k: int,
+    floor: float | None = None,
+    notes: Sequence[str] = (),
+) -> Path:
+    """The HTML report of a folder that `score_job` wrote."""
+    run, scores, queries = load_run(folder), Scores(folder), Queries.load(folder)
+    factors = Factors(run["factors"])
+    check_together(scores, factors, queries, data)
+    results = collect(scores, queries, data, tokenizer, run["names"], k)
+    times = [
+        StageTime(SPOKEN[stage], run["seconds"][stage], floor if stage is Stage.SCAN else None)
+        for stage in Stage
+        if stage in run.get("seconds", ())
+    ]
+    # Older versions kept names and seconds.
+    times += [StageTime(name, seconds) for name, seconds in run.get("stages", ())]
+    settings = [*((name, str(value)) for name, value in run["cutting"].items())]
+    settings.append(("factors", run["factors"]))
+    about = run_facts(
+        scores, factors, queries, run["model"], run["damping_rule"], times, settings, notes
+    )
+    return report.write(out, about, results)
+
+
+def print_top(
+    console: Console, folder: Path, data: Tokens, tokenizer: Any, k: int = 3, width: int = 70
+) -> None:
+    """The first k sequences of every query, in the terminal."""
+    run, scores, queries = load_run(folder), Scores(folder), Queries.load(folder)
+    for q, name in enumerate(run["names"]):
+        ids, labels = queries.examples[q]
+        prompt = tokenizer.decode(ids[labels < 0])
+        completion = tokenizer.decode(ids[labels >= 0])
+        console.print(f"\n{name}: {prompt}", end="", style="bold", markup=False)
+        console.print(completion, style="bold green", markup=False)
+        console.print(f"  log p = {-float(queries.measurements[q]):.2f}", style="dim")
+        for place, (index, value) in enumerate(scores.top(q, k), 1):
+            text = " ".join(tokenizer.decode(data[index]["input_ids"]).split())
+            console.print(
+                f"  {place}. {value / scores.train_size:+.4f}  {Path(data.source(index)).name}"
+            )
+            console.print(f"     {text[:width]}...", style="dim", markup=False)
+
+
+def _name(record: Any, index: int) -> str:
+    return str(record.get("name") or f"query {index + 1}")

@@ -1,0 +1,128 @@
+"""A layer's eigenbasis on its device: eigenvalues, preconditioning, self-influence, rotation back.
+
+G' = Qg^T G Qa        G in the eigenbasis         lam += G'^2         (Eq. 20)
+P  = G' / (lam + damping)                          preconditioned      (Eq. 21)
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Self, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..ops.gradients import rotate_activations
+from ..ops.shapes import wide
+
+# A tenth of the mean eigenvalue: the damping of the paper and of kronfluence. Its least value is
+# kronfluence's, so that a layer whose gradient is always zero takes part as zero.
+HEURISTIC_DAMPING, LEAST_DAMPING = 0.1, 1e-8
+# Share of a GPU's memory that bases leave to the model, activations, queries and scores.
+RESERVED_SHARE = 0.5
+
+
+def heuristic_damping(lam: Tensor) -> float:
+    """A tenth of the mean eigenvalue, at least `LEAST_DAMPING`."""
+    return max(HEURISTIC_DAMPING * lam.double().mean().item(), LEAST_DAMPING)
+
+
+def with_ones(a: Tensor, bias: bool) -> Tensor:
+    """[B,T,I] as [B,T,J] for a basis that does not rotate: the ones column has to exist."""
+    return pad(a, (0, 1), value=1.0) if bias else a
+
+
+@dataclass(frozen=True)
+class Eigenvectors:
+    """`Qg` [O,O] and `Qa` [J,J], eigenvectors in columns; None where a side is not rotated."""
+
+    Qg: Tensor | None
+    Qa: Tensor | None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """`change` of its tensors."""
+        changed = {name: change(x) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **changed)
+
+    def at(self, device: torch.device) -> Self:
+        """Itself, on `device`."""
+        here = (x.device == device for x in vars(self).values() if isinstance(x, Tensor))
+        return self if all(here) else self.each(lambda x: x.to(device))
+
+    def add_eigenvalues(self, lam_sum: Tensor, g: Tensor, a: Tensor, bias: bool) -> None:
+        """lam_sum [O,J] += sum_b (Qg^T G_b Qa)^2."""
+        Qg, Qa, a, bias = self._for(g, a, bias)
+        torch.ops.ekfac_fast.eigenvalues(lam_sum, g, a, Qg, Qa, bias)
+
+    def rotate_back(self, P: Tensor) -> Tensor:
+        """P [B,O,J] from the eigenbasis to weight space: Qg P Qa^T."""
+        if self.Qg is None or self.Qa is None:
+            return P
+        return self.Qg.to(P.dtype) @ P @ self.Qa.to(P.dtype).mT
+
+    def _for(
+        self, g: Tensor, a: Tensor, bias: bool
+    ) -> tuple[Tensor | None, Tensor | None, Tensor, bool]:
+        """(Qg, Qa, a, bias) for an op, in the dtype of g."""
+        Qg, Qa = (x if x is None else x.to(g.dtype) for x in (self.Qg, self.Qa))
+        return (Qg, Qa, with_ones(a, bias), False) if Qa is None else (Qg, Qa, a, bias)
+
+
+@dataclass(frozen=True)
+class Basis(Eigenvectors):
+    """Eigenvectors with `lam` [O,J], fp32 or fp64, and the damping that is added to it."""
+
+    lam: Tensor
+    damping: float = 0.0
+
+    def precondition(self, g: Tensor, a: Tensor, bias: bool) -> Tensor:
+        """P [B,O,J] of every sequence, in the eigenbasis."""
+        Qg, Qa, a, bias = self._for(g, a, bias)
+        lam = self.lam.to(wide(g.dtype))
+        return torch.ops.ekfac_fast.precondition(g, a, Qg, Qa, lam, self.damping, bias)
+
+    def add_self_influence(self, s: Tensor, g: Tensor, a: Tensor, bias: bool) -> None:
+        """s [B] += sum (Qg^T G_b Qa)^2 / (lam + damping)."""
+        Qg, Qa, a, bias = self._for(g, a, bias)
+        lam = self.lam.to(wide(g.dtype))
+        torch.ops.ekfac_fast.self_influence(s, g, a, Qg, Qa, lam, self.damping, bias)
+
+    def precondition_gradient(self, G: Tensor) -> Tensor:
+        """P of gradients that exist already (sums over a data set): G [B,O,J] -> [B,O,J]."""
+        if self.Qg is not None and self.Qa is not None:
+            G = self.Qg.mT @ G.to(self.Qg.dtype) @ self.Qa
+        return G.to(self.lam.dtype) / (self.lam + self.damping)
+
+    def rotation(self, dtype: torch.dtype) -> "Basis":
+        """The basis with every eigenvalue 1, for operands of `dtype`."""
+        lam = torch.ones((), dtype=wide(dtype), device=self.lam.device).expand(self.lam.shape)
+        Qg, Qa = (x if x is None else x.to(dtype) for x in (self.Qg, self.Qa))
+        return Basis(Qg, Qa, lam)
+
+
+E = TypeVar("E", bound=Eigenvectors)
+
+
+class SharedRotation:
+    """Rotated activations of layers that read the same tensor, computed once a batch."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, tuple[Tensor, int]] = {}
+
+    def __call__(
+        self, basis: E, g: Tensor, a: Tensor, bias: bool, owner: str, readers: int
+    ) -> tuple[E, Tensor, bool]:
+        """(basis, a, bias) for `Basis`: rotated already where others share `a` and tokens are the
+        cheap side. Alone, a layer's rotation is left to the op, which chooses the cheapest order.
+
+        Args:
+            owner: the same for all layers that share `a`; `readers` counts them.
+        """
+        if readers == 1 or basis.Qa is None or a.shape[1] >= g.shape[-1]:
+            return basis, a, bias
+        rotated, left = self._held.pop(owner, (None, readers))
+        if rotated is None:
+            rotated = rotate_activations(a, basis.Qa.to(a.dtype), bias)
+        if left > 1:
+            self._held[owner] = (rotated, left - 1)
+        return replace(basis, Qa=None), rotated, False

@@ -1,0 +1,397 @@
+"""Any indexable data set -> checked examples -> batches on the model's device.
+
+An example of a language model is a mapping with `input_ids` [T] int, optional `attention_mask` [T]
+(0: padding), optional `labels` [T] (Hugging Face: unshifted, -100 ignored, absent = input_ids) and
+optional `id`. Further tensors, arrays or lists (`position_ids`, `token_type_ids`) go to the model
+as they are. A data set is anything with `__len__` and `__getitem__` that gives such mappings; any
+other example is batched by torch's default collate.
+"""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Integral
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import default_collate
+
+from ..errors import ArgumentError, DataError
+from ..store.fingerprint import Digest
+
+IGNORED = -100
+BATCH_TOKENS = 4096
+BATCH_SIZE = 16
+OnLongExample = Literal["truncate", "refuse"]
+
+
+class Indexable(Protocol):
+    """A list, a torch data set, a Hugging Face data set."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One sequence without padding: input_ids [T], labels [T], int64; `dropped` tokens were cut.
+
+    `id` is part of the key that samples its labels: the record's "id" where that is an integer, so
+    that labels stay the same in another order or a larger data set; else its index. `fields` are
+    further values [T] for the model.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    id: int
+    dropped: int = 0
+    fields: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def targets(self) -> int:
+        """How many positions have a loss: the first has none, nothing predicts it."""
+        return int((self.labels[1:] != IGNORED).sum())
+
+
+def example(
+    dataset: Indexable,
+    index: int,
+    vocab_size: int | None = None,
+    context: int | None = None,
+) -> Example:
+    """Example `index`, checked and without its padding; DataError names it.
+
+    Longer than `context` tokens: its end is cut off, and counted in `dropped`.
+    """
+    record, where = dataset[index], named(dataset, index)
+    if not isinstance(record, Mapping) or "input_ids" not in record:
+        raise DataError(f"{where}: is a {type(record).__name__}, not a mapping with 'input_ids'")
+    ids = _integers(record["input_ids"], f"{where}: input_ids")
+    beside = {
+        name: _beside(ids, value, f"{where}: {name}")
+        for name, value in record.items()
+        if name not in ("input_ids", "id") and _is_sequence(value)
+    }
+    labels, mask = beside.pop("labels", None), beside.pop("attention_mask", None)
+    if labels is None:
+        # Where positions start again, another document begins: nothing before predicts it.
+        starts = beside.get("position_ids", np.ones(1)) == 0
+        labels = np.where(starts, IGNORED, ids)
+    real = np.arange(len(ids)) if mask is None else np.flatnonzero(mask)
+    if len(real) == 0:
+        raise DataError(f"{where}: has no tokens")
+    start, stop = int(real[0]), int(real[-1]) + 1
+    if mask is not None and stop - start > len(real):
+        hole = int(np.flatnonzero(mask[start:stop] == 0)[0]) + start
+        raise DataError(f"{where}: attention_mask is 0 at position {hole}, between real tokens")
+    dropped = max(0, stop - start - context) if context else 0
+    stop -= dropped
+    _within(ids[start:stop], vocab_size, start, f"{where}: token id")
+    _within(
+        np.where(labels == IGNORED, 0, labels)[start:stop], vocab_size, start, f"{where}: label"
+    )
+    own = record.get("id")
+    if isinstance(own, Integral) and not -(2**63) <= int(own) < 2**63:
+        raise DataError(f"{where}: id {own} does not fit 64 bits; leave it out, or number anew")
+    return Example(
+        torch.tensor(ids[start:stop]),
+        torch.tensor(labels[start:stop]),
+        int(own) if isinstance(own, Integral) and not isinstance(own, bool) else index,
+        dropped,
+        {name: torch.tensor(values[start:stop]) for name, values in beside.items()},
+    )
+
+
+def named(dataset: Indexable, index: int) -> str:
+    """An example in a message: by file and line where its data set knows them."""
+    source = getattr(dataset, "source", None)
+    return f"example {index}" + (f" ({source(index)})" if callable(source) else "")
+
+
+def _is_sequence(value: Any) -> bool:
+    """Whether a field is one number a token; text and single values are about the example."""
+    if isinstance(value, Tensor | np.ndarray):
+        return value.ndim > 0
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _integers(values: Any, what: str) -> np.ndarray:
+    """values as int64 [T]."""
+    try:
+        values = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values)
+    except ValueError as error:  # rows of different lengths
+        raise DataError(f"{what} must be integers [T] ({error})") from error
+    if values.ndim != 1 or (values.dtype.kind not in "iub" and len(values)):
+        raise DataError(f"{what} must be integers [T], not {values.dtype} {list(values.shape)}")
+    return values.astype(np.int64)
+
+
+def _beside(ids: np.ndarray, values: Any, what: str) -> np.ndarray:
+    """Values, one for each token."""
+    values = _integers(values, what)
+    if len(values) != len(ids):
+        raise DataError(f"{what} has {len(values)} positions, input_ids has {len(ids)}")
+    return values
+
+
+def _within(ids: np.ndarray, vocab_size: int | None, start: int, what: str) -> None:
+    """Raise DataError at the first id that is negative or not in the vocabulary."""
+    outside = np.flatnonzero((ids < 0) | (ids >= vocab_size if vocab_size else False))
+    if len(outside):
+        at = int(outside[0])
+        raise DataError(
+            f"{what} {ids[at]} at position {at + start} is outside the vocabulary"
+            + (f" of {vocab_size}. Is this the model's own tokenizer?" if vocab_size else "")
+        )
+
+
+def divided(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Indices of the batches: (longest length) x (size) <= batch_tokens, or one example alone.
+
+    From the longest to the shortest, ties in order: little padding, and what does not fit in
+    memory shows in the first batch. Every index once; a pure function.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    batches, start = [], 0
+    while start < len(order):
+        size = max(1, batch_tokens // max(1, lengths[order[start]]))
+        batches.append(order[start : start + size])
+        start += size
+    return batches
+
+
+def collate(
+    examples: Sequence[Example], pad_id: int = 0, side: Literal["right", "left"] = "right"
+) -> dict[str, Tensor]:
+    """input_ids, attention_mask, labels and further fields, [B,T] int64, padded on `side`.
+
+    Padding has label -100; further fields are 0 there.
+    """
+
+    def pad(rows: list[Tensor], value: int) -> Tensor:
+        return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
+
+    names = {name for x in examples for name in x.fields}
+    for name in sorted(names):
+        if lacking := [x.id for x in examples if name not in x.fields]:
+            raise DataError(f"some examples have {name!r}, example {lacking[0]} has none")
+    return {
+        "input_ids": pad([x.input_ids for x in examples], pad_id),
+        "attention_mask": pad([torch.ones_like(x.input_ids) for x in examples], 0),
+        "labels": pad([x.labels for x in examples], IGNORED),
+        **{name: pad([x.fields[name] for x in examples], 0) for name in sorted(names)},
+    }
+
+
+class Batches:
+    """`dataset` seen by `model`: which examples form a batch, and the batch itself.
+
+    Language-model examples are batched by `batch_tokens`, padded on the right and given `index`
+    [B], the examples' ids. Of one longer than the model has positions, the end is cut off
+    (`truncated` of them; `without_targets` have nothing left to predict), or it is refused.
+    Mappings for a model with an encoder and a decoder are batched by `batch_size`, every field
+    padded to its own longest. Anything else is batched by `batch_size` through torch's default
+    collate. All of the data is read once here: what is wrong with it shows before any pass, and
+    `fingerprint` covers every value.
+
+    Raises:
+        DataError: the data set is empty or not indexable, an example is malformed or too long.
+        ArgumentError: a budget is not positive.
+    """
+
+    def __init__(
+        self,
+        dataset: Indexable,
+        model: nn.Module,
+        *,
+        batch_tokens: int | None = None,
+        batch_size: int | None = None,
+        max_examples: int | None = None,
+        on_long: OnLongExample = "truncate",
+    ):
+        self.dataset, self.size = dataset, _size(dataset, max_examples)
+        self.device = next(model.parameters()).device
+        self.batch_tokens = _positive("batch_tokens", batch_tokens, BATCH_TOKENS)
+        self.batch_size = _positive("batch_size", batch_size, BATCH_SIZE)
+        if on_long not in ("truncate", "refuse"):
+            raise ArgumentError(f"on_long is {on_long!r}, expected 'truncate' or 'refuse'")
+        whole = getattr(model, "module", model)  # DataParallel and its kind
+        self.context, self.vocabulary = positions(whole), vocabulary(whole)
+        self._takes = inspect.signature(whole.forward).parameters
+        first = dataset[0]
+        mapping = isinstance(first, Mapping) and "input_ids" in first
+        config = getattr(whole, "config", None)
+        self.two_sided = mapping and bool(getattr(config, "is_encoder_decoder", False))
+        self.language = mapping and not self.two_sided
+        if self.language and (labels := first.get("labels")) is not None:
+            # Another shape of labels (classes of a whole sequence): a task of the user's own.
+            self.language = np.ndim(labels) == 1 and len(labels) == len(first["input_ids"])
+        self.truncated = self.without_targets = 0
+        self.lengths: list[int] = []
+        self._digest = Digest()
+        if self.language:
+            self._survey(on_long)
+        else:
+            self.lengths = [1] * self.size
+            for index in range(self.size):
+                self._digest.add(_plain(dataset[index]))
+
+    def _survey(self, on_long: OnLongExample) -> None:
+        """Read and check every example."""
+        for index in range(self.size):
+            one = self.example(index)
+            if one.dropped and on_long == "refuse":
+                raise DataError(
+                    f"{named(self.dataset, index)}: {len(one) + one.dropped} tokens, the model has "
+                    f"{self.context} positions: split it, or let its end be cut off"
+                )
+            if refused := [name for name in one.fields if not self._accepts(name)]:
+                raise DataError(
+                    f"{named(self.dataset, index)}: the model takes no {refused[0]!r}; leave it "
+                    "out of the examples"
+                )
+            self.truncated += one.dropped > 0
+            self.without_targets += one.targets == 0
+            self.lengths.append(len(one))
+            self._digest.add(_content(one))
+
+    def _accepts(self, name: str) -> bool:
+        kinds = {p.kind for p in self._takes.values()}
+        return name in self._takes or inspect.Parameter.VAR_KEYWORD in kinds
+
+    def divided(self) -> list[list[int]]:
+        """Indices of every batch; a pure function of lengths and budget."""
+        if self.language:
+            return divided(self.lengths, self.batch_tokens)
+        every = list(range(self.size))
+        return [every[i : i + self.batch_size] for i in range(0, self.size, self.batch_size)]
+
+    def tokens(self, indices: Sequence[int]) -> int:
+        """Real tokens (or examples, where there are none) of a batch."""
+        return sum(self.lengths[i] for i in indices)
+
+    def load(self, indices: Sequence[int]) -> Any:
+        """The batch of these examples, on the model's device."""
+        if self.language:
+            examples = [self.example(i) for i in indices]
+            ids = torch.tensor([x.id for x in examples])
+            return _moved(collate(examples) | {"index": ids}, self.device)
+        records = [self.dataset[i] for i in indices]
+        return _moved(_padded(records) if self.two_sided else default_collate(records), self.device)
+
+    def example(self, index: int) -> Example:
+        """Example `index` of a language-model data set, checked against the model."""
+        return example(self.dataset, index, self.vocabulary, self.context)
+
+    def fingerprint(self) -> str:
+        """Identifies the data: every value of every example."""
+        return self._digest.hex()
+
+
+def data_fingerprint(dataset: Indexable) -> str:
+    """`Batches.fingerprint` of a language model's examples none of which was cut."""
+    digest = Digest()
+    for index in range(len(dataset)):
+        digest.add(_content(example(dataset, index)))
+    return digest.hex()
+
+
+def _content(one: Example) -> tuple[Any, ...]:
+    return one.input_ids, one.labels, one.id, one.fields
+
+
+def positions(model: nn.Module) -> int | None:
+    """Tokens that a Hugging Face model has positions for; None where it does not say."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return None
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    limit = getattr(config, "max_position_embeddings", None)
+    table = next(
+        (m for n, m in model.named_modules() if n.endswith("embeddings.position_embeddings")), None
+    )
+    # RoBERTa and its kin count positions from the padding index.
+    offset = getattr(table, "padding_idx", None)
+    return limit if limit is None or offset is None else limit - offset - 1
+
+
+def vocabulary(model: nn.Module) -> int | None:
+    """How many token ids a model has embeddings for; None where it does not say."""
+    table = None
+    if hasattr(model, "get_input_embeddings"):
+        try:
+            table = model.get_input_embeddings()
+        except NotImplementedError:
+            table = None
+    return getattr(table, "num_embeddings", None)
+
+
+def _size(dataset: Indexable, most: int | None) -> int:
+    """How many examples are taken."""
+    kind = type(dataset).__name__
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise DataError(
+            f"the data set is a {kind}, which cannot be indexed: give a list or a data set with "
+            "__len__ and __getitem__ (of a DataLoader its .dataset, of a stream list(stream))"
+        )
+    try:
+        length = len(dataset)
+    except TypeError as error:
+        raise DataError(f"the data set is a {kind} without a length ({error})") from error
+    if most is not None and most < 1:
+        raise ArgumentError(f"max_examples is {most}, expected at least 1")
+    if length == 0:
+        raise DataError("the data set is empty")
+    return length if most is None else min(length, most)
+
+
+def _positive(name: str, value: int | None, default: int) -> int:
+    if value is None:
+        return default
+    if value < 1:
+        raise ArgumentError(f"{name} is {value}, expected at least 1")
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """An example as `Digest` takes it; what it cannot take, by its representation."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(x) for x in value]
+    if isinstance(value, Tensor | np.ndarray | str | bytes | int | float | bool | None):
+        return (
+            value
+            if not isinstance(value, np.ndarray) or value.dtype.kind in "biufc"
+            else repr(value)
+        )
+    return repr(value)
+
+
+def _padded(records: list[Any]) -> dict[str, Tensor]:
+    """Every field of sequences padded to its longest: labels by -100, the others by 0."""
+    batch = {}
+    for name in records[0]:
+        rows = [torch.as_tensor(record[name]) for record in records]
+        if rows[0].ndim:
+            batch[name] = pad_sequence(rows, True, IGNORED if name == "labels" else 0)
+        else:
+            batch[name] = torch.stack(rows)
+    return batch
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    """Every tensor of a nested batch on `device`."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: _moved(value, device) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return type(batch)(_moved(value, device) for value in batch)
+    return batch

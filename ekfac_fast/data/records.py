@@ -1,0 +1,291 @@
+"""Files of text as records: {"text", "source"}, or {"prompt", "completion", "source"}.
+
+Records are read where they stand, one at a time, so that a file larger than memory works: of a
+text file the byte offsets are kept, of a parquet file the row counts. Compressed files are unpacked
+beside, into a nameless file.
+"""
+
+import gzip
+import json
+import os
+import shutil
+import tempfile
+import warnings
+import weakref
+import zlib
+from array import array
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import numpy as np
+from torch.utils.data import ConcatDataset, Dataset
+
+from ..errors import DataError, Notice
+from ..extras import optional
+
+Split = Literal["file", "paragraph", "line"]
+SUFFIXES = (".jsonl", ".json", ".txt", ".parquet")
+COMPRESSED = (".gz", ".zst")
+BOM = b"\xef\xbb\xbf"
+
+
+def checked(value: Any, source: str, field: str | None = "text") -> dict[str, str]:
+    """A record from a mapping with `field`, or `prompt` and `completion`; its `name` if it has one.
+
+    Raises DataError.
+    """
+    if not isinstance(value, Mapping):
+        raise DataError(f"{source}: holds a {type(value).__name__}, not an object with fields")
+    names = _fields(list(value), source, field)
+    for name in names:
+        if not isinstance(value[name], str):
+            raise DataError(f"{source}: {name!r} is a {type(value[name]).__name__}, not a string")
+        try:
+            value[name].encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{source}: {name!r} holds half of a character at position {error.start} (a lone "
+                "surrogate, as of an emoji that was cut in two)"
+            ) from error
+    kept = {"name": str(value["name"])} if value.get("name") is not None else {}
+    if names == [field]:
+        return {"text": value[field], "source": source, **kept}
+    return {**{name: value[name] for name in names}, "source": source, **kept}
+
+
+def _fields(present: list[str], source: str, field: str | None) -> list[str]:
+    """The fields to read: [field] where it is there, else prompt and completion."""
+    if field in present:
+        return [field]
+    pair = ["prompt", "completion"]
+    if not set(pair) <= set(present):
+        wanted = "needs 'prompt' and 'completion'"
+        wanted += f", or {field!r}" if field else ""
+        raise DataError(f"{source}: {wanted}; it has {', '.join(map(repr, present)) or 'nothing'}")
+    return pair
+
+
+class Lines(Dataset):
+    """Spans of a text file: lines, paragraphs (between blank lines) or the whole; no blank ones."""
+
+    def __init__(self, path: Path, split: Split, field: str | None, json_lines: bool) -> None:
+        self.path, self.split, self.field, self.json_lines = path, split, field, json_lines
+        self.starts, self.stops, self.lines = array("q"), array("q"), array("q")
+        self._unpacked: int | None = None
+        if path.suffix.lower() in COMPRESSED:
+            with _unpacked(path) as file:
+                self._unpacked = os.dup(file.fileno())
+            weakref.finalize(self, os.close, self._unpacked)
+        with self._opened() as file:
+            end = len(BOM) if file.read(len(BOM)) == BOM else 0
+            if split == "file":
+                self._add(end, file.seek(0, os.SEEK_END), 1)
+                return
+            file.seek(end)
+            inside = False
+            for number, line in enumerate(file, 1):
+                start, end = end, end + len(line)
+                if not line.strip():
+                    inside = False
+                elif inside and split == "paragraph":
+                    self.stops[-1] = end
+                else:
+                    self._add(start, end, number)
+                    inside = True
+
+    def _opened(self) -> IO[bytes]:
+        if self._unpacked is None:
+            return self.path.open("rb")
+        return open(f"/proc/self/fd/{self._unpacked}", "rb")
+
+    def _add(self, start: int, stop: int, line: int) -> None:
+        self.starts.append(start)
+        self.stops.append(stop)
+        self.lines.append(line)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> dict[str, str]:
+        line = self.lines[index]
+        source = str(self.path) if self.split == "file" else f"{self.path}, line {line}"
+        with self._opened() as file:
+            file.seek(self.starts[index])
+            data = file.read(self.stops[index] - self.starts[index])
+        try:
+            text = data.decode()
+        except UnicodeDecodeError as error:
+            line += data.count(b"\n", 0, error.start)
+            raise DataError(f"{self.path}, line {line}: not UTF-8 ({error.reason})") from error
+        if not self.json_lines:
+            return {"text": text.replace("\r\n", "\n").rstrip("\n"), "source": source}
+        return checked(_parsed(text, source), source, self.field)
+
+
+class Objects(Dataset):
+    """The objects of a JSON array; all of it is in memory."""
+
+    def __init__(self, path: Path, field: str | None) -> None:
+        self.path, self.field = path, field
+        try:
+            text = _read(path).decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: not UTF-8 ({error.reason})") from error
+        self.values = _parsed(text, str(path))
+        if not isinstance(self.values, list):
+            self.values = [self.values]
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, index: int) -> dict[str, str]:
+        return checked(self.values[index], f"{self.path}, item {index + 1}", self.field)
+
+
+def _parsed(text: str, source: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, " if "\n" in text.strip() else ""
+        raise DataError(
+            f"{source}: malformed JSON ({error.msg}, {where}column {error.colno})"
+        ) from error
+    except (RecursionError, ValueError) as error:  # too deep, a number of too many digits
+        raise DataError(f"{source}: JSON that cannot be read ({error})") from error
+
+
+def _unpacked(path: Path) -> IO[bytes]:
+    """A nameless file of a compressed file's content."""
+    target = tempfile.TemporaryFile()  # noqa: SIM115
+    try:
+        if path.suffix.lower() == ".gz":
+            with gzip.open(path) as source:
+                shutil.copyfileobj(source, target, 1 << 20)
+        else:
+            with optional("pyarrow", "hf").input_stream(str(path), compression="zstd") as source:
+                shutil.copyfileobj(source, target, 1 << 20)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: not a complete {path.suffix} file ({error})") from error
+    target.flush()
+    return target
+
+
+def _read(path: Path) -> bytes:
+    """All of a file, unpacked."""
+    if path.suffix.lower() not in COMPRESSED:
+        return path.read_bytes()
+    with _unpacked(path) as file:
+        file.seek(0)
+        return file.read()
+
+
+class Rows(Dataset):
+    """The rows of a parquet file; one row group is held at a time."""
+
+    def __init__(self, path: Path, field: str | None) -> None:
+        self.path = path
+        with self._file() as file:
+            self.fields = _fields(file.schema_arrow.names, str(path), field)
+            groups = range(file.num_row_groups)
+            sizes = [file.metadata.row_group(group).num_rows for group in groups]
+        self.field, self.starts = field, np.cumsum([0, *sizes])
+        self.held: tuple[int, Any] = (-1, None)
+
+    def _file(self) -> Any:
+        parquet = optional("pyarrow.parquet", "hf")
+        try:
+            return parquet.ParquetFile(self.path)
+        except (optional("pyarrow", "hf").ArrowInvalid, OSError) as error:
+            raise DataError(f"{self.path}: not a complete parquet file ({error})") from error
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, index: int) -> dict[str, str]:
+        index = range(len(self))[index]
+        group = int(np.searchsorted(self.starts, index, side="right")) - 1
+        if self.held[0] != group:
+            with self._file() as file:
+                self.held = (group, file.read_row_group(group, columns=self.fields))
+        (row,) = self.held[1].slice(index - int(self.starts[group]), 1).to_pylist()
+        return checked(row, f"{self.path}, row {index + 1}", self.field)
+
+
+def read(
+    path: str | Path, *, split: Split = "file", field: str | None = "text"
+) -> "ConcatDataset[dict[str, str]]":
+    """The records of a file of JSON lines, JSON, text or parquet, or of all in a folder, by name.
+
+    Endings count in any case, `.gz` and `.zst` may follow (not on parquet), folders may be links;
+    files of other kinds in a folder are left out with a `Notice`. `split` says what one record of
+    a .txt file is; `field` is the text's name in the others, where `prompt` and `completion` may
+    stand instead (field=None: must). Raises DataError.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder")
+    supported = ", ".join((*SUFFIXES, *(f".jsonl{ending}" for ending in COMPRESSED)))
+    if path.is_dir():
+        every = sorted(_files(path))
+        files = [file for file in every if _kind(file)]
+        if not files:
+            raise DataError(f"{path}: no file of a kind that can be read ({supported}) in it")
+        if left := [str(file.relative_to(path)) for file in every if not _kind(file)]:
+            more = f" and {len(left) - 5} more" if len(left) > 5 else ""
+            warnings.warn(
+                f"{path}: left out {', '.join(left[:5])}{more}: not of a kind that can be read",
+                Notice,
+                stacklevel=2,
+            )
+    elif _kind(path):
+        files = [path]
+    else:
+        raise DataError(f"{path}: cannot be read; the kinds that can are {supported}")
+    parts = [_records(file, split, field) for file in files]
+    if not any(len(part) for part in parts):
+        raise DataError(f"{path}: holds no record")
+    return ConcatDataset(parts)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Files below a folder, through links, once each, without hidden ones."""
+    seen: set[Path] = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        real = Path(root).resolve()
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(root) / name for name in names if not name.startswith("."))
+
+
+def _kind(path: Path) -> str | None:
+    """The ending that says how a file is read; None where it cannot be."""
+    endings = [suffix.lower() for suffix in path.suffixes[-2:]]
+    packed = bool(endings) and endings[-1] in COMPRESSED
+    kind = endings[-2] if packed and len(endings) == 2 else endings[-1] if endings else ""
+    return kind if kind in SUFFIXES and not (packed and kind == ".parquet") else None
+
+
+def _records(path: Path, split: Split, field: str | None) -> Lines | Objects | Rows:
+    """The records of one file."""
+    kind = _kind(path)
+    if kind == ".parquet":
+        return Rows(path, field)
+    if kind == ".json" and _begins_an_array_or_spans_lines(path):
+        return Objects(path, field)
+    return Lines(path, split if kind == ".txt" else "line", field, kind != ".txt")
+
+
+def _begins_an_array_or_spans_lines(path: Path) -> bool:
+    """Whether a .json file is one value; many call files of JSON lines so, too."""
+    lines = [line for line in _read(path).removeprefix(BOM).splitlines() if line.strip()]
+    if not lines or lines[0].lstrip().startswith(b"["):
+        return True
+    try:
+        json.loads(lines[0])
+    except ValueError:
+        return True
+    return False

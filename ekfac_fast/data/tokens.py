@@ -1,0 +1,207 @@
+"""Records of text -> token examples: chunks, completions after their prompts, queries."""
+
+import tempfile
+from array import array
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..errors import ArgumentError, DataError
+from .batches import IGNORED, Indexable
+from .records import checked, read
+
+OnLong = Literal["chunk", "truncate", "refuse"]
+TOKENIZED_AT_ONCE = 256
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens(Dataset):
+    """Tokenised records: a data set of examples.
+
+    ids   [all tokens] int32, mapped from a nameless file in TMPDIR: a corpus need not fit in memory
+    rows  [N,4] int64: end in ids; tokens at the start that have no label; record; chunk in it
+    `truncated` records lost `dropped` tokens, `skipped` ones had nothing to predict.
+    """
+
+    records: Indexable
+    ids: np.ndarray
+    rows: np.ndarray
+    truncated: int
+    dropped: int
+    skipped: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        index = range(len(self))[index]
+        start = self.rows[index - 1, 0] if index else 0
+        end, masked = self.rows[index, :2]
+        ids = torch.tensor(self.ids[start:end], dtype=torch.int64)
+        labels = ids.clone()
+        labels[:masked] = IGNORED
+        return {"input_ids": ids, "labels": labels}
+
+    def source(self, index: int) -> str:
+        """Where example `index` was read: file, line and, from the second on, the chunk of it."""
+        record, chunk = (int(n) for n in self.rows[index, 2:])
+        source = _source(self.records[record], record)
+        return f"{source}, chunk {chunk + 1}" if chunk else source
+
+
+def tokenize(
+    records: Indexable,
+    tokenizer: Callable[..., Any],
+    context: int,
+    *,
+    on_long: OnLong = "chunk",
+    on_empty: Literal["refuse", "skip"] = "refuse",
+    progress: Callable[[int], None] | None = None,
+) -> Tokens:
+    """Records (`text`, or `prompt` and `completion`) as examples of at most `context` tokens.
+
+    A prompt has labels -100. Prompt and completion are tokenised together, as the model has seen
+    text; a token that reaches over the border belongs to the completion. If the tokenizer begins
+    texts with a BOS token, every example begins with one; no other special token is added. A longer
+    text is cut into chunks, or its end is cut off, or it is refused; one with a prompt is never
+    chunked. Chunks of one token, which nothing predicts, are dropped; a record without anything to
+    predict is refused or skipped.
+    `progress` is called with the number of records done. Raises DataError, naming the source.
+    """
+    bos = _bos(tokenizer)
+    if context < len(bos) + 2:
+        raise ArgumentError(f"tokenize: a context of {context} tokens is too short")
+    rows, end, truncated, dropped, skipped = array("q"), 0, 0, 0, 0
+    with tempfile.TemporaryFile() as file:
+        for index, record, prompt, text in _encoded(records, tokenizer):
+            # A text may bring its BOS token along.
+            start = [] if (prompt + text)[: len(bos)] == bos else bos
+            total = len(start) + len(prompt) + len(text)
+            if total > context and on_long == "refuse":
+                raise DataError(f"{record['source']}: {total} tokens, but the context is {context}")
+            masked = len(start) + len(prompt) if prompt else 0
+            pieces = _cut(start, prompt, text, context, on_long == "chunk" and not prompt)
+            pieces = [piece for piece in pieces if len(piece) > max(masked, 1)]
+            if pieces:
+                kept = sum(len(piece) - len(start) for piece in pieces)
+                dropped += len(prompt) + len(text) - kept
+                truncated += kept < len(prompt) + len(text)
+            elif on_empty == "skip":
+                skipped += 1
+            else:
+                raise DataError(_nothing(record, prompt, text, context))
+            for chunk, piece in enumerate(pieces):
+                data = np.array(piece, dtype=np.int32)
+                file.write(data.data)
+                end += len(data)
+                rows.extend((end, masked, index, chunk))
+            if progress:
+                progress(index + 1)
+        if not rows:
+            raise DataError(f"nothing to predict in {len(records)} records")
+        file.flush()
+        ids = np.memmap(file, dtype=np.int32, mode="r")
+    table = np.frombuffer(rows, dtype=np.int64).reshape(-1, 4)
+    return Tokens(records, ids, table, truncated, dropped, skipped)
+
+
+def _bos(tokenizer: Callable[..., Any]) -> list[int]:
+    """The token that the tokenizer puts before a text, as a list; empty if it puts none."""
+    return [
+        i for i in tokenizer("")["input_ids"][:1] if i == getattr(tokenizer, "bos_token_id", None)
+    ]
+
+
+def _encoded(
+    records: Indexable, tokenizer: Callable[..., Any]
+) -> Iterator[tuple[int, dict[str, str], list[int], list[int]]]:
+    """(index, record, prompt's tokens, text's tokens); many at once, tokenizers run in parallel.
+
+    A prompt and its completion are one text to the tokenizer. A token that holds characters of
+    both counts as the completion's: it is measured.
+    """
+    fast = getattr(tokenizer, "is_fast", False)
+
+    def encode(texts: list[str], offsets: bool = False) -> dict[str, Any]:
+        more = {"return_offsets_mapping": True} if offsets else {}
+        return tokenizer(texts, add_special_tokens=False, verbose=False, **more)
+
+    for first in range(0, len(records), TOKENIZED_AT_ONCE):
+        part = range(first, min(first + TOKENIZED_AT_ONCE, len(records)))
+        values = [records[i] for i in part]
+        batch = [checked(v, _source(v, i)) for v, i in zip(values, part, strict=True)]
+        prompts = [record.get("prompt", "") for record in batch]
+        whole = [record.get("text", p + record.get("completion", "")) for p, record in
+                 zip(prompts, batch, strict=True)]  # fmt: skip
+        asked = any(prompts)
+        found = encode(whole, offsets=asked and fast)
+        if not asked:
+            borders = [0] * len(batch)
+        elif fast:
+            borders = [
+                sum(stop <= len(p) for _, stop in spans)
+                for spans, p in zip(found["offset_mapping"], prompts, strict=True)
+            ]
+        else:
+            alone = encode(prompts)["input_ids"]
+            borders = [_common(p, ids) for p, ids in zip(alone, found["input_ids"], strict=True)]
+        for index, record, ids, border in zip(
+            part, batch, found["input_ids"], borders, strict=True
+        ):
+            prompt = record.get("prompt", "")
+            if prompt and not border and fast:
+                # One token holds all of the prompt: nothing would be left to predict it from.
+                yield index, record, encode([prompt])["input_ids"][0], _continued(record, encode)
+            else:
+                yield index, record, ids[:border], ids[border:]
+
+
+def _continued(record: dict[str, str], encode: Callable[..., Any]) -> list[int]:
+    """A completion's tokens as of a text that goes on: after a line end, which joins nothing."""
+    found = encode(["\n" + record["completion"]], offsets=True)
+    spans = found["offset_mapping"][0]
+    return [i for i, (_, stop) in zip(found["input_ids"][0], spans, strict=True) if stop > 1]
+
+
+def _common(one: list[int], other: list[int]) -> int:
+    """How many tokens two texts begin with alike."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _source(record: Any, index: int) -> str:
+    """Where a record was read."""
+    source = record.get("source") if isinstance(record, Mapping) else None
+    return f"record {index}" if source is None else str(source)
+
+
+def _cut(
+    bos: list[int], prompt: list[int], text: list[int], context: int, chunk: bool
+) -> list[list[int]]:
+    """bos + prompt + text, at most `context` tokens of it, or all in chunks of at most that."""
+    step = context - len(bos) if chunk else max(1, len(text))
+    return [(bos + prompt + text[i : i + step])[:context] for i in range(0, len(text), step)]
+
+
+def _nothing(record: dict[str, str], prompt: list[int], text: list[int], context: int) -> str:
+    name = "completion" if "prompt" in record else "text"
+    before = f" after {len(prompt)} of its prompt, the context is {context}" if prompt else ""
+    return f"{record['source']}: nothing to predict: its {name} has {len(text)} tokens{before}"
+
+
+def read_queries(path: str | Path, tokenizer: Callable[..., Any], context: int) -> Tokens:
+    """The queries of a file (JSON lines, parquet), each with `prompt` and `completion`.
+
+    Labels are -100 on the prompt. One longer than the context, or whose completion has no tokens,
+    is refused: DataError names file and line.
+    """
+    records = read(path, field=None)
+    for i in range(len(records)):  # a .txt has records, but no queries
+        checked(records[i], records[i]["source"], None)
+    return tokenize(records, tokenizer, context, on_long="refuse", on_empty="refuse")

@@ -1,0 +1,83 @@
+"""What one pass through a model has seen: inputs, gradients, who shares an input with whom."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelError
+from .layers import Layer, is_plain
+from .rows import Grid
+
+
+class Calls:
+    """What one pass has seen so far."""
+
+    def __init__(self, consume: Callable[[Any], None], grid: Grid | None) -> None:
+        self.consume, self.grid, self.backward = consume, grid, False
+        self.inputs: dict[str, list[Tensor]] = {}
+        self.gradients: dict[str, dict[int, Tensor]] = {}
+        self.without_grad: set[str] = set()
+        self.consumed: set[str] = set()
+        self._products: dict[str, list[Tensor]] = {}
+        self._versions: dict[str, list[tuple[Tensor, int]]] = {}
+        self._first: dict[tuple[int, int, bool], str] = {}
+        self._shared: dict[str, str] = {}
+
+    def check(self, layer: Layer, module: nn.Module, x: Tensor, output: Tensor) -> None:
+        """Refuse a layer of a class of its own that computes something else than W x + b."""
+        weight = module.weight
+        if layer.name in self.inputs or is_plain(module) or not x.numel():
+            return
+        if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.is_meta:
+            return  # packed or elsewhere: a product all the same, of a weight that is not at hand
+        rows = [t.detach().reshape(-1, t.shape[-1])[:1].float() for t in (x, output)]
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            bias = None if module.bias is None else module.bias.float()
+            error = (nn.functional.linear(rows[0], weight.float(), bias) - rows[1]).abs().max()
+        if not error <= max(1e-3, 8 * torch.finfo(output.dtype).eps) * rows[1].abs().max():
+            raise ModelError(
+                f"layer {layer.name} ({type(module).__name__}) does not compute W x + b of its own "
+                "weight and bias; leave it out of `layers`"
+            )
+
+    def saw(self, layer: Layer, x: Tensor, output: Tensor, copy: bool) -> None:
+        """Note one use of a layer."""
+        name = layer.name
+        self._versions.setdefault(name, []).append((x, x._version))
+        self.inputs.setdefault(name, []).append(x.detach().clone() if copy else x.detach())
+        # One number stands for the whole output until a zero gradient is asked for.
+        self._products.setdefault(name, []).append(output.new_zeros(()).expand(output.shape))
+        # Tensors in `_versions` stay alive until the pass ends, so ids are unique.
+        first = self._first.setdefault((id(x), x._version, layer.bias), name)
+        self._shared[name] = name if copy else first
+
+    def owner(self, name: str) -> tuple[str, int]:
+        """The layer that a layer shares its input with, and how many do; of several uses none."""
+        groups = {
+            n: o for n, o in self._shared.items() if not self._again(n) and not self._again(o)
+        }
+        owner = groups.get(name, name)
+        return owner, max(1, sum(o == owner for o in groups.values()))
+
+    def _again(self, name: str) -> bool:
+        return len(self._products[name]) > 1
+
+    def outputs(self, name: str) -> list[Tensor]:
+        """A zero of the shape of every output, in the order of the uses."""
+        return self._products[name]
+
+    def changed_in_place(self) -> set[str]:
+        """Layers whose input is no longer what they read."""
+        changed = {
+            name
+            for name, seen in self._versions.items()
+            if any(x._version != version for x, version in seen)
+        }
+        self._versions.clear()
+        return changed
+
+    def release(self, name: str) -> None:
+        """Drop what a layer has read."""
+        self.inputs[name] = []

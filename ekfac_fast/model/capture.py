@@ -1,0 +1,361 @@
+"""A model's pass turned into a stream of `LayerBatch(layer, a, g)`.
+
+All parameters are frozen while the pass runs and the autograd graph starts at the first tracked
+layers, so a pass costs a forward and a gradient-to-activations backward: no weight gradient is ever
+computed, and nothing below the first tracked layer is differentiated.
+"""
+
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelError, Notice
+from .calls import Calls
+from .layers import Layer
+from .rows import Grid, Layout, Rows, probed, trusted
+
+Loss = Callable[[], Tensor]
+_locks: "weakref.WeakKeyDictionary[nn.Module, threading.RLock]" = weakref.WeakKeyDictionary()
+_locks_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class LayerBatch:
+    """One layer's inputs and output gradients in one batch.
+
+    `shared` names the first layer that reads the very same input tensor (with a bias like its own):
+    gate and up, or q, k and v, share what depends on `a` alone; `readers` counts them.
+    """
+
+    layer: Layer
+    shared: str
+    readers: int
+    a: Tensor  # [B,T,I]
+    g: Tensor  # [B,T,O], gradient of the summed loss
+    rows: Rows  # what the rows B x T stand for
+
+
+class Capture:
+    """Runs losses of `model` and hands every tracked layer's (a, g) to a consumer, in backward
+    order.
+
+    Inputs are referenced, not copied; a layer whose input is changed in place afterwards is found
+    after the first forward pass, and copied from then on. One pass at a time runs through a model,
+    whatever threads ask for it.
+
+    Args:
+        model: any module.
+        layers: of `select_layers`.
+        swap: two forward passes over the same two examples, in one order and in the other; run
+            once, where a layer's shape leaves open which axis holds the sequences.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        swap: Callable[[], tuple[Callable[[], Any], Callable[[], Any]]] | None = None,
+    ):
+        self.model, self.layers, self._swap = model, {x.name: x for x in layers}, swap
+        self._copied: set[str] = set()
+        self._layouts: dict[str, Layout] = {}
+        self._from_inputs = False
+        self._anchor = torch.zeros((), requires_grad=True)
+
+    def __call__(
+        self, loss: Loss, consume: Callable[[LayerBatch], None], grid: Grid | None = None
+    ) -> Tensor:
+        """Backward through `loss()`; `consume` gets each layer once. Returns the loss, detached.
+
+        A layer that runs but does not reach the loss has a gradient of zero, with a `Notice`.
+
+        Args:
+            grid: sequences and positions of the batch; without it the first axis of every layer
+                holds the sequences.
+
+        Raises:
+            ModelError: a tracked layer did not run, its rows cannot be told apart by sequences, or
+                it does not compute W x + b of its own parameters.
+        """
+        with alone(self.model), _grad():
+            calls, value = self._forward(loss, consume, grid)
+            calls.backward = True
+            with self._hooked(calls):
+                value.backward()
+            for name in self.layers:
+                self._complete(calls, name)
+        return value.detach()
+
+    def _forward(
+        self, loss: Loss, consume: Callable[[LayerBatch], None], grid: Grid | None
+    ) -> tuple["Calls", Tensor]:
+        """A forward pass that a backward pass may follow, run again where it has to be."""
+        while True:
+            calls = Calls(consume, grid)
+            with self._hooked(calls):
+                value = loss()
+            changed = calls.changed_in_place() - self._copied
+            silent = self.layers.keys() - calls.inputs.keys()
+            if silent and silent <= calls.without_grad and not self._from_inputs:
+                # Run without grad by the model itself, to be run again in the backward pass
+                # (reentrant checkpoints), which starts only where an input requires grad.
+                self._from_inputs = True
+            elif changed:
+                self._copied |= changed
+            else:
+                break
+        silent -= calls.without_grad
+        if silent:
+            raise ModelError(
+                f"layer {min(silent)} did not run in the forward pass; leave it out of `layers`"
+            )
+        if not value.requires_grad:
+            raise ModelError(
+                "no tracked layer reaches the loss: "
+                + (
+                    f"layer {min(calls.without_grad)} runs where the model has switched gradients "
+                    "off"
+                    if calls.without_grad
+                    else "is it computed by the model that the layers belong to?"
+                )
+            )
+        self._resolve(calls)
+        return calls, value
+
+    def _resolve(self, calls: "Calls") -> None:
+        """Find out where the sequences are in layers whose shapes do not say."""
+        grid = calls.grid
+        if grid is None or grid.sequences == 1:
+            return
+        unknown: dict[str, Layer] = {}
+        for name, uses in calls.inputs.items():
+            leading = tuple(uses[0].shape[:-1])
+            if name in self._layouts and self._layouts[name].fits(leading, grid.sequences):
+                continue
+            known = trusted(leading, grid)
+            if known is None:
+                unknown[name] = self.layers[name]
+            else:
+                self._layouts[name] = known
+        if not unknown:
+            return
+        if self._swap is None:
+            first, shape = next((n, list(calls.inputs[n][0].shape)) for n in unknown)
+            raise ModelError(
+                f"layer {first}: its input is {shape} for {grid.sequences} sequences of "
+                f"{grid.positions} positions; which rows belong to which sequence cannot be told"
+            )
+        one, other = (self._inputs(list(unknown), run) for run in self._swap())
+        for name in unknown:
+            self._layouts[name] = probed(
+                name, one.get(name), other.get(name), list(calls.inputs[name][0].shape)
+            )
+
+    def _inputs(self, names: list[str], run: Callable[[], Any]) -> dict[str, Tensor]:
+        """Inputs of the first use of layers in a forward pass."""
+        found: dict[str, Tensor] = {}
+
+        def hook_of(name: str) -> Callable:
+            def hook(_: nn.Module, args: tuple, kwargs: dict, __: Any) -> None:
+                found.setdefault(name, _input(args, kwargs).detach().clone())
+
+            return hook
+
+        handles = [
+            self.model.get_submodule(name).register_forward_hook(hook_of(name), with_kwargs=True)
+            for name in names
+        ]
+        try:
+            with torch.no_grad():
+                run()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+    @contextmanager
+    def _hooked(self, calls: "Calls") -> Iterator[None]:
+        def forward_hook(layer: Layer) -> Callable:
+            def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+                return self._ran(calls, layer, module, _input(args, kwargs), output)
+
+            return hook
+
+        def start(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            return tuple(map(self._started, args)), {k: self._started(v) for k, v in kwargs.items()}
+
+        handles = [
+            self.model.get_submodule(name).register_forward_hook(
+                forward_hook(layer), with_kwargs=True
+            )
+            for layer in self.layers.values()
+            for name in (layer.name, *layer.also)
+        ]
+        if self._from_inputs:
+            handles.append(self.model.register_forward_pre_hook(start, with_kwargs=True))
+            handles += [
+                module.register_forward_hook(lambda _, __, output: self._started(output))
+                for module in self.model.modules()
+                if isinstance(module, nn.Embedding)
+            ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _started(self, x: Any) -> Any:
+        """`x`, or where it is a floating point tensor without grad, a copy that requires it."""
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.requires_grad:
+            return x
+        return _Start.apply(x, self._anchor)
+
+    def _ran(self, calls: "Calls", layer: Layer, module: nn.Module, x: Tensor, output: Any) -> Any:
+        """The forward hook of a layer."""
+        name = layer.name
+        if not torch.is_grad_enabled():
+            calls.without_grad.add(name)
+            return output
+        if not isinstance(output, Tensor):
+            raise ModelError(
+                f"layer {name} ({type(module).__name__}) returns a {type(output).__name__}, not "
+                "the product alone: what is made of it inside cannot be tracked; leave it out of "
+                "`layers`"
+            )
+        if calls.backward and name in calls.inputs and name not in calls.without_grad:
+            # A checkpoint computes again what was seen: the same graph, and nothing else.
+            return output if output.requires_grad else _Start.apply(output, self._anchor)
+        calls.check(layer, module, x, output)
+        calls.saw(layer, x, output, copy=name in self._copied)
+        if not output.requires_grad:
+            # A copy, and no leaf: the model may go on to change it in place.
+            output = _Start.apply(output, self._anchor)
+        use = len(calls.inputs[name]) - 1
+        output.register_hook(lambda g: self._arrived(calls, name, use, g))
+        return output
+
+    def _arrived(self, calls: "Calls", name: str, use: int, g: Tensor) -> None:
+        gradients = calls.gradients.setdefault(name, {})
+        gradients[use] = g
+        if len(gradients) == len(calls.inputs[name]):
+            self._complete(calls, name)
+
+    @torch.no_grad()
+    def _complete(self, calls: "Calls", name: str) -> None:
+        """Hand a layer to the consumer, once; gradients that never came are zero."""
+        if name in calls.consumed:
+            if calls.gradients.get(name):
+                raise ModelError(
+                    f"layer {name}: a gradient came after the layer was complete (a checkpoint "
+                    "around some of its uses?); leave it out of `layers`"
+                )
+            return
+        layer, inputs = self.layers[name], calls.inputs.get(name)
+        if inputs is None:
+            raise ModelError(
+                f"layer {name} runs where the model has switched gradients off; leave it out of "
+                "`layers`"
+            )
+        calls.consumed.add(name)
+        gradients = calls.gradients.pop(name, {})
+        if not gradients:
+            warnings.warn(
+                f"layer {name} does not reach the loss: its gradient is zero", Notice, stacklevel=2
+            )
+        # A layer used several times has the sum of its uses' gradients: their tokens, end to end.
+        uses = [
+            (
+                self._by_sequence(calls, x, layer.I, name),
+                self._by_sequence(calls, gradients.get(use, zero), layer.O, name),
+            )
+            for use, (x, zero) in enumerate(zip(inputs, calls.outputs(name), strict=True))
+        ]
+        a = torch.cat([a for a, _ in uses], 1) if len(uses) > 1 else uses[0][0]
+        g = torch.cat([g for _, g in uses], 1) if len(uses) > 1 else uses[0][1]
+        rows = Rows(a.shape[0], uses[0][0].shape[1], len(uses))
+        if a.shape[1] != rows.positions * rows.uses:
+            rows = Rows(a.shape[0], a.shape[1])
+        calls.release(name)
+        shared, readers = calls.owner(name)
+        # Under autocast a layer multiplies its input in the dtype of its output.
+        calls.consume(LayerBatch(layer, shared, readers, a.to(g.dtype), g, rows))
+
+    def _by_sequence(self, calls: "Calls", x: Tensor, features: int, name: str) -> Tensor:
+        """[B,T,F] of a layer's input or gradient."""
+        if x.ndim < 2 or x.shape[-1] != features:
+            raise ModelError(
+                f"layer {name}: a tensor of shape {list(x.shape)}, expected [B,T,{features}]"
+            )
+        grid = calls.grid
+        if grid is None:
+            return x.reshape(x.shape[0], -1, features)
+        if grid.sequences == 1:
+            return x.reshape(1, -1, features)
+        layout = self._layouts.get(name) or trusted(tuple(x.shape[:-1]), grid)
+        if layout is None or not layout.fits(tuple(x.shape[:-1]), grid.sequences):
+            raise ModelError(
+                f"layer {name}: a tensor of shape {list(x.shape)} for {grid.sequences} sequences "
+                f"of {grid.positions} positions; which rows belong to which sequence cannot be told"
+            )
+        return layout.by_sequence(x, grid.sequences)
+
+
+class _Start(torch.autograd.Function):
+    """A copy that requires grad. (A view could not be changed in place by the model.)"""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[None, None]:
+        return None, None
+
+
+def _input(args: tuple, kwargs: dict) -> Tensor:
+    """What a layer reads."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+@contextmanager
+def alone(model: nn.Module) -> Iterator[None]:
+    """One pass at a time through a model, in evaluation mode, its parameters frozen.
+
+    Hooks and modes are the model's own: two threads would get each other's.
+    """
+    with _locks_lock:
+        lock = _locks.setdefault(model, threading.RLock())
+    with lock, _frozen(model):
+        yield
+
+
+@contextmanager
+def _grad() -> Iterator[None]:
+    """Gradients on, whatever the caller has switched off."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter requires grad, and the model is in evaluation mode; both are restored."""
+    required = [p for p in model.parameters() if p.requires_grad]
+    training = [m for m in model.modules() if m.training]
+    for p in required:
+        p.requires_grad_(False)
+    for m in training:
+        m.training = False
+    try:
+        yield
+    finally:
+        for p in required:
+            p.requires_grad_(True)
+        for m in training:
+            m.training = True

@@ -1,0 +1,183 @@
+"""Which layers: the linear layers of a model, and those that a user or a default selects."""
+
+import difflib
+import fnmatch
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..errors import ArgumentError, Notice
+
+# A component of an MLP's name, below a numbered block: GPT-2, GPT-NeoX, Llama, Qwen, Mistral,
+# OLMo, Gemma say `mlp`; OPT has fc1 and fc2 in the block itself.
+MLP = re.compile(r"\.\d+\.(?:.*\.)?(?:mlp|ffn|ff|feed_forward|feedforward)\.|\.\d+\.fc[12]$")
+# What a default leaves out: choices between experts, and what text does not run through.
+ROUTER = re.compile(r"(?:^|\.)(?:gate|router|wg|shared_expert_gate|router\.\w+|gate\.\w+)$")
+TOWER = re.compile(r"(?:^|[._])(?:vision|visual|image|audio|speech)(?:[._]|$)")
+EXPERTS = re.compile(r"(?:^|\.)experts\.")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A tracked linear layer: y = W x (+ b) with W [O,I].
+
+    `also`: further modules with the very same parameters, whose gradients are added to its own.
+    """
+
+    name: str
+    I: int
+    O: int
+    bias: bool
+    also: tuple[str, ...] = ()
+
+    @property
+    def J(self) -> int:
+        """Inputs with the constant 1 of a bias."""
+        return self.I + self.bias
+
+
+def linear_layers(model: nn.Module) -> dict[str, Layer]:
+    """Every layer that can be tracked: `nn.Linear` and Hugging Face's `Conv1D`, by name."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            found[name] = Layer(
+                name, module.in_features, module.out_features, module.bias is not None
+            )
+        elif is_conv1d(module):
+            I, O = module.weight.shape
+            found[name] = Layer(name, I, O, module.bias is not None)
+    return found
+
+
+def select_layers(
+    model: nn.Module, patterns: str | Sequence[str] | None = None, *, shared: bool = False
+) -> list[Layer]:
+    """The layers that `patterns` name, in the model's order.
+
+    Args:
+        model: any module.
+        patterns: None or "mlp" for the MLP matrices of every block (the paper's choice; of a model
+            of which only a part trains, those that train); "all" for every linear layer; else
+            names or globs, e.g. "*.attn.c_attn". A layer of exactly that name comes first.
+        shared: take modules with the very same parameters as one layer.
+
+    Raises:
+        ArgumentError: there are no patterns, one matches no layer (names the nearest ones), the
+            default would leave out most of what it stands for, or parameters are shared.
+    """
+    layers = linear_layers(model)
+    if isinstance(patterns, str):
+        patterns = [patterns]
+    elif patterns is not None and not patterns:
+        raise ArgumentError(
+            "layers: the list is empty; give names or globs, or None for the MLPs of every block"
+        )
+    names: set[str] = set()
+    for pattern in ["mlp"] if patterns is None else patterns:
+        if pattern in layers:
+            matched = {pattern}
+        elif pattern == "all":
+            matched = set(layers)
+        elif pattern == "mlp":
+            matched = _mlps(model, layers)
+        else:
+            matched = set(fnmatch.filter(layers, pattern))
+        if not matched:
+            near = difflib.get_close_matches(pattern, layers, n=3, cutoff=0.3) or list(layers)[:3]
+            raise ArgumentError(
+                f"layers: no linear layer matches {pattern!r}; "
+                + (f"the nearest are {', '.join(near)}" if near else "the model has none at all")
+            )
+        names |= matched
+    chosen = [layer for name, layer in layers.items() if name in names]
+    return _distinct(model, chosen, shared, everything=patterns is not None and "all" in patterns)
+
+
+def _mlps(model: nn.Module, layers: dict[str, Layer]) -> set[str]:
+    """The default: matrices of MLPs that train, without routers, and without towers of images."""
+    found = {name for name in layers if MLP.search(name) and not ROUTER.search(name)}
+    found = {name for name in found if not TOWER.search(name)} or found
+    trained = {n for n in found if any(p.requires_grad for p in _own(model, n))}
+    found = trained or found
+    fused = [(n, p) for n, p in model.named_parameters() if p.ndim == 3 and EXPERTS.search(n)]
+    if fused:
+        raise ArgumentError(
+            f"layers: {sum(p.numel() for _, p in fused):,} parameters of this model's MLPs are "
+            f"experts in one tensor ({fused[0][0]}), which are not linear layers: there is no "
+            "default. Name the layers you want"
+            + (f", e.g. {', '.join(sorted(found)[:3])}" if found else "")
+        )
+    return found
+
+
+def _own(model: nn.Module, name: str) -> list[nn.Parameter]:
+    return list(model.get_submodule(name).parameters(recurse=False))
+
+
+def _distinct(model: nn.Module, chosen: list[Layer], shared: bool, everything: bool) -> list[Layer]:
+    """One layer for every parameter: those that share one are merged, left out, or refused."""
+    users: dict[int, list[str]] = {}
+    for module_name, module in model.named_modules(remove_duplicate=False):
+        for p in module.parameters(recurse=False):
+            users.setdefault(id(p), []).append(module_name)
+    names = {layer.name for layer in chosen}
+    result: dict[str, Layer] = {}
+    for layer in chosen:
+        own = _own(model, layer.name)
+        others = sorted({u for p in own for u in users[id(p)]} - {layer.name})
+        others = [
+            u for u in others if model.get_submodule(u) is not model.get_submodule(layer.name)
+        ]
+        if not others:
+            result[layer.name] = layer
+        elif any(layer.name in kept.also for kept in result.values()):
+            continue
+        elif shared and all({*map(id, own)} == {*map(id, _own(model, u))} for u in others):
+            linear = linear_layers(model)
+            if any(
+                u not in linear or (linear[u].I, linear[u].O) != (layer.I, layer.O) for u in others
+            ):
+                raise ArgumentError(_tied(layer.name, others, "cannot be tracked together with it"))
+            result[layer.name] = Layer(layer.name, layer.I, layer.O, layer.bias, tuple(others))
+        elif everything and not names & {*others}:
+            warnings.warn(
+                f"layer {layer.name} has the parameters of {', '.join(others)} and is left out",
+                Notice,
+                stacklevel=3,
+            )
+        else:
+            raise ArgumentError(
+                _tied(
+                    layer.name, others, "shared_parameters=True adds the gradients of equal layers"
+                )
+            )
+    return list(result.values())
+
+
+def _tied(name: str, others: list[str], what: str) -> str:
+    return (
+        f"layer {name} shares a parameter with {', '.join(others)}: its gradient alone is not that "
+        f"of the parameter ({what}); leave it out of `layers`"
+    )
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a layer computes W x + b by the code of `nn.Linear` or `Conv1D` itself."""
+    if type(module).forward is nn.Linear.forward:
+        return True
+    return is_conv1d(module) and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is Hugging Face's `Conv1D`: a linear layer with a transposed weight."""
+    # No transformers module can exist before transformers is imported.
+    if "transformers" not in sys.modules:
+        return False
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)

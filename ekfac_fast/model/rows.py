@@ -1,0 +1,122 @@
+"""What the rows of a layer stand for: which sequence of the batch, and which position of it.
+
+Most layers see [B,T,F]. Others see tokens as rows, [B*T,F] (OPT), positions first, [T,B,F], or one
+row a sequence, [B,F]. Where a shape leaves it open, the layer is run on two examples in one order
+and in the other: the axis along which its input is swapped holds the sequences.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import ModelError
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A batch: how many sequences, and of how many positions with padding (None: not known)."""
+
+    sequences: int
+    positions: int | None = None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Row t of sequence b in a [B, uses * positions, F] is position t % positions of b.
+
+    A layer that runs several times in a pass has the rows of all its uses, one after the other.
+    """
+
+    sequences: int
+    positions: int
+    uses: int = 1
+
+    def folded(self, s: Tensor) -> Tensor:
+        """[..., uses * positions] -> [..., positions]: what is said of every row, by position."""
+        return s.unflatten(-1, (self.uses, self.positions)).sum(-2) if self.uses > 1 else s
+
+    def real(self, mask: Tensor) -> Tensor | None:
+        """The real rows, flat [B * uses * positions], by a mask [B,T]; None where it has no say.
+
+        Positions beyond those of the mask come before it (virtual tokens) and are real.
+        """
+        before = self.positions - mask.shape[-1]
+        if mask.ndim != 2 or len(mask) != self.sequences or before < 0:
+            return None
+        mask = torch.nn.functional.pad(mask.bool(), (before, 0), value=True)
+        return mask.repeat(1, self.uses).flatten()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The axis of [..., F] that holds the sequences: alone ("whole"), or together with positions,
+    sequence by sequence ("outer") or position by position ("inner").
+    """
+
+    axis: int
+    kind: Literal["whole", "outer", "inner"]
+
+    def fits(self, leading: tuple[int, ...], B: int) -> bool:
+        """Whether a tensor of these leading sizes can hold B sequences so."""
+        if self.axis >= len(leading):
+            return False
+        size = leading[self.axis]
+        return size == B if self.kind == "whole" else size % B == 0
+
+    def by_sequence(self, x: Tensor, B: int) -> Tensor:
+        """[..., F] -> [B, rows, F]."""
+        axis = self.axis
+        if self.kind == "outer":
+            x = x.unflatten(axis, (B, -1))
+        elif self.kind == "inner":
+            x, axis = x.unflatten(axis, (-1, B)), axis + 1
+        return x.movedim(axis, 0).reshape(B, -1, x.shape[-1])
+
+
+def trusted(leading: tuple[int, ...], grid: Grid) -> Layout | None:
+    """The layout that the sizes alone leave no doubt about, or None."""
+    B, T = grid.sequences, grid.positions
+    first = Layout(0, "whole")
+    if not leading or leading[0] != B:
+        return None
+    if T is None:
+        return first if all(size != B for size in leading[1:]) else None
+    if len(leading) == 1:
+        return first if T == 1 else None
+    if leading == (B, T) and B != T:
+        return first
+    return first if all(size % B for size in leading[1:]) else None
+
+
+def probed(name: str, one: Tensor | None, other: Tensor | None, shape: list[int]) -> Layout:
+    """The layout by which the input for (x, y) is that for (y, x), swapped.
+
+    Raises:
+        ModelError: there is none, or more than one that differ.
+    """
+    found: list[tuple[Layout, Tensor]] = []
+    if one is not None and other is not None and one.shape == other.shape:
+        for layout in _candidates(tuple(one.shape[:-1])):
+            there, back = layout.by_sequence(one, 2), layout.by_sequence(other, 2)
+            if torch.allclose(there.flip(0), back, rtol=1e-3, atol=1e-5, equal_nan=True):
+                found.append((layout, there))
+    if not found or any(not torch.equal(there, found[0][1]) for _, there in found[1:]):
+        why = "several ways fit" if found else "no axis of it holds the sequences of a batch"
+        raise ModelError(
+            f"layer {name}: its input is {shape}, and which rows belong to which sequence cannot "
+            f"be told ({why}); leave it out of `layers`"
+        )
+    return found[0][0]
+
+
+def _candidates(leading: tuple[int, ...]) -> Iterator[Layout]:
+    """Every way to find two sequences in a tensor of these sizes."""
+    for axis, size in enumerate(leading):
+        if size == 2:
+            yield Layout(axis, "whole")
+        elif size % 2 == 0 and size:
+            yield Layout(axis, "outer")
+            yield Layout(axis, "inner")

@@ -1,0 +1,209 @@
+"""What a model is asked: the training loss, the measurement of a query, and which layers count.
+
+A task has the four methods of kronfluence's `Task`, called by keyword, so one written for it works
+here unchanged:
+
+    compute_train_loss(batch, model, sample=False)  sum of the training loss over the batch's
+                                                    examples and tokens; sample=True draws labels
+                                                    from the model
+    compute_measurement(batch, model)               sum of the measurement over the batch's queries
+    get_influence_tracked_modules()                 layer names, or None for the default
+    get_attention_mask(batch)                       [B,T] of real positions, or None
+
+Sign: score = + grad(measurement)^T (G + damping)^-1 grad(train loss). `LanguageModelTask` measures
+the completion's negative log-likelihood, so positive means that the sequence raises its
+log-probability.
+"""
+
+import inspect
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..data.batches import IGNORED
+from ..errors import ArgumentError, DataError, ModelError
+
+# Draws this close to a step of the cumulative distribution may fall either way under other
+# rounding.
+EDGE = 1e-6
+# Rows of logits sampled at a time: 64 x 50k in fp64 is 26 MB.
+ROWS = 64
+
+
+class Task(Protocol):
+    """The methods that `fit`, `prepare_queries` and `score` call; see the module."""
+
+    def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
+        """Sum of the loss over the batch; labels drawn from the model if `sample`."""
+        ...
+
+    def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
+        """Sum of the measurement over the batch."""
+        ...
+
+    def get_influence_tracked_modules(self) -> list[str] | None:
+        """Names of the layers whose parameters count."""
+        ...
+
+    def get_attention_mask(self, batch: Any) -> Tensor | dict[str, Tensor] | None:
+        """Real positions."""
+        ...
+
+
+class LanguageModelTask:
+    """Next-token prediction with a Hugging Face causal language model.
+
+    Batches hold `input_ids`, `attention_mask`, `labels` [B,T] (unshifted, -100 ignored), `index`
+    [B], the examples' ids, and whatever else the examples have for the model. The training loss is
+    the cross-entropy summed over positions with a label (Eq. 22); the measurement is the same sum
+    over the completion's tokens, -log p(completion | prompt) (Eq. 24).
+
+    Sampled labels (true Fisher, Eq. 11) depend on `seed`, the batch's `draw` (each pass over the
+    data has its own), example id and unpadded position alone: Philox, keyed by (seed, id) and
+    counted from `draw`, gives one uniform number a position, inverted through the model's
+    cumulative distribution in fp64. Batch size, order and padding change nothing but rounding;
+    `edge_draws` counts the labels that such rounding could flip.
+
+    Raises:
+        ArgumentError: the seed does not fit 64 bits.
+    """
+
+    def __init__(self, seed: int = 0):
+        if not 0 <= seed < 2**64:
+            raise ArgumentError(f"seed is {seed}, expected a number from 0 to 2^64 - 1")
+        self.seed = seed
+        self.edge_draws = 0
+
+    def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
+        """Cross-entropy summed over the batch: scalar, nats."""
+        logits, labels = self._logits(batch, model), _targets(batch)
+        if sample:
+            labels = self._sampled(logits.detach(), labels, batch)
+        return _cross_entropy(logits, labels).sum()
+
+    def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
+        """-log p(completion | prompt), summed over the batch: scalar, nats."""
+        return self.negative_log_likelihoods(batch, model).sum()
+
+    def negative_log_likelihoods(self, batch: Any, model: nn.Module) -> Tensor:
+        """-log p of every example's labelled tokens: [B], nats."""
+        return _cross_entropy(self._logits(batch, model), _targets(batch)).sum(1)
+
+    def get_influence_tracked_modules(self) -> list[str] | None:
+        """The default: MLP matrices."""
+        return None
+
+    def get_attention_mask(self, batch: Any) -> Tensor:
+        """Real positions [B,T]."""
+        return batch["attention_mask"]
+
+    def _logits(self, batch: Any, model: nn.Module) -> Tensor:
+        mask, takes = batch["attention_mask"], inspect.signature(model.forward).parameters
+        inputs = {name: x for name, x in batch.items() if name not in ("labels", "index", "draw")}
+        if "position_ids" in inputs:
+            # Documents packed into one sequence: models tell them apart by positions that start
+            # again, but only where no mask is given. Padding on the right needs none.
+            if not bool(mask[:, 0].all()):
+                raise DataError("position_ids go with padding on the right only")
+            del inputs["attention_mask"]
+        elif "position_ids" in takes and not bool(mask[:, 0].all()):
+            # Left padding: without this GPT-2 counts positions from the padding.
+            inputs["position_ids"] = _positions(mask, model)
+        if "use_cache" in takes:
+            inputs["use_cache"] = False
+        logits = model(**inputs).logits
+        if logits.shape[:2] != mask.shape:
+            if logits.ndim != 3 or logits.shape[1] < mask.shape[1]:
+                raise ModelError(
+                    f"the model's logits are {list(logits.shape)} for tokens {list(mask.shape)}: "
+                    "LanguageModelTask takes causal language models; write a Task for others"
+                )
+            # Virtual tokens before the text (prompt tuning) predict nothing.
+            logits = logits[:, -mask.shape[1] :]
+        return logits
+
+    def check(self, batch: Any, model: nn.Module) -> None:
+        """Refuse a model whose prediction depends on what it predicts.
+
+        Raises:
+            ModelError: another last token changes the logits before it.
+        """
+        mask = batch["attention_mask"]
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise ModelError(
+                "LanguageModelTask takes causal language models; this one has an encoder and a "
+                "decoder: write a Task for it"
+            )
+        last = int(mask[0].nonzero()[-1])
+        if last == 0:
+            return
+        one = {k: x[:1, : last + 1] if x.ndim == 2 else x[:1] for k, x in batch.items()}
+        ids = one["input_ids"].clone()
+        ids[0, -1] = ids[0, 0] if ids[0, 0] != ids[0, -1] else (ids[0, -1] + 1) % 2
+        with torch.no_grad():
+            before, after = (
+                self._logits(one | {"input_ids": x}, model)[0, :last].float()
+                for x in (one["input_ids"], ids)
+            )
+        tolerance = min(1000 * torch.finfo(next(model.parameters()).dtype).eps, 0.02)
+        if (before - after).abs().max() > tolerance * before.abs().max():
+            raise ModelError(
+                "the model sees the token that it predicts: it is bidirectional, not causal. "
+                "LanguageModelTask takes causal language models (BERT and its kin: with "
+                "is_decoder=True); write a Task for others"
+            )
+
+    def _sampled(self, logits: Tensor, labels: Tensor, batch: Any) -> Tensor:
+        draws = torch.zeros(labels.shape, dtype=torch.float64)
+        mask, counter = batch["attention_mask"].cpu(), [0, 0, 0, int(batch.get("draw", 0))]
+        for row, example in enumerate(batch["index"].tolist()):
+            real = mask[row].nonzero().flatten()
+            philox = np.random.Philox(key=[self.seed, example % 2**64], counter=counter)
+            uniform = np.random.Generator(philox).random(len(real))
+            # The label of position t is the token after it, so the last real position has none.
+            draws[row, real[:-1]] = torch.from_numpy(uniform[:-1])
+        wanted = (labels != IGNORED).nonzero(as_tuple=True)
+        draws = draws.to(logits.device)[wanted]
+        sampled = torch.full_like(labels, IGNORED)
+        edges = torch.zeros((), dtype=torch.int64, device=logits.device)
+        some = (x.split(ROWS) for x in (*wanted, draws))
+        for b, t, uniform in zip(*some, strict=True):
+            cdf = logits[b, t].softmax(-1, dtype=torch.float64).cumsum_(-1)
+            # Rounding can leave the last step a little below 1.
+            label = torch.searchsorted(cdf, uniform.unsqueeze(-1), right=True)
+            label = label.clamp(max=cdf.shape[-1] - 1)
+            steps = cdf.gather(1, torch.cat([label, (label - 1).clamp(min=0)], 1))
+            edges += ((steps - uniform.unsqueeze(-1)).abs() < EDGE).any(1).sum()
+            sampled[b, t] = label.flatten()
+        self.edge_draws += int(edges)
+        return sampled
+
+
+def _positions(mask: Tensor, model: nn.Module) -> Tensor:
+    """Positions [B,T] counted from the first real token, from where the model counts."""
+    counted = mask.cumsum(-1)
+    for name, module in model.named_modules():
+        if name.endswith("embeddings.position_embeddings"):
+            padding = getattr(module, "padding_idx", None)
+            if padding is not None:  # RoBERTa and its kin
+                return (counted + padding) * mask + padding * (1 - mask)
+    return (counted - 1).clamp(min=0)
+
+
+def _targets(batch: Any) -> Tensor:
+    """What position t predicts: labels [B,T], -100 at the end and where position t is padding."""
+    labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+    return labels.masked_fill(batch["attention_mask"] == 0, IGNORED)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """-log p of every label, 0 where ignored: [B,T], fp32 or wider."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    # Rows as they lie: a slice of the positions or a transposed view would copy all logits twice.
+    losses = F.cross_entropy(
+        wide.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return losses.view_as(labels)

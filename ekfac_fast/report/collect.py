@@ -1,0 +1,120 @@
+"""A folder of scores, with its model's tokenizer and data, as what a report shows."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..data.batches import IGNORED, data_fingerprint
+from ..data.tokens import Tokens
+from ..errors import StoreError
+from ..stages.factors import Factors
+from ..stages.queries import Queries
+from ..stages.scores import Detail, Scores
+from .contents import QueryResult, RankedSequence, RunFacts, StageTime
+from .text import TokenTexts
+
+LOW_ENERGY = 0.9  # below this share of its energy a rank does not represent a query
+
+
+def check_together(scores: Scores, factors: Factors, queries: Queries, data: Tokens) -> None:
+    """Refuse a report of things that do not belong together.
+
+    Raises:
+        StoreError: the corpus, the queries or the factors are not those of the scan.
+    """
+    if not scores.store.checked:
+        return
+    asked, pairs = queries.facts or {}, []
+    told = scores.store.facts
+    pairs.append(("the corpus", told["data"], data_fingerprint(data)))
+    pairs.append(("the queries", told["queries"], queries.identity))
+    pairs.append(("the factors", asked.get("factors"), factors.identity))
+    for what, then, now in pairs:
+        if then not in (None, now):
+            raise StoreError(
+                f"{what}: not what was scored in {scores.folder} (fingerprint {then}, now {now}). "
+                "Give what was scored, or score again"
+            )
+
+
+def collect(
+    scores: Scores,
+    queries: Queries,
+    data: Tokens,
+    tokenizer: Any,
+    names: Sequence[str],
+    k: int = 10,
+) -> tuple[QueryResult, ...]:
+    """What was found for every query: its top and lowest sequences with their detail."""
+    texts = TokenTexts(tokenizer)
+    return tuple(_query(q, scores, queries, data, texts, name, k) for q, name in enumerate(names))
+
+
+def run_facts(
+    scores: Scores,
+    factors: Factors,
+    queries: Queries,
+    model: str,
+    damping_rule: str,
+    stages: Sequence[StageTime],
+    settings: Sequence[tuple[str, str]] = (),
+    notes: Sequence[str] = (),
+) -> RunFacts:
+    """How the scores came about; notes say what is weak about them."""
+    least = min(float(x.energy.min()) for x in queries.layers)
+    if least < LOW_ENERGY:
+        notes = (
+            *notes,
+            f"Rank {queries.rank} keeps as little as {least:.0%} of a preconditioned gradient's "
+            "energy in some layer: trust no small differences; a higher rank helps.",
+        )
+    return RunFacts(
+        model=model,
+        layers=tuple(scores.layers),
+        damping=queries.damping,
+        damping_rule=damping_rule,
+        rank=queries.rank,
+        factor_sequences=factors.sequences,
+        factor_tokens=factors.tokens,
+        train_size=scores.train_size,
+        scanned=scores.store.facts["examples"],
+        stages=tuple(stages),
+        settings=tuple(settings),
+        notes=tuple(notes),
+    )
+
+
+def _query(
+    q: int, scores: Scores, queries: Queries, data: Tokens, texts: TokenTexts, name: str, k: int
+) -> QueryResult:
+    ids, labels = queries.examples[q]
+    asked = int((labels == IGNORED).sum())
+    tokens = texts(ids.tolist())
+    full = scores.store.facts["top_k"] is None
+    ranked = [_ranked(d, data, texts) for d in scores.details(q)[:k]]
+    lowest = [d for d in scores.details(q, lowest=True) if d.score < 0]
+    return QueryResult(
+        name=name,
+        prompt_tokens=tokens[:asked],
+        completion_tokens=tokens[asked:],
+        log_probability=-float(queries.measurements[q]),
+        ranked=tuple(ranked),
+        bottom=tuple(_ranked(d, data, texts) for d in lowest[:k]),
+        scores=np.asarray(scores.matrix[q]) if full else None,
+    )
+
+
+def _ranked(detail: Detail, data: Tokens, texts: TokenTexts) -> RankedSequence:
+    ids = data[detail.index]["input_ids"][: detail.per_layer_token.shape[1]]
+    return RankedSequence(
+        index=detail.index,
+        score=detail.score,
+        tokens=texts(ids.tolist()),
+        per_token=detail.per_token,
+        per_layer=detail.per_layer,
+        per_layer_token=detail.per_layer_token,
+        source=Path(data.source(detail.index)).name,
+        candidate_rank=detail.candidate_rank,
+    )

@@ -1,0 +1,110 @@
+"""The records that a report is made of.
+
+Scores are raw (not divided by the size of the training set). Letters: N scanned sequences, T
+tokens, L tracked layers in the order of the forward pass.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..errors import ArgumentError
+from .statistics import Array, is_sparse
+
+
+@dataclass(frozen=True, eq=False)
+class RankedSequence:
+    """A training sequence among the strongest of a query.
+
+    index             its place in the data set
+    score             raw influence on the query's log-probability, positive = raises it
+    tokens            T pieces of text; bytes that are no UTF-8 as `surrogateescape` leaves them
+    per_token         [T], sums to the score; position t predicts token t + 1 (paper Eq. 31)
+    per_layer         [L], sums to the score (paper Eq. 30)
+    per_layer_token   [L,T] or None, sums to both
+    source            where it comes from, for the reader: file and line, URL, title
+    candidate_rank    its place among the candidates, from 1; None in a full scan
+    """
+
+    index: int
+    score: float
+    tokens: tuple[str, ...]
+    per_token: Array
+    per_layer: Array
+    per_layer_token: Array | None = None
+    source: str = ""
+    candidate_rank: int | None = None
+
+    def __post_init__(self) -> None:
+        T, L = len(self.tokens), len(self.per_layer)
+        matrix = self.per_layer_token
+        if np.shape(self.per_token) != (T,):
+            raise ArgumentError(
+                f"sequence {self.index}: {T} tokens, but per_token has shape "
+                f"{np.shape(self.per_token)}"
+            )
+        if matrix is not None and np.shape(matrix) != (L, T):
+            raise ArgumentError(
+                f"sequence {self.index}: per_layer_token must be [L,T] = {(L, T)}, "
+                f"got {np.shape(matrix)}"
+            )
+
+    @property
+    def sparse(self) -> bool:
+        """One or two tokens carry it: see `is_sparse`."""
+        return is_sparse(self.per_token)
+
+
+@dataclass(frozen=True, eq=False)
+class QueryResult:
+    """One query and what the scan found for it.
+
+    log_probability   of the whole completion given the prompt, in nats
+    ranked, bottom    the strongest sequences, best first; the most negative, lowest first
+    scores            [N] raw, NaN = never scanned; None where only the strongest were kept
+    """
+
+    name: str
+    prompt_tokens: tuple[str, ...]
+    completion_tokens: tuple[str, ...]
+    log_probability: float
+    ranked: tuple[RankedSequence, ...]
+    bottom: tuple[RankedSequence, ...] = ()
+    scores: Array | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """Wall time of a stage, and of the plain forward + backward over the same batches, seconds."""
+
+    name: str
+    seconds: float
+    floor_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a reader must know to judge the numbers.
+
+    layers          names of the L tracked layers, in the order of the forward pass
+    damping         [L] absolute; `damping_rule` says in words where the values come from
+    rank            of the query gradients; None = full
+    factor_*        what the factors were fitted on
+    train_size      N of the scale 1/N
+    scanned         sequences whose influence was computed
+    settings        further (name, value) rows
+    notes           sentences on what is weak about this run
+    """
+
+    model: str
+    layers: tuple[str, ...]
+    damping: tuple[float, ...]
+    damping_rule: str
+    rank: int | None
+    factor_sequences: int
+    factor_tokens: int
+    train_size: int
+    scanned: int
+    stages: tuple[StageTime, ...] = ()
+    settings: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()

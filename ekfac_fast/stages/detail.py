@@ -1,0 +1,142 @@
+"""Where scores come from: layer x token detail of each query's top and lowest sequences.
+
+One pass over the distinct sequences of all queries, in batches of like length; all queries that
+name a sequence of a batch are scored at once.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..curvature.query_gradients import QueryGradients
+from ..data.batches import divided
+from ..model.capture import LayerBatch
+from ..model.layers import Layer
+from ..store.folder import Pieces, Store
+from .run import Batch, Consumer, Run, Stage, accumulator
+from .scores import DETAIL, Scores
+
+PIECES = "detail"
+
+
+def explain(
+    run: Run,
+    layers: Sequence[Layer],
+    gradients: dict[str, QueryGradients],
+    store: Store,
+    counts: tuple[int, int],
+    ranked: list[np.ndarray] | None,
+) -> None:
+    """Work out the detail of `counts` top and lowest sequences of every query, one shard a query.
+
+    ranked: TF-IDF candidates of each query, best first.
+    """
+    found = Scores(store.folder)
+    Q, shards, pieces = len(next(iter(gradients.values()))), store.pieces(), store.pieces(PIECES)
+    sides = [
+        {
+            "top": found.top(q, counts[0]),
+            "lowest": found.top(q, counts[1], lowest=True) if counts[1] else [],
+        }
+        for q in range(Q)
+    ]
+    wanted: dict[int, list[int]] = {}
+    for q, pairs in enumerate(sides):
+        for index in {index for side in pairs.values() for index, _ in side}:
+            wanted.setdefault(index, []).append(q)
+    indices = sorted(wanted)
+    if run.batches.language:
+        lengths = [run.batches.lengths[i] for i in indices]
+        batches = divided(lengths, run.batches.batch_tokens)
+    else:
+        size = run.batches.batch_size
+        batches = [
+            list(range(i, min(i + size, len(indices)))) for i in range(0, len(indices), size)
+        ]
+    named = [[indices[i] for i in batch] for batch in batches]
+    run.each(
+        Stage.DETAIL,
+        layers,
+        named,
+        Details(run, layers, gradients, wanted, pieces),
+        done=pieces.done,
+    )
+    detail: dict[str, Tensor] = {}
+    for number in pieces.done:
+        detail |= pieces.read(number)
+    for q, pairs in enumerate(sides):
+        places = {} if ranked is None else {int(i): n for n, i in enumerate(ranked[q], 1)}
+        shard: dict[str, Tensor] = {}
+        for side, scored in pairs.items():
+            own = [index for index, _ in scored]
+            columns = (
+                torch.tensor(own, dtype=torch.int64),
+                torch.tensor([score for _, score in scored], dtype=torch.float64),
+                torch.tensor([places.get(index, 0) for index in own], dtype=torch.int64),
+            )
+            shard |= {f"{side}.{name}": x for name, x in zip(DETAIL, columns, strict=True)}
+            shard |= {f"{index}": detail[f"{q} {index}"] for index in own}
+        shards.write(q, shard)
+    pieces.remove()
+
+
+class Details(Consumer):
+    """Per-token scores of a batch in every layer, for the queries that ask: a piece a batch."""
+
+    def __init__(
+        self,
+        run: Run,
+        layers: Sequence[Layer],
+        gradients: dict[str, QueryGradients],
+        wanted: dict[int, list[int]],
+        pieces: Pieces,
+    ) -> None:
+        self.run, self.gradients, self.wanted, self.pieces = run, gradients, wanted, pieces
+        self.order = {layer.name: at for at, layer in enumerate(layers)}
+        self.dtype = accumulator(run.model)
+        self.asking: list[int] = []
+        self.found: dict[int, Tensor] = {}
+
+    def begin(self, batch: Batch) -> None:
+        """The queries that ask for a sequence of this batch."""
+        self.asking = sorted({q for index in batch.indices for q in self.wanted[index]})
+        self.found = {}
+
+    def add(self, seen: LayerBatch, batch: Batch) -> None:
+        """s [Q,B,T] of one layer."""
+        B, T = seen.g.shape[:2]
+        s = torch.zeros(len(self.asking), B, T, dtype=self.dtype, device=seen.g.device)
+        own = self.gradients[seen.layer.name].each(lambda x: x[self.asking])
+        own.add_scores(s, seen.g, seen.a, seen.layer.bias)
+        self.found[self.order[seen.layer.name]] = seen.rows.folded(s).cpu()
+
+    def end(self, batch: Batch) -> None:
+        """Keep [L,T] of every pair that is asked for, without padding."""
+        row = {q: at for at, q in enumerate(self.asking)}
+        layers = [self.found[at] for at in range(len(self.order))]
+        if batch.grid.positions is None and len({x.shape[-1] for x in layers}) > 1:
+            layers = [x.sum(-1, keepdim=True) for x in layers]
+        piece = {}
+        for b, index in enumerate(batch.indices):
+            T = self.run.batches.lengths[index]
+            for q in self.wanted[index]:
+                rows = [by_position(x[row[q], b], T, batch.grid.positions) for x in layers]
+                piece[f"{q} {index}"] = torch.stack(rows)
+        self.pieces.write(batch.number, piece)
+
+
+def by_position(s: Tensor, T: int, positions: int | None) -> Tensor:
+    """A layer's rows of one sequence -> [T] real positions of `positions` with padding.
+
+    What comes before the text (virtual tokens) counts with the first position; what a layer of one
+    row a sequence says, with the last.
+    """
+    if positions is None:
+        return s
+    before = len(s) - positions
+    if before < 0:
+        return torch.nn.functional.pad(s.sum().reshape(1), (T - 1, 0))
+    first = s[: before + 1].sum().reshape(1)
+    return torch.cat([first, s[before + 1 : before + T]])

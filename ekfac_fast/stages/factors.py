@@ -1,0 +1,164 @@
+"""EK-FAC factors on disk: eigenvectors (Eq. 16) and corrected eigenvalues (Eq. 20) of every layer.
+
+Files have kronfluence's names and layout, so factors travel both ways.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..curvature.basis import Basis, heuristic_damping
+from ..errors import ArgumentError, NotFiniteError, StoreError
+from ..model.layers import Layer, select_layers
+from ..ops.shapes import wide
+from ..store.files import load_tensors
+from ..store.fingerprint import fingerprint
+from ..store.folder import MANIFEST, Store
+
+EIGENVECTORS = {
+    "activation": "activation_eigenvectors.safetensors",
+    "gradient": "gradient_eigenvectors.safetensors",
+}
+EIGENVALUES = {
+    "activation": "activation_eigenvalues.safetensors",
+    "gradient": "gradient_eigenvalues.safetensors",
+}
+LAMBDA, LAMBDA_COUNT = "lambda_matrix.safetensors", "num_lambda_processed.safetensors"
+TOKEN_COUNT = "num_activation_covariance_processed.safetensors"
+
+
+@dataclass(frozen=True)
+class LayerFactors:
+    """Qa [J,J], Qg [O,O] with eigenvectors in columns, and lam [O,J], the mean over sequences.
+
+    Raises:
+        StoreError: shapes disagree; names the layer.
+        NotFiniteError: a value is not finite; names the layer.
+    """
+
+    name: str
+    Qa: Tensor
+    Qg: Tensor
+    lam: Tensor
+
+    def __post_init__(self) -> None:
+        (O, J), a, g = self.lam.shape, tuple(self.Qa.shape), tuple(self.Qg.shape)
+        if a != (J, J) or g != (O, O):
+            raise StoreError(
+                f"layer {self.name}: lam is [{O},{J}] but Qa is {list(a)} and Qg is {list(g)}; "
+                "expected lam [O,J], Qa [J,J], Qg [O,O]"
+            )
+        for name in ("Qa", "Qg", "lam"):
+            if not torch.isfinite(getattr(self, name)).all():
+                raise NotFiniteError(
+                    f"layer {self.name}: {name} holds NaN or infinity; fit it again"
+                )
+
+    def damping(self, absolute: float | None = None) -> float:
+        """`absolute`, or a tenth of the mean eigenvalue, at least 1e-8."""
+        return heuristic_damping(self.lam) if absolute is None else absolute
+
+    def basis(self, damping: float, dtype: torch.dtype) -> Basis:
+        """What preconditions gradients of `dtype`."""
+        Qg, Qa = self.Qg.to(dtype), self.Qa.to(dtype)
+        return Basis(Qg, Qa, self.lam.to(wide(dtype)), damping)
+
+
+class Factors(Mapping[str, LayerFactors]):
+    """The factors of every layer, read from a folder written by `fit` (or by kronfluence)."""
+
+    def __init__(self, folder: str | Path):
+        """Open a factor folder; layers are read when first asked for.
+
+        Raises:
+            StoreError: a file is missing or damaged, or the fit is not finished; names it.
+        """
+        self.folder = Path(folder)
+        # kronfluence's folders have no manifest, ours of format 1 no checksums.
+        self._store = Store.load(folder, kind="factors") if self._is_ours() else None
+        if self._store and not self._store.finished:
+            raise StoreError(f"{folder}: the fit is not finished; run it again to continue")
+        self._counts = self._load(LAMBDA_COUNT)
+        if not self._counts:
+            raise StoreError(f"{self.folder / LAMBDA_COUNT} holds no layer; fit again")
+        self.sequences = max(int(x) for x in self._counts.values())
+        self.tokens = max(int(x) for x in self._load(TOKEN_COUNT).values())
+
+    def _is_ours(self) -> bool:
+        return (self.folder / MANIFEST).exists()
+
+    def _load(self, name: str) -> dict[str, Tensor]:
+        # Each may have been replaced by one of kronfluence's, which has no checksum.
+        return load_tensors(self.folder / name)
+
+    @cached_property
+    def _layers(self) -> dict[str, LayerFactors]:
+        files = {name: self._load(name) for name in (*EIGENVECTORS.values(), LAMBDA)}
+        for name, tensors in files.items():
+            if missing := set(self._counts) - set(tensors):
+                raise StoreError(f"{self.folder / name} has no layer {min(missing)}; fit again")
+        Qa, Qg, lam = files.values()
+        for name, count in self._counts.items():
+            if int(count) <= 0:
+                raise StoreError(f"{self.folder / LAMBDA_COUNT}: layer {name} counts {int(count)}")
+        return {
+            n: LayerFactors(n, Qa[n], Qg[n], lam[n] / int(count))
+            for n, count in self._counts.items()
+        }
+
+    def __getitem__(self, name: str) -> LayerFactors:
+        return self._layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._counts)
+
+    def __len__(self) -> int:
+        return len(self._counts)
+
+    @cached_property
+    def facts(self) -> dict[str, Any] | None:
+        """What the factors were fitted from; None where kronfluence or format 1 does not say."""
+        return self._store.facts if self._store and self._store.checked else None
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What every stage of the fit took; empty where that is not known."""
+        return self._store.state["seconds"] if self._store and self._store.checked else {}
+
+    @cached_property
+    def identity(self) -> str:
+        """Names these factors: by what they were fitted from, or, of others, by their values."""
+        if self.facts is not None:
+            return fingerprint(self.facts)
+        return fingerprint({n: (x.Qa, x.Qg, x.lam) for n, x in self._layers.items()})
+
+    def layers(self, model: nn.Module) -> list[Layer]:
+        """The model's layers that these factors belong to.
+
+        Raises:
+            ArgumentError: the model has no such layer, or one of another size; names it.
+        """
+        shared = bool(self.facts and self.facts["shared_parameters"])
+        layers = select_layers(model, list(self._counts), shared=shared)
+        for layer in layers:
+            lam = self[layer.name].lam
+            if tuple(lam.shape) != (layer.O, layer.J):
+                raise ArgumentError(
+                    f"layer {layer.name} is [{layer.O},{layer.J}] in the model but the factors in "
+                    f"{self.folder} are {list(lam.shape)}: they belong to another model"
+                )
+        return layers
+
+    def check_model(self, model: str, asked: str) -> None:
+        """ArgumentError where they were fitted on other weights than `model`, a fingerprint."""
+        if self.facts is not None and self.facts["model"] != model:
+            raise ArgumentError(
+                f"{asked}: the factors in {self.folder} were fitted on a model of fingerprint "
+                f"{self.facts['model']}, this one's is {model}: other weights or another "
+                "configuration. Use the model that they were fitted on, or fit again"
+            )

@@ -1,0 +1,355 @@
+"""Fit EK-FAC factors: covariances (Eq. 16), their eigenvectors, corrected eigenvalues (Eq. 20).
+
+Two passes over the data with labels sampled from the model, each with draws of its own: eigenvalues
+of the very gradients that the eigenvectors come from would be too large. The first pass sums
+activation and gradient covariances per token; the second, in their eigenbasis, sums squared
+gradients per sequence.
+"""
+
+from collections.abc import Collection, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor, nn
+
+from ..curvature.basis import Eigenvectors, SharedRotation
+from ..curvature.eigen import Job, eigendecompositions, largest_first
+from ..curvature.offload import placed
+from ..data.batches import Indexable
+from ..errors import ArgumentError, ModelError, NotFiniteError
+from ..model.capture import LayerBatch
+from ..model.layers import Layer, select_layers
+from ..model.tasks import LanguageModelTask
+from ..store.files import load_tensors, save_json, save_tensors
+from ..store.folder import State, Store
+from .factors import EIGENVALUES, EIGENVECTORS, LAMBDA, LAMBDA_COUNT, Factors
+from .run import Batch, Consumer, Run, RunArguments, Stage, accumulator
+
+# Which draw of an example's labels each pass takes.
+COVARIANCE_DRAW, EIGENVALUE_DRAW = 1, 0
+
+
+def fit(
+    model: nn.Module,
+    dataset: Indexable,
+    *,
+    out: str | Path,
+    layers: str | list[str] | None = None,
+    shared_parameters: bool = False,
+    max_examples: int | None = None,
+    seed: int | None = None,
+    **arguments: Unpack[RunArguments],
+) -> Factors:
+    """Fit the EK-FAC factors of `model` on `dataset` into the folder `out`; continue if it was
+    begun.
+
+    Args:
+        model: any module with `nn.Linear` (or Hugging Face `Conv1D`) layers.
+        dataset: indexable examples; see `Batches`.
+        out: the factor folder; kronfluence reads it as `factors_<name>`.
+        layers: names, globs, "mlp", "all"; None for the task's list, else "mlp".
+        shared_parameters: modules with the very same parameters are one layer, whose gradients add
+            up; refused otherwise.
+        max_examples: use the first so many.
+        seed: of the sampled labels; of the task, where one is given with a seed of its own.
+        arguments: see `RunArguments`.
+
+    Raises:
+        StoreError: `out` was begun with another model, data set or setting; names each difference.
+        NotFiniteError: a loss or a sum is not finite; names the examples or the layer.
+        Error: a layer, an example or an argument is wrong.
+    """
+    if arguments.get("task") is None:
+        arguments["task"] = LanguageModelTask(seed or 0)
+    task = arguments["task"]
+    own = getattr(task, "seed", None)
+    if seed is not None and own not in (None, seed):
+        raise ArgumentError(f"seed is {seed}, but the task has a seed of its own, {own}")
+    wanted = layers if layers is not None else task.get_influence_tracked_modules()
+    tracked = select_layers(model, wanted, shared=shared_parameters)
+    run = Run(model, dataset, arguments, max_examples=max_examples)
+    facts = run.facts() | {
+        "layers": [layer.name for layer in tracked],
+        "shared_parameters": shared_parameters,
+    }
+    with Store.open(out, kind="factors", facts=facts) as store:
+        if not store.finished:
+            _Fit(run, tracked, store).run()
+        for name in (Stage.COVARIANCE, Stage.EIGENVALUE):
+            store.remove_state(f"{name}_state")
+        store.pieces("eigen").remove()
+    return Factors(out)
+
+
+class _Sums(Consumer):
+    """A pass that sums over batches: its sums and the batches in them are one file."""
+
+    def __init__(self, run: Run, store: Store, stage: Stage) -> None:
+        self.run, self.store, self.stage, self.name = run, store, stage, f"{stage}_state"
+        self.state: State = store.load_state(self.name)
+        run.seconds[stage] = self.state.notes.get("seconds", 0.0)
+        # Of the task's own count, what this pass adds.
+        self._edges = self.state.notes.get("edge_draws", 0) - self._counted()
+
+    def _counted(self) -> int:
+        return getattr(self.run.task, "edge_draws", 0)
+
+    def due(self) -> bool:
+        """When the folder's pace says so."""
+        return self.store.due
+
+    def sums(self) -> Mapping[str, Tensor]:
+        """What is summed, by name."""
+        raise NotImplementedError
+
+    def save(self, done: Collection[int]) -> None:
+        """All sums after these batches."""
+        sums = self.sums()
+        for name, x in sums.items():
+            if not bool(torch.isfinite(x).all()):
+                raise NotFiniteError(
+                    f"the {self.stage} sum of {name} is not finite: a gradient or an activation "
+                    "overflowed, or is NaN where the loss is not. Look at the model's weights, or "
+                    "leave the layer out"
+                )
+        notes = {"seconds": self.run.seconds[self.stage], "edge_draws": self.edge_draws}
+        self.store.save_state(self.name, sums, done, notes)
+
+    @property
+    def edge_draws(self) -> int:
+        """Labels of this pass that rounding could flip."""
+        return self._edges + self._counted()
+
+
+class Covariances(_Sums):
+    """Sums of a a^T and g g^T over tokens, and how many tokens each holds.
+
+    Layers that read the same tensor (with a bias alike) share the sum of `a`. As in kronfluence,
+    padding is left out of the inputs; gradients are zero there, and counted like inputs.
+    """
+
+    def __init__(self, run: Run, store: Store, layers: list[Layer]) -> None:
+        super().__init__(run, store, Stage.COVARIANCE)
+        self.layers = layers
+        self.owners: dict[str, str] = dict(store.state.get("shared", {}))
+        found = {k: x.to(run.device) for k, x in self.state.tensors.items()}
+        sides = ("activation", "gradient")
+        self.cov = {s: _part(found, f"{s} covariance ") for s in sides}
+        self.count = {s: _part(found, f"{s} count ") for s in sides}
+
+    def add(self, seen: LayerBatch, batch: Batch) -> None:
+        """cov += x^T diag(mask) x on both sides."""
+        layer, mask = seen.layer, self._mask(seen, batch)
+        # Which layers share an input is the same in every batch.
+        if layer.name not in self.owners:
+            self.owners[layer.name] = seen.shared
+            if len(self.owners) == len(self.layers):
+                self.store.update(shared=self.owners)
+        real = seen.a.shape[0] * seen.a.shape[1] if mask is None else mask.sum()
+        if self.owners[layer.name] == layer.name:
+            self._add("activation", layer.name, seen.a, mask, layer.bias, real)
+        self._add("gradient", layer.name, seen.g, None, False, real)
+
+    def _add(
+        self, side: str, name: str, x: Tensor, mask: Tensor | None, bias: bool, real: Tensor | int
+    ) -> None:
+        cov, count, rows = self.cov[side], self.count[side], x.flatten(0, 1)
+        if name not in cov:
+            J = rows.shape[1] + bias
+            cov[name] = rows.new_zeros(J, J, dtype=accumulator(self.run.model))
+            count[name] = torch.zeros((), dtype=torch.int64, device=rows.device)
+        torch.ops.ekfac_fast.covariance(cov[name], rows, mask, bias)
+        count[name] += real
+
+    def _mask(self, seen: LayerBatch, batch: Batch) -> Tensor | None:
+        """Real positions of a layer's rows, flat, or None where every row is real."""
+        mask = self.run.task.get_attention_mask(batch=batch.inputs)
+        if isinstance(mask, Mapping):
+            mask = mask.get(seen.layer.name)
+        if mask is None or (seen.rows.positions == 1 and mask.shape[-1] != 1):
+            return None
+        real = seen.rows.real(mask)
+        if real is None:
+            raise ModelError(
+                f"layer {seen.layer.name} sees {seen.rows.positions} positions of "
+                f"{seen.rows.sequences} sequences but the attention mask is {list(mask.shape)}; "
+                "give a mapping from layer names to masks"
+            )
+        return real
+
+    def sums(self) -> Mapping[str, Tensor]:
+        """Covariances and counts of both sides."""
+        return {
+            f"{side} {kind} {name}": x
+            for side in self.cov
+            for kind, part in (("covariance", self.cov[side]), ("count", self.count[side]))
+            for name, x in part.items()
+        }
+
+
+class Eigenvalues(_Sums):
+    """Sums of squared gradients over sequences, in the eigenbasis."""
+
+    def __init__(
+        self, run: Run, store: Store, layers: list[Layer], bases: Mapping[str, Eigenvectors]
+    ) -> None:
+        super().__init__(run, store, Stage.EIGENVALUE)
+        dtype, found = accumulator(run.model), self.state.tensors
+        self.lam = {
+            x.name: found[x.name].to(run.device)
+            if x.name in found
+            else torch.zeros(x.O, x.J, dtype=dtype, device=run.device)
+            for x in layers
+        }
+        self.bases = {x.name: placed(bases[x.name], (x.O, x.J), run.device) for x in layers}
+        self.rotate = SharedRotation()
+
+    def add(self, seen: LayerBatch, batch: Batch) -> None:
+        """lam += sum_b (Qg^T G_b Qa)^2."""
+        name = seen.layer.name
+        basis, a, bias = self.rotate(
+            self.bases[name].at(seen.g.device),
+            seen.g,
+            seen.a,
+            seen.layer.bias,
+            seen.shared,
+            seen.readers,
+        )
+        basis.add_eigenvalues(self.lam[name], seen.g, a, bias)
+
+    def sums(self) -> Mapping[str, Tensor]:
+        """lam of every layer."""
+        return self.lam
+
+
+class _Fit:
+    """One run of `fit`."""
+
+    def __init__(self, run: Run, layers: list[Layer], store: Store) -> None:
+        self.passes, self.layers, self.store = run, layers, store
+        self.folder = store.folder
+
+    def run(self) -> None:
+        batches = self.store.batches(self.passes.batches.divided)
+        edges = self.store.state.get("edge_draws", {})
+        if not (self.folder / EIGENVALUES["gradient"]).exists():
+            edges = {Stage.COVARIANCE: self._covariances(batches)}
+            self.store.update(seconds=self.passes.seconds, edge_draws=edges)
+            self._eigendecompositions()
+            self.store.update(seconds=self.passes.seconds)
+        self.passes.seconds.update(self.store.state["seconds"])
+        consumer = Eigenvalues(self.passes, self.store, self.layers, self._bases())
+        self._pass(Stage.EIGENVALUE, batches, consumer, EIGENVALUE_DRAW)
+        save_tensors(self.folder / LAMBDA, {name: x.cpu() for name, x in consumer.lam.items()})
+        count = torch.tensor([self.passes.batches.size])
+        save_tensors(self.folder / LAMBDA_COUNT, {x.name: count.clone() for x in self.layers})
+        # kronfluence reads it as its own dataclass: no further key.
+        save_json(self.folder / "factor_arguments.json", kronfluence_arguments(), checksum=False)
+        self.store.finish(
+            sequences=self.passes.batches.size,
+            truncated=self.passes.batches.truncated,
+            without_targets=self.passes.batches.without_targets,
+            edge_draws=sum(edges.values()) + consumer.edge_draws,
+            seconds=self.passes.seconds,
+        )
+
+    def _pass(self, stage: Stage, batches: list[list[int]], consumer: _Sums, draw: int) -> None:
+        loss = partial(self.passes.train_loss, draw=draw)
+        self.passes.each(stage, self.layers, batches, consumer, done=consumer.state.done, loss=loss)
+
+    def _covariances(self, batches: list[list[int]]) -> int:
+        """The first pass and its files; how many of its labels rounding could flip."""
+        consumer = Covariances(self.passes, self.store, self.layers)
+        self._pass(Stage.COVARIANCE, batches, consumer, COVARIANCE_DRAW)
+        for side in consumer.cov:
+            owner = {
+                x.name: consumer.owners[x.name] if side == "activation" else x.name
+                for x in self.layers
+            }
+            # safetensors stores no aliases: a shared covariance is written under every layer's
+            # name.
+            save_tensors(
+                self.folder / f"{side}_covariance.safetensors",
+                {name: consumer.cov[side][o].cpu().clone() for name, o in owner.items()},
+            )
+            save_tensors(
+                self.folder / f"num_{side}_covariance_processed.safetensors",
+                {name: consumer.count[side][o].cpu().reshape(1) for name, o in owner.items()},
+            )
+        return consumer.edge_draws
+
+    def _eigendecompositions(self) -> None:
+        """Eigenvectors of every matrix, each kept as soon as it is found."""
+        shared, done = self.store.state["shared"], self.store.pieces("eigen")
+        keys: list[tuple[str, str]] = []
+        jobs: list[Job] = []
+        for side in EIGENVECTORS:
+            sums = load_tensors(self.folder / f"{side}_covariance.safetensors", ours=True)
+            counts = load_tensors(
+                self.folder / f"num_{side}_covariance_processed.safetensors", ours=True
+            )
+            for name, matrix in sums.items():
+                if side == "gradient" or shared[name] == name:
+                    keys.append((side, name))
+                    jobs.append(Job(matrix, counts[name], f"the {side} covariance of {name}"))
+                    jobs[-1].check()
+        order = [i for i in largest_first(jobs) if i not in done.done]
+        total = sum(len(job.sum) ** 3 for job in jobs)
+        solved = eigendecompositions([jobs[i] for i in order], self.passes.device)
+        count = sum(len(jobs[i].sum) ** 3 for i in done.done)
+        dtype = accumulator(self.passes.model)
+        with self.passes.timed(Stage.EIGENDECOMPOSITION):
+            for i, (values, vectors) in zip(order, solved, strict=True):
+                done.write(i, {"values": values.to(dtype), "vectors": vectors.to(dtype)})
+                count += len(jobs[i].sum) ** 3
+                self.passes.report(Stage.EIGENDECOMPOSITION, count, total)
+        found = {key: done.read(i) for i, key in enumerate(keys)}
+        for side in EIGENVECTORS:
+            owner = {
+                x.name: shared[x.name] if side == "activation" else x.name for x in self.layers
+            }
+            for files, part in ((EIGENVECTORS, "vectors"), (EIGENVALUES, "values")):
+                save_tensors(
+                    self.folder / files[side],
+                    {name: found[side, o][part].clone() for name, o in owner.items()},
+                )
+
+    def _bases(self) -> dict[str, Eigenvectors]:
+        """Eigenvectors of every layer as its gradients are; one copy of what is shared."""
+        Qa, Qg = (load_tensors(self.folder / name, ours=True) for name in EIGENVECTORS.values())
+        owners, dtype = self.store.state["shared"], self.passes.dtype
+        own = {o: Qa[o].to(self.passes.device, dtype) for o in {*owners.values()}}
+        return {
+            x.name: Eigenvectors(Qg[x.name].to(dtype), own[owners[x.name]]) for x in self.layers
+        }
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those whose name has a prefix, without it."""
+    return {k.removeprefix(prefix): x for k, x in tensors.items() if k.startswith(prefix)}
+
+
+def kronfluence_arguments() -> dict[str, Any]:
+    """`factor_arguments.json` as kronfluence writes it for these factors."""
+    return {
+        "strategy": "ekfac",
+        "use_empirical_fisher": False,
+        "amp_dtype": None,
+        "amp_scale": 2.0**16,
+        "has_shared_parameters": False,
+        "covariance_max_examples": None,
+        "covariance_data_partitions": 1,
+        "covariance_module_partitions": 1,
+        "activation_covariance_dtype": "torch.float32",
+        "gradient_covariance_dtype": "torch.float32",
+        "eigendecomposition_dtype": "torch.float64",
+        "lambda_max_examples": None,
+        "lambda_data_partitions": 1,
+        "lambda_module_partitions": 1,
+        "use_iterative_lambda_aggregation": False,
+        "offload_activations_to_cpu": False,
+        "per_sample_gradient_dtype": "torch.float32",
+        "lambda_dtype": "torch.float32",
+    }

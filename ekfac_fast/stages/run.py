@@ -1,0 +1,351 @@
+"""What all stages share: their settings, who they are, and the one loop over batches.
+
+`Run.each` loads a batch, captures every tracked layer's (a, g), checks the loss, keeps progress,
+reports it and takes the time. A stage is a `Consumer`: what to do with a layer's batch, with the
+end of a batch, and how to keep what has been done. Nothing else knows the order of batches, so
+processes would slice it here, and partitions pass it some of the layers.
+"""
+
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import partial
+from typing import Any, TypedDict, Unpack
+
+import torch
+from torch import Tensor, nn
+
+from ..data.batches import Batches, Indexable, OnLongExample, collate
+from ..errors import ArgumentError, DataError, NotFiniteError
+from ..model.capture import Capture, LayerBatch, alone
+from ..model.layers import Layer
+from ..model.rows import Grid
+from ..model.tasks import LanguageModelTask, Task
+from ..ops.shapes import wide
+from ..store.fingerprint import fingerprint
+
+Progress = Callable[[str, int, int], None]
+Loss = Callable[["Batch"], Tensor]
+
+
+class Stage(StrEnum):
+    """The stages that report progress and whose time is kept."""
+
+    COVARIANCE = "covariance"
+    EIGENDECOMPOSITION = "eigendecomposition"
+    EIGENVALUE = "eigenvalue"
+    QUERIES = "queries"
+    SCAN = "scan"
+    DETAIL = "detail"
+
+
+class RunArguments(TypedDict, total=False):
+    """Settings of a pass of a model over data, the same in every stage.
+
+    task           None for `LanguageModelTask`
+    batch_tokens   budget of a batch of a language model, with padding (default 4096)
+    batch_size     examples of a batch of any other model (default 16)
+    on_long        what becomes of examples longer than the model has positions: "truncate" (the
+                   end is cut off and counted) or "refuse"; queries are always refused
+    autocast       dtype of the model's passes; sums stay fp32
+    progress       called with (stage, done, total), tokens where there are tokens
+    """
+
+    task: Task | None
+    batch_tokens: int | None
+    batch_size: int | None
+    on_long: OnLongExample
+    autocast: torch.dtype | None
+    progress: Progress | None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch: its place in the order, its examples, and what the task gets."""
+
+    number: int
+    indices: Sequence[int]
+    inputs: Any
+    grid: Grid
+
+
+class Consumer:
+    """What a stage does with a batch; every method is optional but `add`."""
+
+    def begin(self, batch: Batch) -> None:
+        """Before the pass."""
+
+    def add(self, seen: LayerBatch, batch: Batch) -> None:
+        """One layer of one batch, in the backward pass."""
+        raise NotImplementedError
+
+    def end(self, batch: Batch) -> None:
+        """After the pass."""
+
+    def save(self, done: Collection[int]) -> None:
+        """Make durable what has been done up to here: these batches."""
+
+    def due(self) -> bool:
+        """Whether it is time to."""
+        return False
+
+
+class Run:
+    """A model, a data set and settings: the passes of one stage.
+
+    `ranks` processes would each take every ranks-th batch, beginning with `rank`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dataset: Indexable,
+        arguments: RunArguments,
+        *,
+        max_examples: int | None = None,
+        rank: int = 0,
+        ranks: int = 1,
+    ):
+        if unknown := sorted(set(arguments) - RunArguments.__annotations__.keys()):
+            raise TypeError(f"unexpected keyword argument {unknown[0]!r}")
+        self.model, self.rank, self.ranks = model, rank, ranks
+        self.task: Task = arguments.get("task") or LanguageModelTask()
+        self.autocast, self.progress = arguments.get("autocast"), arguments.get("progress")
+        _check_weights(model)
+        self.batches = Batches(
+            dataset,
+            model,
+            batch_tokens=arguments.get("batch_tokens"),
+            batch_size=arguments.get("batch_size"),
+            max_examples=max_examples,
+            on_long=arguments.get("on_long", "truncate"),
+        )
+        self.device = self.batches.device
+        # Of a layer's output, so of g: what bases and queries are kept in.
+        self.dtype = self.autocast or next(model.parameters()).dtype
+        self.seconds: dict[str, float] = {}
+        if isinstance(self.task, LanguageModelTask):
+            self._check_causal()
+
+    def _check_causal(self) -> None:
+        """Refuse data and models that the task for causal language models does not fit."""
+        if not self.batches.language:
+            raise DataError(
+                "LanguageModelTask needs examples with 'input_ids' (and labels, one a token) and a "
+                "causal language model; give a task of your own for others"
+            )
+        assert isinstance(self.task, LanguageModelTask)
+        lengths = self.batches.lengths
+        shortest = min(range(len(lengths)), key=lambda i: (lengths[i] < 2, lengths[i]))
+        with alone(self.model), self.settings():
+            self.task.check(self.batches.load([shortest]), self.model)
+
+    def facts(self) -> dict[str, Any]:
+        """What tells this run from another: its inputs."""
+        return {
+            "model": model_fingerprint(self.model),
+            "data": self.batches.fingerprint(),
+            "examples": self.batches.size,
+            "task": type(self.task).__qualname__,
+            "task_state": task_state(self.task),
+            "batch_tokens": self.batches.batch_tokens if self.batches.language else None,
+            "batch_size": None if self.batches.language else self.batches.batch_size,
+            "autocast": str(self.autocast),
+        }
+
+    def settings(self) -> AbstractContextManager:
+        """The model's passes run under these: autocast, or nothing."""
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.autocast)
+
+    def train_loss(self, batch: Batch, draw: int | None = None) -> Tensor:
+        """The training loss; labels sampled from the model with a `draw` of each pass's own."""
+        inputs = batch.inputs
+        if draw is not None and self.batches.language:
+            inputs = inputs | {"draw": draw}
+        return self.task.compute_train_loss(batch=inputs, model=self.model, sample=draw is not None)
+
+    @contextmanager
+    def timed(self, stage: Stage) -> Iterator[None]:
+        """Add the time of a block to a stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+    def report(self, stage: Stage, done: int, total: int) -> None:
+        """Tell the caller how far a stage is."""
+        if self.progress:
+            self.progress(stage.value, done, total)
+
+    def each(
+        self,
+        stage: Stage,
+        layers: Sequence[Layer],
+        batches: Sequence[Sequence[int]],
+        consumer: Consumer,
+        *,
+        done: Collection[int] = (),
+        loss: Loss | None = None,
+        what: str = "training loss",
+    ) -> None:
+        """Every batch that is not done yet, through the model and the consumer.
+
+        Args:
+            layers: those to capture; others cost nothing.
+            batches: indices of the examples of each; an empty one only counts as done.
+            done: numbers of batches that are.
+            loss: of a batch; None for the training loss with the data's own labels.
+
+        Raises:
+            NotFiniteError: a loss is not; names the examples.
+        """
+        loss = loss or self.train_loss
+        capture = Capture(self.model, layers, self._swap)
+        finished = set(done)
+        total = sum(map(self.batches.tokens, batches))
+        count = sum(self.batches.tokens(batches[number]) for number in finished)
+        mine = [n for n in range(self.rank, len(batches), self.ranks) if n not in finished]
+        for place, number in enumerate(mine, 1):
+            indices = batches[number]
+            with self.timed(stage):
+                if indices:
+                    self._one(capture, number, indices, consumer, loss, what)
+            finished.add(number)
+            if consumer.due() or place == len(mine):
+                with self.timed(stage):
+                    consumer.save(finished)
+            count += self.batches.tokens(indices)
+            self.report(stage, count, total)
+
+    def _one(
+        self,
+        capture: Capture,
+        number: int,
+        indices: Sequence[int],
+        consumer: Consumer,
+        loss: Loss,
+        what: str,
+    ) -> None:
+        """One batch."""
+        with torch.inference_mode(False):
+            inputs = self.batches.load(indices)
+        batch = Batch(number, indices, inputs, self.grid(inputs, indices))
+        consumer.begin(batch)
+
+        def value() -> Tensor:
+            with self.settings():
+                return loss(batch)
+
+        found = capture(value, lambda seen: consumer.add(seen, batch), batch.grid)
+        if not torch.isfinite(found):
+            shown = ", ".join(map(str, indices[:8])) + ("..." if len(indices) > 8 else "")
+            raise NotFiniteError(
+                f"the {what} is {found.item()} for examples {shown}; look at them, or at the "
+                "model's weights"
+            )
+        consumer.end(batch)
+
+    def grid(self, inputs: Any, indices: Sequence[int]) -> Grid:
+        """Sequences and positions of a batch."""
+        return Grid(len(indices), inputs["input_ids"].shape[1] if self.batches.language else None)
+
+    def _swap(self) -> tuple[Callable[[], Any], Callable[[], Any]]:
+        """The training loss of two examples, in one order and in the other.
+
+        With an odd number of positions, so that no axis but that of the sequences has two.
+        """
+        pair = self._two_that_differ()
+        return partial(self._forward, pair), partial(self._forward, pair[::-1])
+
+    def _two_that_differ(self) -> list[int]:
+        batches = self.batches
+        order = sorted(range(batches.size), key=lambda i: batches.lengths[i])
+        first = order[0]
+        if not batches.language:
+            return [first, order[-1]]
+        ids = batches.example(first).input_ids.tolist()
+        other = next((i for i in order[1:] if batches.example(i).input_ids.tolist() != ids), first)
+        return [first, other]
+
+    def _forward(self, indices: list[int]) -> Tensor:
+        if self.batches.language:
+            examples = [self.batches.example(i) for i in indices]
+            even = collate(examples)
+            # An odd number of positions: cut where there are enough, else padded.
+            T = even["input_ids"].shape[1]
+            change = 0 if T % 2 else 1 if T == 2 else -1
+            padded = {
+                name: torch.nn.functional.pad(x, (0, change), value=-100 * (name == "labels"))
+                for name, x in even.items()
+            }
+            padded["index"] = torch.tensor([x.id for x in examples])
+            inputs = {name: x.to(self.device) for name, x in padded.items()}
+        else:
+            inputs = self.batches.load(indices)
+        with self.settings():
+            return self.task.compute_train_loss(batch=inputs, model=self.model, sample=False)
+
+
+def task_state(task: Task) -> dict[str, str]:
+    """A task's own values that can be told apart, but for what it counts itself."""
+    state = {}
+    for name, value in getattr(task, "__dict__", {}).items():
+        if name == "edge_draws":
+            continue
+        try:
+            state[name] = fingerprint(value)
+        except TypeError:
+            state[name] = type(value).__qualname__
+    return state
+
+
+def accumulator(model: nn.Module) -> torch.dtype:
+    """The dtype of sums and scores of a model: fp32, or fp64 where it computes in that."""
+    return wide(next(model.parameters()).dtype)
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Identifies the weights and the configuration: every name, shape and value."""
+
+    def parts() -> Iterator[Any]:
+        config = getattr(model, "config", None)
+        if hasattr(config, "to_dict"):
+            told = {k: v for k, v in config.to_dict().items() if k not in UNTOLD}
+            yield repr(sorted(told.items()))
+        for name, weight in model.state_dict().items():
+            yield name, weight.detach()
+
+    return fingerprint(parts())
+
+
+# Of a configuration: where it was read, by whom, and what does not change a pass.
+UNTOLD = frozenset({"_name_or_path", "transformers_version", "_commit_hash", "use_cache"})
+
+
+def _check_weights(model: nn.Module) -> None:
+    """Refuse a model whose weights are not in memory."""
+    for name, weight in model.named_parameters():
+        if weight.is_meta:
+            raise ArgumentError(
+                f"weight {name} is on the meta device (offloaded, or never loaded): load the model "
+                "with all of its weights in memory"
+            )
+
+
+def floor_seconds(
+    model: nn.Module, dataset: Indexable, layers: Sequence[Layer], **arguments: Unpack[RunArguments]
+) -> float:
+    """Seconds of a forward and gradient-to-activations backward over a scan's batches, no more."""
+    run = Run(model, dataset, arguments)
+    run.each(Stage.SCAN, layers, run.batches.divided(), _Nothing())
+    return run.seconds[Stage.SCAN]
+
+
+class _Nothing(Consumer):
+    def add(self, seen: LayerBatch, batch: Batch) -> None:
+        """Nothing."""

@@ -1,0 +1,345 @@
+"""Training sequences scored against queries: one pass over the data, whatever the number of
+queries.
+
+score_qb = sum over layers of <P_q, G_b>, with the preconditioned query gradient P_q in weight space
+and the sequence's gradient G_b, which is never formed. Raw scores: no 1/N, positive = the sequence
+raises the completion's log-probability (for `LanguageModelTask`).
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any, Unpack
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..curvature.basis import SharedRotation
+from ..curvature.choice import contraction
+from ..curvature.memory import free_bytes
+from ..curvature.offload import placed
+from ..curvature.query_gradients import Dense, LowRank, QueryGradients
+from ..data.batches import Indexable
+from ..errors import ArgumentError, NotFiniteError
+from ..model.capture import LayerBatch
+from ..model.layers import Layer
+from ..ops.shapes import Shape
+from ..store.fingerprint import fingerprint
+from ..store.folder import Store
+from .candidates import top_candidates
+from .detail import explain
+from .factors import Factors
+from .heap import Heap
+from .queries import LayerQueries, Queries
+from .run import Batch, Consumer, Run, RunArguments, Stage, accumulator
+from .scores import HEAP, Scores
+
+# Top and lowest sequences of each query whose token and layer detail is worked out; `top_k` says
+# otherwise.
+DETAILED, LOWEST = 20, 5
+
+
+def score(
+    model: nn.Module,
+    queries: Queries,
+    dataset: Indexable,
+    *,
+    out: str | Path,
+    per_token: bool = False,
+    per_layer: bool = False,
+    top_k: int | None = None,
+    candidates: str | Sequence[Sequence[int]] | None = None,
+    train_size: int | None = None,
+    **arguments: Unpack[RunArguments],
+) -> Scores:
+    """Score every sequence of `dataset` against every query, into the folder `out`.
+
+    A scan that was killed continues where it was, and ends in bitwise the same scores.
+
+    Args:
+        model: the model the queries were prepared on.
+        queries: from `prepare_queries`.
+        dataset: indexable examples; see `Batches`.
+        out: folder of this scan.
+        per_token, per_layer: work out, in a second pass over them alone, the layer x token detail
+            of each query's top and lowest sequences (`Scores.details`).
+        top_k: keep a bounded heap per query in place of the [Q,N] matrix.
+        candidates: "tfidf:10000" for the paper's filter (Eq. 28), or indices per query; sequences
+            that are nobody's candidate are not scanned.
+        train_size: N by which a display divides; None: the size of `dataset`.
+        arguments: see `RunArguments`.
+
+    Raises:
+        StoreError: `out` was begun with other settings; names each difference.
+        ArgumentError: the queries belong to another model, or candidates do not fit.
+        NotFiniteError: a loss or a score is not finite; names the examples.
+    """
+    _check_counts(top_k, train_size)
+    run = Run(model, dataset, arguments)
+    ranked = _candidates(candidates, queries, run)
+    facts = _facts(run, train_size) | {
+        "queries": queries.identity,
+        "layers": [q.layer.name for q in queries.layers],
+        "top_k": top_k,
+        "candidates": None if ranked is None else fingerprint([c.tolist() for c in ranked]),
+        "detail": per_token or per_layer,
+    }
+    queries.check_model(facts["model"], "score")
+    with Store.open(out, kind="scores", facts=facts) as store:
+        if not store.finished:
+            layers = [q.layer for q in queries.layers]
+            chosen = None if ranked is None else [np.unique(indices) for indices in ranked]
+            gradients = _on_device(run, queries)
+            _scan(run, layers, len(queries), store, chosen, top_k, _adding(gradients))
+            if per_token or per_layer:
+                order = ranked if isinstance(candidates, str) else None
+                counts = (top_k or DETAILED, 0 if top_k else LOWEST)
+                explain(run, layers, gradients, store, counts, order)
+            _finish(store, run)
+    return Scores(out)
+
+
+def self_scores(
+    model: nn.Module,
+    factors: Factors,
+    dataset: Indexable,
+    *,
+    out: str | Path,
+    damping: float | None = None,
+    train_size: int | None = None,
+    **arguments: Unpack[RunArguments],
+) -> Scores:
+    """g^T (G + damping)^-1 g of every sequence's training gradient: a matrix of one row, into
+    `out`.
+
+    Arguments and errors as in `score`; `damping` as in `prepare_queries`.
+    """
+    _check_counts(None, train_size)
+    if damping is not None and not 0 <= damping < float("inf"):
+        raise ArgumentError(f"damping is {damping}, expected a number >= 0")
+    layers = factors.layers(model)
+    run = Run(model, dataset, arguments)
+    facts = _facts(run, train_size) | {
+        "factors": factors.identity,
+        "layers": [layer.name for layer in layers],
+        "damping": damping,
+        "top_k": None,
+    }
+    factors.check_model(facts["model"], "self_scores")
+    with Store.open(out, kind="self", facts=facts) as store:
+        if not store.finished:
+            bases = {
+                x.name: placed(
+                    factors[x.name].basis(factors[x.name].damping(damping), run.dtype),
+                    (x.O, x.J),
+                    run.device,
+                )
+                for x in layers
+            }
+            rotate = SharedRotation()
+
+            def add(s: Tensor, seen: LayerBatch) -> None:
+                layer = seen.layer
+                basis, a, bias = rotate(
+                    bases[layer.name].at(seen.g.device),
+                    seen.g,
+                    seen.a,
+                    layer.bias,
+                    seen.shared,
+                    seen.readers,
+                )
+                basis.add_self_influence(s[0], seen.g, a, bias)
+
+            _scan(run, layers, 1, store, None, None, add)
+            _finish(store, run)
+    return Scores(out)
+
+
+def _check_counts(top_k: int | None, train_size: int | None) -> None:
+    for name, value in (("top_k", top_k), ("train_size", train_size)):
+        if value is not None and value < 1:
+            raise ArgumentError(f"{name} is {value}, expected at least 1")
+
+
+def _facts(run: Run, train_size: int | None) -> dict[str, Any]:
+    return run.facts() | {"train_size": train_size or run.batches.size}
+
+
+def _finish(store: Store, run: Run) -> None:
+    store.finish(
+        truncated=run.batches.truncated,
+        without_targets=run.batches.without_targets,
+        seconds=run.seconds,
+    )
+
+
+def _candidates(
+    wanted: str | Sequence[Sequence[int]] | None, queries: Queries, run: Run
+) -> list[np.ndarray] | None:
+    """Candidate indices of every query, TF-IDF's best first, or None for all."""
+    if wanted is None:
+        return None
+    batches = run.batches
+    if isinstance(wanted, str):
+        kind, _, count = wanted.partition(":")
+        if kind != "tfidf" or not count.isdigit() or not int(count):
+            raise ArgumentError(
+                f"candidates is {wanted!r}, expected 'tfidf:COUNT' or indices per query"
+            )
+        if not batches.language or batches.vocabulary is None or not queries.examples:
+            raise ArgumentError("candidates by TF-IDF need a language model with an embedding")
+        tokens = [ids.tolist() for ids, _ in queries.examples]
+        wanted = top_candidates(
+            tokens, batches.dataset, int(count), batches.vocabulary, context=batches.context
+        )[0]
+    if len(wanted) != len(queries):
+        raise ArgumentError(f"candidates for {len(wanted)} queries, but there are {len(queries)}")
+    found = [np.asarray(indices, dtype=np.int64) for indices in wanted]
+    for q, indices in enumerate(found):
+        if len(indices) and not 0 <= indices.min() <= indices.max() < batches.size:
+            raise ArgumentError(f"query {q}: a candidate is outside the data set of {batches.size}")
+    return found
+
+
+def _scan(
+    run: Run,
+    layers: Sequence[Layer],
+    Q: int,
+    store: Store,
+    chosen: list[np.ndarray] | None,
+    top_k: int | None,
+    add: Callable[[Tensor, LayerBatch], None],
+) -> None:
+    """One pass over the data: add(s [Q,B], LayerBatch) for every layer of every batch."""
+    batches = store.batches(run.batches.divided)
+    scanned = batches
+    if chosen is not None:
+        wanted = set(np.unique(np.concatenate(chosen)).tolist())
+        scanned = [[i for i in indices if i in wanted] for indices in batches]
+    consumer = Scan(run, store, Q, batches, chosen, top_k, add)
+    run.each(Stage.SCAN, layers, scanned, consumer, done=consumer.done)
+
+
+class Scan(Consumer):
+    """Scores of a batch, into the matrix or the heap."""
+
+    def __init__(
+        self,
+        run: Run,
+        store: Store,
+        Q: int,
+        batches: Sequence[Sequence[int]],
+        chosen: list[np.ndarray] | None,
+        top_k: int | None,
+        add: Callable[[Tensor, LayerBatch], None],
+    ) -> None:
+        self.run, self.store, self.batches, self.chosen, self._add = (
+            run,
+            store,
+            batches,
+            chosen,
+            add,
+        )
+        dtype = accumulator(run.model)
+        self.s = torch.zeros(Q, 0, dtype=dtype)
+        self.matrix, self.heap = None, Heap.empty(Q, top_k or 0, dtype)
+        if top_k is None:
+            kind = "float64" if dtype == torch.float64 else "float32"
+            self.matrix = store.matrix((Q, run.batches.size), kind)
+            self.matrix.verify(batches)
+            self.done: Collection[int] = self.matrix.done
+            seconds = store.state.get("scan_seconds", 0.0)
+        else:
+            state = store.load_state(HEAP)
+            self.done, seconds = state.done, state.notes.get("seconds", 0.0)
+            if state.tensors:
+                self.heap = Heap(**state.tensors)
+        run.seconds[Stage.SCAN] = seconds
+
+    def begin(self, batch: Batch) -> None:
+        """No scores yet."""
+        Q = self.s.shape[0]
+        self.s = torch.zeros(Q, len(batch.indices), dtype=self.s.dtype, device=self.run.device)
+
+    def add(self, seen: LayerBatch, batch: Batch) -> None:
+        """One layer's share."""
+        self._add(self.s, seen)
+
+    def end(self, batch: Batch) -> None:
+        """The scores of a batch, NaN where a sequence is not a query's candidate."""
+        s, indices = self.s.cpu(), batch.indices
+        finite = s.isfinite()
+        if not bool(finite.all()):
+            q, b = (int(i) for i in (~finite).nonzero()[0])
+            raise NotFiniteError(
+                f"the score of example {indices[b]} for query {q} is {s[q, b].item()}: its "
+                "gradient overflowed, or is NaN where the loss is not. Look at the example, or "
+                "leave it out"
+            )
+        if self.chosen is not None:
+            s = torch.where(_membership(self.chosen, indices), s, torch.nan)
+        if self.matrix is None:
+            self.heap.push(s, torch.tensor(indices))
+            return
+        whole = self.batches[batch.number]
+        place = {index: at for at, index in enumerate(whole)}
+        columns = torch.full((len(s), len(whole)), torch.nan, dtype=s.dtype)
+        columns[:, [place[i] for i in indices]] = s
+        self.matrix.write(batch.number, whole, columns)
+
+    def due(self) -> bool:
+        """When the folder's pace says so."""
+        return self.store.due
+
+    def save(self, done: Collection[int]) -> None:
+        """The matrix and its marks, or the heap."""
+        seconds = self.run.seconds[Stage.SCAN]
+        if self.matrix is None:
+            tensors = {"values": self.heap.values, "indices": self.heap.indices}
+            self.store.save_state(HEAP, tensors, done, {"seconds": seconds})
+            return
+        for number in sorted({*done} - {*self.matrix.done, *self.matrix.pending}):
+            # Nobody's candidate is in it.
+            whole = self.batches[number]
+            self.matrix.write(number, whole, np.full((len(self.s), len(whole)), np.nan))
+        self.store.commit(scan_seconds=seconds)
+
+
+def _membership(chosen: list[np.ndarray], indices: Sequence[int]) -> Tensor:
+    """Which of a batch are a query's candidates: [Q,B]."""
+    wanted = np.asarray(indices)
+    found = np.zeros((len(chosen), len(wanted)), dtype=bool)
+    for q, own in enumerate(chosen):
+        if len(own):
+            at = np.minimum(np.searchsorted(own, wanted), len(own) - 1)
+            found[q] = own[at] == wanted
+    return torch.from_numpy(found)
+
+
+def _adding(gradients: dict[str, QueryGradients]) -> Callable[[Tensor, LayerBatch], None]:
+    """Scores of a layer's batch against the queries."""
+
+    def add(s: Tensor, seen: LayerBatch) -> None:
+        gradients[seen.layer.name].add_scores(s, seen.g, seen.a, seen.layer.bias)
+
+    return add
+
+
+def _on_device(run: Run, queries: Queries) -> dict[str, QueryGradients]:
+    """Every layer's queries where and as the model computes, in the form that scores cheapest."""
+    batches = run.batches
+    tokens = round(sum(batches.lengths) / len(batches.lengths)) if batches.language else 1
+
+    def placed_queries(own: LayerQueries) -> QueryGradients:
+        kept, layer = own.gradients, own.layer
+        if isinstance(kept, LowRank):
+            K = kept.R.shape[1]
+            shape = Shape(
+                B=batches.size, T=tokens, I=layer.I, O=layer.O, Q=len(kept), K=K, bias=layer.bias
+            )
+            room = free_bytes(run.device) / len(queries.layers)
+            if contraction(shape, room=room, itemsize=run.dtype.itemsize) == "dense":
+                kept = Dense(kept.dense())
+        return kept.each(lambda x: x.to(run.device, run.dtype))
+
+    return {own.layer.name: placed_queries(own) for own in queries.layers}

@@ -1,0 +1,1 @@
+"""The only code that writes results: atomic, checked, resumable; no pickle."""

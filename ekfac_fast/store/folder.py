@@ -1,0 +1,381 @@
+"""One result folder: a manifest, the batches, pieces, a matrix, states; atomic and resumable.
+
+A run killed at any moment is continued by opening its folder again. POSIX only (flock, folder
+sync).
+"""
+
+import fcntl
+import json
+import os
+import re
+import sys
+import time
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import StoreError
+from .files import (
+    load_json,
+    load_noted,
+    load_tensors,
+    remove_abandoned,
+    save_json,
+    save_tensors,
+    writing,
+)
+from .fingerprint import brief, differences
+from .matrix import Matrix
+
+FORMAT = 2
+READABLE = (1, FORMAT)
+MANIFEST = "manifest.json"
+LOCK = ".lock"
+_locks: set[int] = set()
+
+
+class Pace:
+    """When to make progress durable: after `seconds`, and so rarely that it costs under 5 %.
+
+    Work done since the last time is repeated after a kill, so this never changes a result.
+    `seconds` = 0: after every batch.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.cost, self.since = seconds, 0.0, time.monotonic()
+
+    @property
+    def due(self) -> bool:
+        """Whether enough time has passed."""
+        wait = max(self.seconds, 20 * self.cost) if self.seconds else 0.0
+        return time.monotonic() - self.since >= wait
+
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        """Around the work that makes progress durable."""
+        start = time.monotonic()
+        yield
+        self.since = time.monotonic()
+        self.cost = self.since - start
+
+
+@dataclass(frozen=True)
+class State:
+    """What a fold over batches has come to: tensors, the batches in them, and small notes."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    done: frozenset[int] = frozenset()
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+class Pieces:
+    """Numbered files of tensors in a folder, each whole by itself, written in any order."""
+
+    def __init__(self, store: "Store", name: str) -> None:
+        self._store, self._name = store, name
+        pattern = re.compile(rf"{re.escape(name)}_(\d{{6,}})\.safetensors")
+        found = (pattern.fullmatch(path.name) for path in store.folder.iterdir())
+        self.done = {int(match[1]) for match in found if match}
+
+    def _path(self, index: int) -> Path:
+        return self._store.folder / f"{self._name}_{index:06d}.safetensors"
+
+    def write(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write piece `index`; from now on it is in `done`."""
+        self._store.check_writable()
+        save_tensors(self._path(index), tensors)
+        self.done.add(index)
+
+    def read(self, index: int) -> dict[str, Tensor]:
+        """The tensors of piece `index`."""
+        return load_tensors(self._path(index), ours=self._store.checked)
+
+    def remove(self) -> None:
+        """Delete all pieces: what they were for is kept elsewhere."""
+        self._store.check_writable()
+        for index in self.done:
+            self._path(index).unlink(missing_ok=True)
+        self.done.clear()
+
+
+class Store:
+    """One result folder: `manifest.json`, the batches, pieces, a matrix, states.
+
+    `with Store.open(...) as store:` holds the folder for this process alone until the block ends.
+    Three kinds of progress, each whole by itself: `pieces`, the columns of a `matrix` (its own
+    `done`), and a `save_state` that replaces the one before.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], pace: Pace | None) -> None:
+        self.folder, self._manifest, self._pace = folder, manifest, pace
+        self._matrices: dict[str, Matrix] = {}
+        self._release: Callable[[], Any] | None = None
+
+    @classmethod
+    def open(
+        cls, folder: str | Path, *, kind: str, facts: Mapping[str, Any], seconds: float = 1.0
+    ) -> "Store":
+        """Start a folder, or continue one of the same kind and facts (JSON values).
+
+        At most about `seconds` of finished batches are lost in a kill. Raises StoreError naming
+        each fact that differs, a folder that is not ours, or one that another run writes to.
+        """
+        folder = Path(folder)
+        new = json.loads(json.dumps(facts, allow_nan=False))  # tuples become lists, as on disk
+        with writing(folder / MANIFEST, 4096):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it on any death
+        except OSError as error:
+            os.close(lock)
+            raise StoreError(
+                f"{folder}: another run is writing here. Wait for it, end it, or choose another "
+                "folder"
+                if isinstance(error, BlockingIOError)
+                else f"{folder}: cannot be locked ({error}); choose a folder on another file system"
+            ) from None
+        _locks.add(lock)
+        try:
+            remove_abandoned(folder)
+            store = cls(folder, _begin(folder, kind, new), Pace(seconds))
+        except BaseException:
+            _unlock(lock)
+            raise
+        store._release = weakref.finalize(store, _unlock, lock)
+        return store
+
+    @classmethod
+    def load(cls, folder: str | Path, *, kind: str | None = None) -> "Store":
+        """Open an existing folder to read, finished or not, even while a run writes to it."""
+        return cls(Path(folder), _manifest(Path(folder), kind), None)
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Commit the matrices and let the folder go."""
+        try:
+            for matrix in self._matrices.values():
+                matrix.close()
+        finally:
+            if self._release:
+                self._release()
+            self._pace = None
+
+    @property
+    def checked(self) -> bool:
+        """Whether every file of the folder has a checksum: older versions wrote none."""
+        return self._manifest["format"] == FORMAT
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the folder was made from."""
+        return self._manifest["facts"]
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What `update` and `finish` have stored."""
+        return self._manifest["state"]
+
+    @property
+    def finished(self) -> bool:
+        """Whether `finish` was called."""
+        return self._manifest["finished"] is not None
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to make progress durable."""
+        return self.check_writable().due
+
+    def check_writable(self) -> Pace:
+        """StoreError in a folder that is open to read."""
+        if self._pace is None:
+            raise StoreError(f"{self.folder} is open to read, or closed: Store.open it to write")
+        return self._pace
+
+    def update(self, **state: Any) -> None:
+        """Store small JSON values in the manifest."""
+        self._save_manifest(state=self.state | state)
+
+    def finish(self, **state: Any) -> None:
+        """Commit everything, store the last values and mark the folder finished."""
+        self.commit()
+        self._save_manifest(state=self.state | state, finished=_now())
+
+    def _save_manifest(self, **changes: Any) -> None:
+        self.check_writable()
+        manifest = self._manifest | changes
+        save_json(self.folder / MANIFEST, manifest)
+        self._manifest = manifest
+
+    def batches(self, divide: Callable[[], list[list[int]]] | None = None) -> list[list[int]]:
+        """The batches of the folder; divided and stored the first time, so a rerun keeps them.
+
+        Raises:
+            StoreError: an index stands in two batches.
+        """
+        path = self.folder / "plan.safetensors"
+        if self._pace and divide and not path.exists():
+            batches = divide()
+            indices = torch.tensor([i for batch in batches for i in batch], dtype=torch.int64)
+            sizes = torch.tensor([len(batch) for batch in batches], dtype=torch.int64)
+            save_tensors(path, {"indices": indices, "sizes": sizes})
+        stored = load_tensors(path, ours=self.checked)
+        indices = stored["indices"]
+        if len(indices) != int(stored["sizes"].sum()) or len(indices) != len(indices.unique()):
+            raise StoreError(f"{path}: an example stands in two batches, or in none: damaged")
+        return [b.tolist() for b in indices.split(stored["sizes"].tolist())]
+
+    def pieces(self, name: str = "shard") -> Pieces:
+        """The numbered files of that name."""
+        return Pieces(self, name)
+
+    def matrix(
+        self, shape: tuple[int, int] | None = None, dtype: Any = np.float32, name: str = "scores"
+    ) -> Matrix:
+        """The [Q,N] matrix `name`.npy; created if a shape is given and it is not there."""
+        if name not in self._matrices:
+            path = self.folder / f"{name}.npy"
+            self._matrices[name] = Matrix(path, shape, dtype, self._pace is not None)
+        return self._matrices[name]
+
+    def commit(self, **state: Any) -> None:
+        """Make what was written to the matrices durable, then, if any, small JSON values."""
+        with self.check_writable().measured():
+            for matrix in self._matrices.values():
+                matrix.commit()
+            if state:
+                self.update(**state)
+
+    def save_state(
+        self,
+        name: str,
+        tensors: Mapping[str, Tensor],
+        done: Collection[int],
+        notes: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Replace a state: one file holds tensors, batches and notes, or the old one stays."""
+        with self.check_writable().measured():
+            batches = torch.tensor(sorted(done), dtype=torch.int64)
+            save_tensors(
+                self.folder / f"{name}.safetensors",
+                {**{f"sum {key}": x for key, x in tensors.items()}, "done": batches},
+                {"notes": json.dumps(dict(notes or {}))},
+            )
+
+    def load_state(self, name: str) -> State:
+        """The last `save_state`, empty before the first."""
+        path = self.folder / f"{name}.safetensors"
+        if not path.exists():
+            return State()
+        tensors, metadata = load_noted(path, ours=self.checked)
+        if "batches" in tensors:  # format 1: the first so many
+            done = frozenset(range(int(tensors.pop("batches"))))
+            return State(tensors, done)
+        done = frozenset(tensors.pop("done").tolist())
+        named = {key.removeprefix("sum "): x for key, x in tensors.items()}
+        return State(named, done, json.loads(metadata["notes"]))
+
+    def remove_state(self, name: str) -> None:
+        """Delete a state that is no longer needed."""
+        self.check_writable()
+        (self.folder / f"{name}.safetensors").unlink(missing_ok=True)
+
+
+def _unlock(lock: int) -> None:
+    if lock in _locks:
+        _locks.discard(lock)
+        os.close(lock)
+
+
+def _forget_locks() -> None:
+    """In a forked child: a lock is its parent's, and ends with it."""
+    for lock in list(_locks):
+        _unlock(lock)
+
+
+os.register_at_fork(after_in_child=_forget_locks)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _manifest(folder: Path, kind: str | None) -> dict[str, Any]:
+    """Read and check a manifest; raises StoreError."""
+    path = folder / MANIFEST
+    if not path.exists():
+        raise StoreError(f"{folder}: no {MANIFEST} there, so no result of ours. Check the path")
+    manifest = load_json(path)
+    version = manifest.get("format") if isinstance(manifest, dict) else None
+    if version not in READABLE:
+        raise StoreError(
+            f"{folder} has format {version}, this version of ekfac_fast reads {FORMAT}: "
+            "use the version that wrote it, or choose another folder"
+        )
+    if version == FORMAT:
+        load_json(path, ours=True)
+    wanted = {"kind": str, "facts": dict, "state": dict, "finished": str | None}
+    for name, types in wanted.items():
+        if name not in manifest or not isinstance(manifest[name], types):
+            raise StoreError(f"{path}: {name!r} is missing or malformed. Choose another folder")
+    if kind not in (None, manifest["kind"]):
+        raise StoreError(f"{folder} holds {manifest['kind']!r}, not {kind!r}. Check the path")
+    return manifest
+
+
+def _begin(folder: Path, kind: str, facts: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of a locked folder: checked against the facts, or new."""
+    if (folder / MANIFEST).exists():
+        manifest = _manifest(folder, None)
+        if manifest["format"] != FORMAT:
+            raise StoreError(
+                f"{folder} was written by ekfac_fast {manifest['versions']['ekfac_fast']} in "
+                f"format {manifest['format']}, whose results can be read but not continued: "
+                "choose another folder, or delete this one"
+            )
+        stored = {"kind": manifest["kind"], **manifest["facts"]}
+        if lines := list(differences(stored, {"kind": kind, **facts})):
+            raise StoreError(
+                f"{folder} holds the results of another run:\n"
+                + "\n".join(lines)
+                + "\nChoose another folder or delete this one"
+            )
+        return manifest
+    # Results may stand in the folder of others.
+    foreign = [
+        path.name
+        for path in folder.iterdir()
+        if path.name != LOCK and not (path / MANIFEST).is_file()
+    ]
+    if foreign:
+        raise StoreError(
+            f"{folder} holds files ({brief(sorted(foreign))}) but no {MANIFEST}: it is not a "
+            "result of ours. Choose an empty or a new folder"
+        )
+    manifest = {
+        "kind": kind,
+        "format": FORMAT,
+        "created": _now(),
+        "versions": {
+            "ekfac_fast": sys.modules["ekfac_fast"].__version__,
+            "torch": torch.__version__,
+        },
+        "facts": facts,
+        "state": {},
+        "finished": None,
+    }
+    save_json(folder / MANIFEST, manifest)
+    return manifest

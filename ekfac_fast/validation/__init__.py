@@ -1,0 +1,1 @@
+"""Is it true? What scores predict, held against what happens."""

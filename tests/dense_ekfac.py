@@ -1,0 +1,133 @@
+"""Harness: tiny models and corpora; dense EK-FAC by the definitions, from per-sample gradients."""
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from ekfac_fast.model.tasks import LanguageModelTask
+
+VOCABULARY, CONTEXT = 61, 24
+
+
+def gpt2(dtype=torch.float32):
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_layer=2, n_embd=16, n_head=2, vocab_size=VOCABULARY, n_positions=CONTEXT,
+        bos_token_id=0, eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        attn_implementation="eager",
+    )  # fmt: skip
+    return GPT2LMHeadModel(config).to(dtype)
+
+
+def llama(dtype=torch.float32):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        num_hidden_layers=2, hidden_size=16, intermediate_size=40, num_attention_heads=2,
+        num_key_value_heads=2, vocab_size=VOCABULARY, max_position_embeddings=CONTEXT,
+        bos_token_id=0, eos_token_id=0, pad_token_id=None, attn_implementation="eager",
+    )  # fmt: skip
+    return LlamaForCausalLM(config).to(dtype)
+
+
+def corpus(n=12, seed=0):
+    rng = np.random.default_rng(seed)
+    return [
+        {"input_ids": rng.integers(0, VOCABULARY, rng.integers(4, 20)).tolist()} for _ in range(n)
+    ]
+
+
+def asked(n=3, seed=1):
+    rng = np.random.default_rng(seed)
+    examples = []
+    for _ in range(n):
+        ids = rng.integers(0, VOCABULARY, 10).tolist()
+        examples.append({"input_ids": ids, "labels": [-100] * 5 + ids[5:]})
+    return examples
+
+
+def batch_of(examples, draw=0):
+    """One example alone, without padding; sampled labels are the `draw`-th of it."""
+    ids = torch.tensor([examples["input_ids"]])
+    labels = torch.tensor([examples.get("labels", examples["input_ids"])])
+    return {
+        "input_ids": ids,
+        "labels": labels,
+        "attention_mask": torch.ones_like(ids),
+        "index": torch.tensor([examples["id"]]),
+        "draw": draw,
+    }
+
+
+def weight_gradient(model, name, loss):
+    """[O,J] by autograd on the parameters themselves: no hook of ours."""
+    module = model.get_submodule(name)
+    parameters = [p for p in (module.weight, module.bias) if p is not None]
+    weight, *bias = torch.autograd.grad(loss, parameters, retain_graph=True)
+    weight = weight if isinstance(module, nn.Linear) else weight.T
+    return torch.cat([weight, *(b.unsqueeze(1) for b in bias)], 1)
+
+
+def moments(model, names, batch, task):
+    """Inputs [T,J] and output gradients [T,O] of one sequence's sampled loss, by plain hooks."""
+    seen, handles = {}, []
+    for name in names:
+
+        def hook(module, args, output, name=name):
+            output.retain_grad()
+            seen[name] = (args[0].detach(), output, module.bias is not None)
+
+        handles.append(model.get_submodule(name).register_forward_hook(hook))
+    loss = task.compute_train_loss(batch, model, sample=True)
+    loss.backward()
+    for handle in handles:
+        handle.remove()
+    rows = {}
+    for name, (a, output, bias) in seen.items():
+        a = a[0]
+        a = torch.cat([a, torch.ones(len(a), 1, dtype=a.dtype)], 1) if bias else a
+        rows[name] = (a, output.grad[0])
+    return loss, rows
+
+
+def dense_ekfac(model, names, data, queries, damping=None):
+    """Scores [Q,N], self scores [N] and lam by the definitions, one sequence at a time."""
+    model = model.double()
+    task = LanguageModelTask()
+    data = [example | {"id": i} for i, example in enumerate(data)]
+    A, S, lam = ({} for _ in range(3))
+    tokens = sum(len(e["input_ids"]) for e in data)
+    for example in data:
+        _, rows = moments(model, names, batch_of(example, draw=1), task)
+        for name, (a, g) in rows.items():
+            A[name] = A.get(name, 0) + a.T @ a / tokens
+            S[name] = S.get(name, 0) + g.T @ g / tokens
+    Q = {n: (torch.linalg.eigh(A[n])[1], torch.linalg.eigh(S[n])[1]) for n in names}
+    for example in data:
+        # The eigenvalues' labels are another draw than those of the covariances.
+        loss = task.compute_train_loss(batch_of(example), model, sample=True)
+        for n in names:
+            rotated = Q[n][1].T @ weight_gradient(model, n, loss) @ Q[n][0]
+            lam[n] = lam.get(n, 0) + rotated**2 / len(data)
+    size = {n: 0.1 * lam[n].mean() if damping is None else damping for n in names}
+
+    def inverse(n, G):
+        Qa, Qg = Q[n]
+        return Qg @ ((Qg.T @ G @ Qa) / (lam[n] + size[n])) @ Qa.T
+
+    def gradients(example, measure):
+        loss = measure(batch_of(example), model)
+        return {n: weight_gradient(model, n, loss) for n in names}
+
+    train = [gradients(e, task.compute_train_loss) for e in data]
+    ask = [gradients(e | {"id": 0}, task.compute_measurement) for e in queries]
+    scores = [[sum((inverse(n, q[n]) * g[n]).sum() for n in names) for g in train] for q in ask]
+    own = [sum((inverse(n, g[n]) * g[n]).sum() for n in names) for g in train]
+    return torch.tensor(scores), torch.tensor(own), lam
+
+
+def close(got, expected, tolerance):
+    got = got if isinstance(got, torch.Tensor) else torch.tensor(np.array(got))
+    got, expected = got.double(), expected.double()
+    error = (got - expected).abs().max() / expected.abs().max()
+    assert error < tolerance, f"relative error {error:.2e}"
