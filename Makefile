@@ -30,6 +30,7 @@ build: venv
 lint: venv
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 test: lint build

@@ -22,6 +22,17 @@ def pytest_addoption(parser):
     )
 
 
+KERNELS = ("math", "ops", "cuda", "triton", "package")
+
+
+def pytest_collection_modifyitems(items):
+    """Subsets by file: `pytest -m driver`."""
+    for item in items:
+        subject = item.path.stem.removeprefix("test_").partition("_")[0]
+        kind = "kernels" if subject in KERNELS else subject
+        item.add_marker(kind if kind in ("kernels", "kronfluence") else "driver")
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     random.seed(0)

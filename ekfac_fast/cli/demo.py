@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -89,7 +90,7 @@ def write_queries(path: Path) -> Path:
     return path
 
 
-def train_tokenizer(corpus: Path, out: Path):
+def train_tokenizer(corpus: Path, out: Path) -> Any:
     """A byte-level BPE of the corpus, saved as a Hugging Face tokenizer."""
     tokenizers, transformers = optional("tokenizers", "hf"), optional("transformers", "hf")
     backend = tokenizers.ByteLevelBPETokenizer()

@@ -5,7 +5,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from ..stages.run import Stage
 
@@ -24,7 +31,7 @@ def showing(console: Console) -> Iterator[Callable[[str, int, int], None]]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as bars:
-        tasks: dict[str, tuple[int, float, int]] = {}
+        tasks: dict[str, tuple[TaskID, float, int]] = {}
 
         def update(stage: str, done: int, total: int) -> None:
             if stage not in tasks:

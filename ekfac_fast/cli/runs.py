@@ -16,7 +16,7 @@ from ..report.contents import StageTime
 from ..stages.factors import Factors
 from ..stages.fit import fit
 from ..stages.queries import Queries, prepare_queries
-from ..stages.run import Stage
+from ..stages.run import RunArguments, Stage
 from ..stages.scan import score, self_scores
 from ..stages.scores import Scores
 from ..store.files import load_json, save_json
@@ -69,7 +69,11 @@ def score_job(
     """Queries prepared, the corpus scanned, everything that `report_job` needs kept in `out`."""
     asked = read_queries(queries, source.tokenizer, cutting.context)
     with showing(console) as progress:
-        passes = {"batch_tokens": batch_tokens, "autocast": autocast, "progress": progress}
+        passes: RunArguments = {
+            "batch_tokens": batch_tokens,
+            "autocast": autocast,
+            "progress": progress,
+        }
         prepared = prepare_queries(
             source.model, factors, asked, rank=rank, damping=damping, out=out / QUERIES, **passes
         )

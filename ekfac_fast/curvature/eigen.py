@@ -108,6 +108,8 @@ def _in_batches(jobs: Sequence[Job], device: torch.device, dtype: torch.dtype) -
                 values, vectors = eigendecomposition(stack)
             except torch.OutOfMemoryError:
                 torch.cuda.empty_cache()
-                yield from (tuple(x.cpu() for x in eigendecomposition(cov)) for cov in stack)
+                for cov in stack:
+                    values, vectors = eigendecomposition(cov)
+                    yield values.cpu(), vectors.cpu()
             else:
                 yield from zip(values, vectors, strict=True)

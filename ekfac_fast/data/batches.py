@@ -323,12 +323,11 @@ def positions(model: nn.Module) -> int | None:
 
 def vocabulary(model: nn.Module) -> int | None:
     """How many token ids a model has embeddings for; None where it does not say."""
-    table = None
-    if hasattr(model, "get_input_embeddings"):
-        try:
-            table = model.get_input_embeddings()
-        except NotImplementedError:
-            table = None
+    find = getattr(model, "get_input_embeddings", None)
+    try:
+        table = find() if callable(find) else None
+    except NotImplementedError:
+        table = None
     return getattr(table, "num_embeddings", None)
 
 

@@ -71,10 +71,10 @@ def install() -> None:
             TrackedModule.SUPPORTED_MODULES[layer] = ours
     for (path, name), make in FUNCTIONS.items():
         owner = importlib.import_module(f"kronfluence.{path}")
-        own = getattr(owner, name)
-        ours = make(own)
-        setattr(owner, name, ours)
-        _replaced.append((owner, name, own, ours))
+        theirs = getattr(owner, name)
+        made = make(theirs)
+        setattr(owner, name, made)
+        _replaced.append((owner, name, theirs, made))
 
 
 def restore() -> None:

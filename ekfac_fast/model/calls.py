@@ -34,7 +34,7 @@ class Calls:
             return  # packed or elsewhere: a product all the same, of a weight that is not at hand
         rows = [t.detach().reshape(-1, t.shape[-1])[:1].float() for t in (x, output)]
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            bias = None if module.bias is None else module.bias.float()
+            bias = module.bias.float() if isinstance(module.bias, Tensor) else None
             error = (nn.functional.linear(rows[0], weight.float(), bias) - rows[1]).abs().max()
         if not error <= max(1e-3, 8 * torch.finfo(output.dtype).eps) * rows[1].abs().max():
             raise ModelError(

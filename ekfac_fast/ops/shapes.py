@@ -145,10 +145,10 @@ def check(
             # I and J are one letter apart from the bias, so either may be seen first.
             key, value = ("I", size - bias) if letter == "J" else (letter, size)
             if letters.setdefault(key, value) != value:
-                expected = letters[key] + (bias if letter == "J" else 0)
+                wanted = letters[key] + (bias if letter == "J" else 0)
                 raise ValueError(
                     f"{op}: {name} has shape {list(x.shape)}, expected [{','.join(shape)}] with "
-                    f"{letter}={expected} (from {where[key]}"
+                    f"{letter}={wanted} (from {where[key]}"
                     f"{', J = I + 1 because bias=True' if bias and key == 'I' else ''})"
                 )
             where.setdefault(key, f"{name} {list(x.shape)}")

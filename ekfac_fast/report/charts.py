@@ -67,7 +67,8 @@ def heat_map(values: ArrayLike, steps: int = 4) -> HeatMap:
     rows, columns = grid.shape
     strokes: dict[int, list[str]] = {}
     for y, row in enumerate(grid):
-        starts = np.flatnonzero(np.diff(row, prepend=row[0] + 1)) if columns else []
+        changes = np.diff(row, prepend=row[0] + 1) if columns else row
+        starts = np.flatnonzero(changes)
         for x, run in zip(starts, np.diff(starts, append=columns), strict=True):
             if row[x]:
                 strokes.setdefault(int(row[x]), []).append(f"M{x} {y}h{run}")

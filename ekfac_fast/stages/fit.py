@@ -61,9 +61,7 @@ def fit(
         NotFiniteError: a loss or a sum is not finite; names the examples or the layer.
         Error: a layer, an example or an argument is wrong.
     """
-    if arguments.get("task") is None:
-        arguments["task"] = LanguageModelTask(seed or 0)
-    task = arguments["task"]
+    task = arguments["task"] = arguments.get("task") or LanguageModelTask(seed or 0)
     own = getattr(task, "seed", None)
     if seed is not None and own not in (None, seed):
         raise ArgumentError(f"seed is {seed}, but the task has a seed of its own, {own}")

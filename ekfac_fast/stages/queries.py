@@ -16,7 +16,7 @@ from ..data.batches import Indexable
 from ..errors import ArgumentError, DataError, NotFiniteError, StoreError
 from ..model.capture import LayerBatch
 from ..model.layers import Layer
-from ..model.tasks import LanguageModelTask, Task
+from ..model.tasks import LanguageModelTask
 from ..store.files import load_json, load_tensors, save_json, save_tensors
 from ..store.fingerprint import fingerprint
 from ..store.folder import Store
@@ -123,11 +123,7 @@ class Queries:
         tensors = load_tensors(Path(folder) / TENSORS, ours=ours)
         try:
             layers = tuple(
-                LayerQueries(
-                    Layer(**(layer | {"also": tuple(layer.get("also", ()))})),
-                    *(tensors.get(f"{at}.{n}") for n in ("L", "R", "P")),
-                    tensors[f"{at}.energy"],
-                )
+                _layer(Layer(**(layer | {"also": tuple(layer.get("also", ()))})), tensors, f"{at}.")
                 for at, layer in enumerate(told["layers"])
             )
             count = sum(name.startswith("ids.") for name in tensors)
@@ -246,16 +242,15 @@ def _put_together(
     if run.batches.language:
         loaded = map(run.batches.example, range(run.batches.size))
         examples = tuple((x.input_ids, x.labels) for x in loaded)
-    found = tuple(
-        LayerQueries(
-            x,
-            *(every.get(f"{x.name} {part}") for part in ("L", "R", "P")),
-            every[f"{x.name} energy"],
-        )
-        for x in layers
-    )
+    found = tuple(_layer(x, every, f"{x.name} ") for x in layers)
     damping = tuple(dampings[x.name] for x in layers)
     return Queries(found, rank, damping, every["measurements"], examples, facts)
+
+
+def _layer(layer: Layer, tensors: dict[str, Tensor], prefix: str) -> LayerQueries:
+    """One layer's queries, from tensors by name."""
+    L, R, P = (tensors.get(f"{prefix}{part}") for part in ("L", "R", "P"))
+    return LayerQueries(layer, L, R, P, tensors[f"{prefix}energy"])
 
 
 def _check_targets(run: Run) -> None:
@@ -295,7 +290,7 @@ class Preconditioning(Consumer):
     def loss(self, batch: Batch) -> Tensor:
         """The measurement, summed over the batch; each query's own value is kept."""
         task, model = self.run.task, self.run.model
-        if measures_each(task):
+        if isinstance(task, LanguageModelTask) and measures_each(task):
             values = task.negative_log_likelihoods(batch.inputs, model)
             self.found["measurements"] = values.detach().float().cpu()
             return values.sum()
@@ -345,10 +340,9 @@ class Preconditioning(Consumer):
         self.found = {}
 
 
-def measures_each(task: Task) -> bool:
-    """Whether the measurement is the sum of `negative_log_likelihoods`, and not a task's own."""
-    own = getattr(type(task), "compute_measurement", None)
-    return isinstance(task, LanguageModelTask) and own is LanguageModelTask.compute_measurement
+def measures_each(task: LanguageModelTask) -> bool:
+    """Whether the measurement is the sum of `negative_log_likelihoods`, and not a class's own."""
+    return type(task).compute_measurement is LanguageModelTask.compute_measurement
 
 
 def represented(P: Tensor, basis: Basis, rank: int | None) -> dict[str, Tensor]:

@@ -313,10 +313,9 @@ def model_fingerprint(model: nn.Module) -> str:
     """Identifies the weights and the configuration: every name, shape and value."""
 
     def parts() -> Iterator[Any]:
-        config = getattr(model, "config", None)
-        if hasattr(config, "to_dict"):
-            told = {k: v for k, v in config.to_dict().items() if k not in UNTOLD}
-            yield repr(sorted(told.items()))
+        tell = getattr(getattr(model, "config", None), "to_dict", None)
+        if callable(tell):
+            yield repr(sorted((k, v) for k, v in tell().items() if k not in UNTOLD))
         for name, weight in model.state_dict().items():
             yield name, weight.detach()
 

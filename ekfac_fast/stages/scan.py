@@ -189,9 +189,10 @@ def _candidates(
         if not batches.language or batches.vocabulary is None or not queries.examples:
             raise ArgumentError("candidates by TF-IDF need a language model with an embedding")
         tokens = [ids.tolist() for ids, _ in queries.examples]
-        wanted = top_candidates(
+        best = top_candidates(
             tokens, batches.dataset, int(count), batches.vocabulary, context=batches.context
         )[0]
+        wanted = best.tolist()
     if len(wanted) != len(queries):
         raise ArgumentError(f"candidates for {len(wanted)} queries, but there are {len(queries)}")
     found = [np.asarray(indices, dtype=np.int64) for indices in wanted]

@@ -120,7 +120,7 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
     total = zlib.crc32(json.dumps(sorted(metadata.items())).encode())
     for name, tensor in sorted(tensors.items()):
         total = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), total)
-        total = zlib.crc32(tensor.contiguous().reshape(-1).view(uint8).numpy(), total)
+        total = zlib.crc32(tensor.contiguous().reshape(-1).view(uint8).numpy().data, total)
     return f"{total:08x}"
 
 

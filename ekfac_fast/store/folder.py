@@ -248,7 +248,10 @@ class Store:
         """The [Q,N] matrix `name`.npy; created if a shape is given and it is not there."""
         if name not in self._matrices:
             path = self.folder / f"{name}.npy"
-            self._matrices[name] = Matrix(path, shape, dtype, self._pace is not None)
+            writable = self._pace is not None
+            self._matrices[name] = Matrix(
+                path, shape, dtype, writable=writable, checked=self.checked
+            )
         return self._matrices[name]
 
     def commit(self, **state: Any) -> None:

@@ -30,7 +30,13 @@ class Matrix:
     """
 
     def __init__(
-        self, path: Path, shape: tuple[int, int] | None, dtype: Any, writable: bool
+        self,
+        path: Path,
+        shape: tuple[int, int] | None,
+        dtype: Any,
+        *,
+        writable: bool,
+        checked: bool,
     ) -> None:
         self.path, self.journal, self.writable = path, path.with_suffix(".done"), writable
         if writable and not path.exists() and shape is not None:
@@ -43,6 +49,11 @@ class Matrix:
             )
         self.pending: dict[int, int] = {}
         self.done = self._read_journal()
+        if checked and None in self.done.values():
+            raise StoreError(
+                f"{self.journal}: a batch is marked without a checksum: not by us. Delete it, and "
+                f"{self.path.name}, to start the matrix again"
+            )
 
     def _map(self) -> np.memmap:
         try:
@@ -110,7 +121,7 @@ class Matrix:
 
     def _crc(self, columns: Sequence[int]) -> int:
         block = self.values[:, np.asarray(columns, dtype=np.int64)]
-        return zlib.crc32(np.ascontiguousarray(block.T))
+        return zlib.crc32(np.ascontiguousarray(block.T).data)
 
     def verify(self, batches: Sequence[Sequence[int]]) -> None:
         """Compare every batch that is done with its CRC.

@@ -21,7 +21,7 @@ def step_check(
     task = LanguageModelTask()
     asked = [{"input_ids": ids, "labels": labels} for ids, labels in queries.examples]
     every, ask = Batches(data, model), Batches(asked, model)
-    weights = [model.get_submodule(name).weight for name in scores.layers]
+    weights = [model.get_parameter(f"{name}.weight") for name in scores.layers]
     changes = []
     for q in range(len(queries)):
         batch = ask.load([q])
@@ -31,13 +31,13 @@ def step_check(
             ((index, _),) = scores.top(q, 1, lowest=lowest)
             loss = task.compute_train_loss(every.load([index]), model)
             gradients = torch.autograd.grad(loss, weights)
-            size = STEP / torch.sqrt(sum(g.square().sum() for g in gradients))
+            size = STEP / torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
             with torch.no_grad():
                 for weight, g in zip(weights, gradients, strict=True):
-                    weight -= size * g
+                    weight.sub_(size * g)
                 pair.append(_log_probability(task, batch, model) - before)
                 for weight, g in zip(weights, gradients, strict=True):
-                    weight += size * g
+                    weight.add_(size * g)
         changes.append((pair[0], pair[1]))
     return changes
 

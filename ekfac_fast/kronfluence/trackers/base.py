@@ -25,9 +25,9 @@ def private_copy(x: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     for as long as any of them holds it.
     """
     key = (x._version, dtype, device)
-    source, kept, made = getattr(_last, "copy", (None, None, None))
-    if source is not None and source() is x and made == key:
-        copy = kept()
+    held = getattr(_last, "copy", None)
+    if held is not None and held[0]() is x and held[2] == key:
+        copy = held[1]()
         if copy is not None:
             return copy
     copy = x.detach().to(device=device, dtype=dtype, copy=True)
@@ -49,6 +49,7 @@ class TokenTracker(BaseTracker):
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
         self.input_ndim = 0
+        self.cached_activations: Tensor | list[Tensor] | None = None
         # The pairs of a shared module in this batch, until `finalize_iteration` joins them.
         self.uses: list[tuple[Tensor, Tensor]] = []
 
@@ -91,11 +92,12 @@ class TokenTracker(BaseTracker):
             if self.cached_activations is None:
                 self._raise_cache_not_found_exception()
             self.cached_hooks.pop().remove()
-            shared = isinstance(self.cached_activations, list)
-            a = self.cached_activations.pop() if shared else self.cached_activations
+            cached = self.cached_activations
+            a = cached.pop() if isinstance(cached, list) else cached
+            assert a is not None
             g = by_tokens(gradient.detach().to(self.operand_dtype()))
             a = by_tokens(a.to(gradient.device))
-            if not shared:
+            if not isinstance(cached, list):
                 self.clear_all_cache()
                 self.consume(g, a)
             elif self.joins_uses:

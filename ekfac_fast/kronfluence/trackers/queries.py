@@ -56,7 +56,7 @@ class FastPreconditionTracker(TokenTracker, PreconditionTracker):
                 exact=args.use_full_svd,
                 randomised=self.module.options.truncation == "randomised",
             )
-            query = [x.to(args.score_dtype).contiguous() for x in factors]
+            query: Tensor | list[Tensor] = [x.to(args.score_dtype).contiguous() for x in factors]
         elif self.module.scores_measurement:
             # Meets one training gradient only: rotating that one costs less than rotating P back.
             query = P
@@ -73,12 +73,10 @@ class FastPreconditionTracker(TokenTracker, PreconditionTracker):
         """Join what is held into kronfluence's storage."""
         if not self.held:
             return
-        held = [*self.held]
+        pairs = [x for x in self.held if isinstance(x, list)]
+        dense = [x for x in self.held if isinstance(x, Tensor)]
         self.held.clear()
-        if isinstance(held[0], list):
-            joined = [torch.cat(side) for side in zip(*held, strict=True)]
-        else:
-            joined = torch.cat(held)
+        joined = torch.cat(dense) if dense else [torch.cat(x) for x in zip(*pairs, strict=True)]
         self.module.storage[ACCUMULATED_PRECONDITIONED_GRADIENT_NAME] = joined
 
     def exist(self) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ class Layer:
     bias: bool = False
     order: str | None = None
 
-    def sample(self, *args) -> Sample:
+    def sample(self, *args: Any) -> Sample:
         """`args` as a sample; the longest sum runs over tokens and both widths."""
         return Sample(self.why, self.shape, args, self.shape.T + self.shape.O + self.shape.J)
 
@@ -65,7 +66,9 @@ def strided(x: Tensor) -> Tensor:
 def layers(dtype: torch.dtype, device: str = "cpu") -> Iterator[Layer]:
     """Layers at the edges of tiles and of the contraction orders."""
 
-    def layer(why: str, B: int, T: int, I: int, O: int, bias: bool = False, **changes) -> Layer:
+    def layer(
+        why: str, B: int, T: int, I: int, O: int, bias: bool = False, **changes: Any
+    ) -> Layer:
         shape = Shape(B=B, T=T, I=I, O=O, bias=bias)
         made = {
             "g": draw(B, T, O, dtype=dtype, device=device) / 8,
