@@ -251,7 +251,7 @@ class Batches:
                     f"{named(self.dataset, index)}: {len(one) + one.dropped} tokens, the model has "
                     f"{self.context} positions: split it, or let its end be cut off"
                 )
-            if refused := [name for name in one.fields if not self._accepts(name)]:
+            if refused := [name for name in one.fields if name not in self._takes]:
                 raise DataError(
                     f"{named(self.dataset, index)}: the model takes no {refused[0]!r}; leave it "
                     "out of the examples"
@@ -260,10 +260,6 @@ class Batches:
             self.without_targets += one.targets == 0
             self.lengths.append(len(one))
             self._digest.add(_content(one))
-
-    def _accepts(self, name: str) -> bool:
-        kinds = {p.kind for p in self._takes.values()}
-        return name in self._takes or inspect.Parameter.VAR_KEYWORD in kinds
 
     def divided(self) -> list[list[int]]:
         """Indices of every batch; a pure function of lengths and budget."""

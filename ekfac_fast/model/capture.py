@@ -134,29 +134,29 @@ class Capture:
         grid = calls.grid
         if grid is None or grid.sequences == 1:
             return
-        unknown: dict[str, Layer] = {}
+        unknown: dict[str, list[int]] = {}
+        for name in self.layers.keys() - calls.inputs.keys() - self._layouts.keys():
+            unknown[name] = []  # to run in the backward pass only: nothing is known of it
         for name, uses in calls.inputs.items():
             leading = tuple(uses[0].shape[:-1])
             if name in self._layouts and self._layouts[name].fits(leading, grid.sequences):
                 continue
             known = trusted(leading, grid)
             if known is None:
-                unknown[name] = self.layers[name]
+                unknown[name] = list(uses[0].shape)
             else:
                 self._layouts[name] = known
         if not unknown:
             return
         if self._swap is None:
-            first, shape = next((n, list(calls.inputs[n][0].shape)) for n in unknown)
+            first, shape = next(iter(unknown.items()))
             raise ModelError(
                 f"layer {first}: its input is {shape} for {grid.sequences} sequences of "
                 f"{grid.positions} positions; which rows belong to which sequence cannot be told"
             )
         one, other = (self._inputs(list(unknown), run) for run in self._swap())
-        for name in unknown:
-            self._layouts[name] = probed(
-                name, one.get(name), other.get(name), list(calls.inputs[name][0].shape)
-            )
+        for name, shape in unknown.items():
+            self._layouts[name] = probed(name, one.get(name), other.get(name), shape)
 
     def _inputs(self, names: list[str], run: Callable[[], Any]) -> dict[str, Tensor]:
         """Inputs of the first use of layers in a forward pass."""
