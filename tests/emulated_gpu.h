@@ -1,5 +1,6 @@
-// A GPU in plain C++: what csrc/cuda/mma.cuh has for a real one, lane by lane, so that the kernels
-// and launchers of csrc/cuda run on a CPU, compiled by a host compiler from the same source.
+// A GPU in plain C++: what csrc/cuda has for a real one between __CUDACC__ and its end, lane by
+// lane. Included first, it makes kernels and launchers run on a CPU, compiled by a host compiler
+// from the same source.
 //
 // Every thread of a block is a fiber that runs until it has to wait: at a barrier, or for the other
 // lanes of its warp. Fragments are laid out as the PTX manual says of ldmatrix and mma.m16n8k16.
@@ -9,6 +10,7 @@
 // are matrix loads that meet in a bank, and copies that are unaligned or that no one waits for.
 #pragma once
 
+#include <c10/core/DispatchKey.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -26,7 +28,7 @@
 #define __global__
 #define __launch_bounds__(...)
 
-namespace ekfac_fast {
+namespace ekfac_fast::cuda {
 
 using std::min;
 
@@ -328,6 +330,8 @@ inline float from_lane_xor(float x, int mask) {
   return y;
 }
 
+constexpr auto kKey = c10::DispatchKey::CPU;
+
 // A small chip: layers of a few tiles fill it.
 inline int processors() { return 2; }
 
@@ -341,4 +345,4 @@ void launch(void (*kernel)(P...), int64_t blocks, int threads, int shared, const
   }
 }
 
-}  // namespace ekfac_fast
+}  // namespace ekfac_fast::cuda

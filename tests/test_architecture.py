@@ -115,12 +115,14 @@ def test_triton_kernels_know_torch_triton_and_each_other():
         assert {name.partition(".")[0] for name in imported(path)} <= allowed, path.name
 
 
-def test_cpp_knows_tensors_and_pybind_only_binds():
+def test_cpp_knows_tensors_and_itself_and_pybind_only_binds():
     for path in sorted((ROOT / "csrc").rglob("*.*")):
         includes = set(re.findall(r"#include [<\"](\S+)[>\"]", path.read_text()))
         assert "torch/extension.h" not in includes, f"{path.name}: 25 s a file; see design"
         python = {name for name in includes if name.startswith(("pybind11", "Python.h"))}
         assert not python or path.name == "bindings.cpp"
+        own = re.findall(r"#include \"(\S+)\"", path.read_text())
+        assert all((path.parent / name).is_file() for name in own), f"{path.name}: not csrc's"
 
 
 def test_stems_are_complete_and_register_on_the_last_line():
@@ -140,7 +142,7 @@ def test_stems_are_complete_and_register_on_the_last_line():
     cuda = {path.stem: path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cu")}
     assert cuda.keys() <= stems
     # Triton owns the CUDA key: these stand beside it.
-    assert all(f'beside(m, "{stem}", &ekfac_fast::{stem})' in cuda[stem] for stem in cuda)
+    assert all(f'beside(m, "{stem}", &ekfac_fast::cuda::{stem})' in cuda[stem] for stem in cuda)
     for stem in stems:
         assert cpp[stem].startswith("TORCH_LIBRARY_IMPL(ekfac_fast, CPU, m)")
         assert f'm.impl("{stem}", &ekfac_fast::{stem})' in cpp[stem]
