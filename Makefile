@@ -49,7 +49,7 @@ demo: build
 	$(BIN)/python -m ekfac_fast demo
 
 bench: build
-	$(BIN)/python bench/run.py
+	$(BIN)/python bench/ops.py
 
 # With that machine's own Python, torch and triton: no virtual environment, no network.
 gpu-check:

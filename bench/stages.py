@@ -16,19 +16,13 @@ embedding and the head then weigh more than in the whole, in all three alike.
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import roofs
 import torch
-from environment import device as device_named
-from environment import environment
-from stage_ways import STAGES, Ours, Plain, Start, agree, start
-from timing import extra_bytes, measure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -37,6 +31,12 @@ from ekfac_fast.model.capture import Capture, LayerBatch
 from ekfac_fast.model.layers import Layer, linear_layers, select_layers
 from ekfac_fast.model.tasks import LanguageModelTask
 from ekfac_fast.ops.shapes import Shape
+from measure import roofs
+from measure.environment import device as device_named
+from measure.environment import environment
+from measure.rows import OURS, Row, append
+from measure.timing import extra_bytes, measure
+from ways.stage_ways import STAGES, Ours, Plain, Start, agree, start
 
 MODELS = {
     "gpt2": {"model_type": "gpt2"},
@@ -99,6 +99,20 @@ class Setting:
         """Of the batch."""
         return self.batch["input_ids"].numel()
 
+    @property
+    def shape(self) -> dict[str, int]:
+        """What a row tells of it."""
+        sequences, tokens = self.batch["input_ids"].shape
+        built, whole = self.blocks
+        return {
+            "blocks": built,
+            "all_blocks": whole,
+            "sequences": sequences,
+            "tokens": tokens,
+            "queries": self.queries,
+            "rank": self.rank,
+        }
+
 
 def build(
     name: str,
@@ -127,6 +141,7 @@ def build(
         "index": torch.arange(B),
     }
     blocks = config.num_hidden_layers, whole
+    name += " (smoke)" * smoke
     return Setting(name, model, select_layers(model), blocks, batch, Q, K)
 
 
@@ -210,8 +225,8 @@ def work(setting: Setting, stage: str, start: Start) -> int:
     return flops
 
 
-def run_stage(setting: Setting, stage: str, repeats: int, compiled: bool) -> dict:
-    """Check a stage on its batch, then time it; the fields of the row."""
+def run_stage(setting: Setting, stage: str, repeats: int, compiled: bool) -> Row:
+    """Check a stage on its batch, then time it."""
     ids = setting.batch["input_ids"]
     device, dtype = ids.device, next(setting.model.parameters()).dtype
     torch.manual_seed(0)
@@ -252,49 +267,52 @@ def run_stage(setting: Setting, stage: str, repeats: int, compiled: bool) -> dic
         with extra_bytes(device) as taken:
             call()
         extra[name] = taken()
-    return {
-        "dtype": str(dtype).removeprefix("torch."),
-        "seconds": seconds,
-        "samples": samples,
-        "failed": failed,
-        "error": max(errors, default=None),
-        "tokens_per_second": {name: setting.tokens / s for name, s in seconds.items()},
-        "over_floor": {name: s / seconds["floor"] for name, s in seconds.items()},
-        "mfu": work(setting, stage, begun) / seconds["ours"] / rate,
-        "gemm_flops_per_second": rate,
-        "extra_bytes": extra,
-        "held_bytes": torch.cuda.memory_allocated(device) if device.type == "cuda" else None,
-    }
+    held = torch.cuda.memory_allocated(device) if device.type == "cuda" else None
+    return Row(
+        bench="stages",
+        name=setting.name,
+        quantity=stage,
+        shape=setting.shape,
+        dtype=str(dtype).removeprefix("torch."),
+        seconds=seconds,
+        samples=samples,
+        extra_bytes=extra,
+        failed=failed,
+        error=max(errors, default=None),
+        flops=work(setting, stage, begun),
+        roofs={"flops_per_second": rate},
+        details={"held_bytes": held},
+    )
 
 
-def line(row: dict) -> str:
+def line(row: Row) -> str:
     """The printed line."""
-    built, whole = row["blocks"]
-    others = (f"{t / row['seconds']['ours']:.2f}x {n}" for n, t in row["seconds"].items())
+    others = (f"{row.times(way):.2f}x {way}" for way in row.seconds if way not in (OURS, "floor"))
     return " | ".join(
         [
-            f"{row['model']} ({built} of {whole} blocks) {row['stage']} {row['dtype']}",
-            f"{row['tokens_per_second']['ours']:.0f} tokens/s",
-            f"MFU {row['mfu']:.0%}",
-            f"{row['over_floor']['ours']:.2f} floors",
-            f"peak +{row['extra_bytes']['ours'] / 2**20:.0f} MiB"
-            f" (floor +{row['extra_bytes']['floor'] / 2**20:.0f})",
-            *(text for text in others if not text.endswith(("ours", "floor"))),
-            *(f"{name} failed: {why}" for name, why in row["failed"].items()),
+            f"{row.name} ({row.shape['blocks']} of {row.shape['all_blocks']} blocks)"
+            f" {row.quantity} {row.dtype}",
+            f"{row.shape['sequences'] * row.shape['tokens'] / row.ours:.0f} tokens/s",
+            f"MFU {row.gemm_share:.0%}",
+            f"{row.over('floor'):.2f} floors",
+            f"peak +{row.extra_bytes[OURS] / 2**20:.0f} MiB"
+            f" (floor +{row.extra_bytes['floor'] / 2**20:.0f})",
+            *others,
+            *(f"{name} failed: {why}" for name, why in row.failed.items()),
         ]
     )
 
 
-def verdict(row: dict) -> str | None:
+def verdict(row: Row) -> str | None:
     """The issue's requirement on a scan, where this row is what it asks for."""
-    limit = SCAN_LIMIT.get(row["model"])
-    built, whole = row["blocks"]
-    asked = row["stage"] == "scoring" and row["queries"] == 64 and row["rank"] == 32
-    if limit is None or not asked or built < whole or row["dtype"] != "bfloat16":
+    limit, sizes = SCAN_LIMIT.get(row.name), row.shape
+    asked = row.quantity == "scoring" and sizes["queries"] == 64 and sizes["rank"] == 32
+    whole = sizes["blocks"] == sizes["all_blocks"]
+    if limit is None or not (asked and whole and row.dtype == "bfloat16"):
         return None
-    got = row["over_floor"]["ours"]
+    got = row.over("floor")
     return (
-        f"{row['model']} scan | required at most {limit:.2f} floors | measured {got:.2f} "
+        f"{row.name} scan | required at most {limit:.2f} floors | measured {got:.2f} "
         f"| {'met' if got <= limit else 'NOT MET'}"
     )
 
@@ -342,15 +360,8 @@ def main(words: list[str] | None = None) -> None:
         blocks = {"blocks": chosen.layers, "smoke": chosen.smoke}
         setting = build(name, **blocks, sizes=sizes, device=chosen.device)
         for stage in chosen.stages:
-            row = {
-                "bench": "stages",
-                "model": f"{name} (smoke)" if chosen.smoke else name,
-                "stage": stage,
-                "blocks": setting.blocks,
-                **dict(zip(("sequences", "tokens", "queries", "rank"), sizes, strict=True)),
-            }
             try:
-                row |= run_stage(setting, stage, chosen.repeats, chosen.compile)
+                row = run_stage(setting, stage, chosen.repeats, chosen.compile)
             except Exception as error:
                 failed += 1
                 print(f"{name} {stage} | FAILED: {error}", flush=True)
@@ -361,9 +372,7 @@ def main(words: list[str] | None = None) -> None:
             if told := verdict(row):
                 print(told, flush=True)
             if chosen.out:
-                chosen.out.parent.mkdir(parents=True, exist_ok=True)
-                with chosen.out.open("a") as file:
-                    file.write(json.dumps(row | {"environment": facts}) + "\n")
+                append(chosen.out, [replace(row, environment=facts)])
         del setting
     if failed:
         sys.exit(f"{failed} stages are wrong or did not run")

@@ -105,7 +105,7 @@ def test_the_mathematics_stands_once():
 
 
 def test_benches_do_not_import_tests():
-    names = [name for path in (ROOT / "bench").glob("*.py") for name in imported(path)]
+    names = [name for path in (ROOT / "bench").rglob("*.py") for name in imported(path)]
     assert not [name for name in names if name.partition(".")[0] == "tests"]
 
 

@@ -10,12 +10,13 @@ from math import ceil
 
 from ekfac_fast.triton_kernels.launch import Chip, cdiv, side_by_side, splits, tile
 from ekfac_fast.triton_kernels.narrow import ROWS, strip
-from markdown import duration, table
-from shapes import ACCEPTANCE, Case
 
 from ekfac_fast import ops
 from ekfac_fast.ops.gradients import cheapest_order, flops
 from ekfac_fast.ops.shapes import Shape
+from ways.shapes import ACCEPTANCE, Case
+
+from .markdown import duration, table
 
 ITEM = 2  # bytes of bf16
 GROUP = 8  # rows of tiles that a wave shares, as in the kernels

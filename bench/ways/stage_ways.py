@@ -7,11 +7,9 @@ Both start from the same `Start` and leave their results in `found`, by layer.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import plain_torch
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from work import energy, reflection, tolerance
 
 from ekfac_fast.curvature.basis import SharedRotation
 from ekfac_fast.curvature.choice import contraction
@@ -20,6 +18,9 @@ from ekfac_fast.model.capture import LayerBatch
 from ekfac_fast.model.layers import Layer
 from ekfac_fast.ops.shapes import wide
 from ekfac_fast.stages.queries import DENSE_BYTES
+
+from . import plain_torch
+from .op_ways import energy, reflection, tolerance
 
 STAGES = ("covariance", "eigenvalues", "queries", "scoring")
 DAMPING = 0.1
