@@ -1,13 +1,11 @@
 """A case made runnable: our call, the other ways beside it, the least work; checks of them all."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from types import ModuleType
 
 import torch
-from ekfac_fast.triton_kernels.launch import Chip, chip
-from ekfac_fast.triton_kernels.narrow import strip
 from torch import Tensor
 
 from ekfac_fast import ops
@@ -16,6 +14,8 @@ from ekfac_fast.ops.gradients import flops
 from ekfac_fast.ops.shapes import ACCUMULATORS, Cost, Shape, parse, wide
 from ekfac_fast.ops.testing import parity
 from ekfac_fast.ops.testing.sampling import Sample
+from ekfac_fast.triton_kernels import launch, narrow
+from ekfac_fast.triton_kernels.launch import Chip, chip
 
 from . import kronfluence_order as theirs
 from . import plain_torch
@@ -158,10 +158,9 @@ def agree(work: Work, dtype: torch.dtype) -> dict[str, str]:
 
 def in_one_launch(case: Case, dtype: torch.dtype, chip: Chip) -> bool:
     """Whether the Triton tier rotates and divides in strips unless an order is forced."""
-    s = case.shape
     if case.rotated or case.quantity not in ("precondition", "self_influence"):
         return False
-    return strip(s.B, s.T, s.O, s.I, s.bias, dtype.itemsize, chip) is not None
+    return narrow.config(launch.Shape(dtype.itemsize, **asdict(case.shape)), chip) is not None
 
 
 def _card(case: Case) -> ModuleType:
