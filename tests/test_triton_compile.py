@@ -11,6 +11,7 @@ import re
 import subprocess
 from collections import defaultdict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -143,7 +144,9 @@ def compiled(monkeypatch):
         for name in (*map(ops.stem, ops.ALL), "narrow"):
             monkeypatch.setattr(module(name), "chip", lambda device: chip)
         torch.backends.cuda.matmul.fp32_precision = precision
-        call(dtype, **sizes)
+        # Passes of LLVM and ptxas run beside each other.
+        with ThreadPoolExecutor(os.cpu_count()) as pool, triton.AsyncCompileMode(pool):
+            call(dtype, **sizes)
         return launches
 
     before = torch.backends.cuda.matmul.fp32_precision

@@ -167,7 +167,9 @@ def test_both_ways_of_dense_scores(way, dtype, monkeypatch):
     monkeypatch.setattr(dense, "FEW_QUERIES", 100 if way == "few_queries" else 0)
     monkeypatch.setattr(dense, "config", dense.config.__wrapped__)  # nothing of it is cached
     monkeypatch.setattr(dense, "STRIP_BYTES", 1)  # strips of 16 rows
-    agree(ops.dense_scores, ops.dense_scores.samples(dtype), dense.dense_scores)
+    # Scores per token have one way.
+    samples = (x for x in ops.dense_scores.samples(dtype) if x.args[0].ndim == 2)
+    assert agree(ops.dense_scores, samples, dense.dense_scores) >= 7
 
 
 @pytest.mark.parametrize("B", [4, 6, 8])
