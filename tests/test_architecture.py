@@ -109,6 +109,16 @@ def test_benches_do_not_import_tests():
     assert not [name for name in names if name.partition(".")[0] == "tests"]
 
 
+def test_rooms_of_the_benches_know_what_stands_before_them():
+    rooms = {"measure": {"measure"}, "ways": {"ways"}, "pages": {"measure", "ways", "pages"}}
+    scripts = {path.stem for path in (ROOT / "bench").glob("*.py")}
+    for room, allowed in rooms.items():
+        for path in (ROOT / "bench" / room).glob("*.py"):
+            names = (name.removeprefix("bench.") for name in imported(path))
+            known = {name.partition(".")[0] for name in names} & {*rooms, *scripts}
+            assert known <= allowed, path.name
+
+
 def test_triton_kernels_know_torch_triton_and_each_other():
     allowed = {"torch", "triton", "triton_kernels"} | sys.stdlib_module_names
     for path in (ROOT / "triton_kernels").glob("*.py"):

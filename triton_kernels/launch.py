@@ -248,7 +248,7 @@ def launcher(function: Callable) -> Callable:
     default = torch._C.DispatchKeySet(torch._C.DispatchKey.CompositeExplicitAutograd)
 
     @wraps(function)
-    def launch(*args):
+    def launch(*args: object) -> Tensor | None:
         tensors = [x for x in args if isinstance(x, Tensor)]
         device = tensors[0].device
         if tensors[0].dtype == torch.float64 or any(x.device != device for x in tensors):
