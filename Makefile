@@ -33,7 +33,8 @@ lint: venv
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
-# Threads that wait leave their core to whoever else runs here; spinning, small products are 4x slower.
+# Threads that wait leave their core to others: beside other programs, spinning made tests of small
+# products four times slower.
 test test-short: export OMP_WAIT_POLICY = PASSIVE
 
 test: lint build
