@@ -1,5 +1,5 @@
-"""What a stage does with every layer of a pass: with our ops, as the package does it, and in plain
-torch, as well as one can.
+"""What a stage does with every layer of a pass: the package's own consumers, and plain torch, as
+well as one can.
 
 Both start from the same `Start` and leave their results in `found`, by layer.
 """
@@ -8,23 +8,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from ekfac_fast.curvature.basis import SharedRotation
-from ekfac_fast.curvature.choice import contraction
-from ekfac_fast.curvature.low_rank import captured_energy, rotate_back, truncate
+from ekfac_fast.curvature.basis import Eigenvectors
+from ekfac_fast.curvature.query_gradients import LowRank, QueryGradients
 from ekfac_fast.model.capture import LayerBatch
 from ekfac_fast.model.layers import Layer
 from ekfac_fast.ops.shapes import wide
-from ekfac_fast.stages.queries import DENSE_BYTES
+from ekfac_fast.stages import scan
+from ekfac_fast.stages.factors import LayerFactors
+from ekfac_fast.stages.fit import COVARIANCE_DRAW, EIGENVALUE_DRAW, Covariances, Eigenvalues
+from ekfac_fast.stages.queries import DENSE_BYTES, LayerQueries, Preconditioning, Queries
+from ekfac_fast.stages.run import Batch, Consumer, Run
+from ekfac_fast.store.folder import Store
 
 from . import plain_torch
 from .op_ways import energy, reflection, tolerance
 
 STAGES = ("covariance", "eigenvalues", "queries", "scoring")
 DAMPING = 0.1
-ops = torch.ops.ekfac_fast
+Found = dict[str, Tensor | tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Start:
     """What a stage starts from: shapes, and random tensors in place of an earlier stage's results.
 
     Eigenvectors are reflections, one for all layers that read the same tensor (`owners`). Queries'
-    factors are (P,) or (L, R), and `arranged` the same as plain torch wants them.
+    gradients are as `score` holds them, and `arranged` the same as plain torch wants them.
     """
 
     layers: dict[str, Layer]
@@ -40,24 +44,29 @@ class Start:
     Qa: dict[str, Tensor]
     Qg: dict[str, Tensor]
     lam: dict[str, Tensor]
-    factors: dict[str, tuple[Tensor, ...]]
+    gradients: dict[str, QueryGradients]
     arranged: dict[str, tuple[Tensor, ...]]
     sequences: int
     queries: int
     rank: int
 
 
+def made_run(model: nn.Module, inputs: dict[str, Tensor]) -> Run:
+    """The package's run over the sequences of a batch, all in one."""
+    names = ("input_ids", "labels")
+    data = [
+        dict(zip(names, (x.cpu() for x in pair), strict=True))
+        for pair in zip(*(inputs[name] for name in names), strict=True)
+    ]
+    return Run(model, data, {"batch_tokens": inputs["input_ids"].numel()})
+
+
 def start(
-    stage: str,
-    layers: list[Layer],
-    owners: dict[str, str],
-    sizes: tuple[int, int, int, int],
-    dtype: torch.dtype,
-    device: torch.device,
+    stage: str, layers: list[Layer], owners: dict[str, str], run: Run, Q: int, K: int
 ) -> Start:
-    """Only what `stage` needs; sizes: sequences, tokens, queries, rank."""
-    B, T, Q, K = sizes
-    Qa, Qg, lam, factors, arranged = {}, {}, {}, {}, {}
+    """Only what `stage` needs."""
+    device, dtype = run.device, run.dtype
+    Qa, Qg, lam, gradients, arranged = {}, {}, {}, {}, {}
     for x in layers:
         if stage in ("eigenvalues", "queries"):
             # In the accumulators' dtype: `fit` holds them so.
@@ -66,102 +75,111 @@ def start(
             Qg[x.name] = reflection(x.O, device).to(wide(dtype))
         if stage == "queries":
             lam[x.name] = (torch.rand(x.O, x.J, device=device) + 0.05).to(wide(dtype))
-        if stage == "scoring":
-            own = factors[x.name] = _factors(x, Q, K, T, dtype, device)
-            arranged[x.name] = plain_torch.arranged(*own) if len(own) == 2 else own
+    if stage == "scoring":
+        held = tuple(_factors(x, Q, K, device) for x in layers)
+        made = Queries(held, K, (DAMPING,) * len(layers), torch.zeros(Q), ())
+        # Private, but the choice between dense and low rank is not to be made here again.
+        gradients = scan._on_device(run, made)
+        for name, own in gradients.items():
+            low = isinstance(own, LowRank)
+            arranged[name] = plain_torch.arranged(own.L, own.R) if low else (own.P,)
     named = {x.name: x for x in layers}
-    return Start(named, owners, Qa, Qg, lam, factors, arranged, B, Q, K)
+    return Start(named, owners, Qa, Qg, lam, gradients, arranged, run.batches.size, Q, K)
 
 
-def _factors(
-    layer: Layer, Q: int, K: int, T: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, ...]:
-    """(P,) or (L, R), as `score` chooses."""
+def _factors(layer: Layer, Q: int, K: int, device: torch.device) -> LayerQueries:
+    """Queries of a layer, truncated."""
     K = min(K, layer.O, layer.J)
     L = normalize(torch.randn(Q, layer.O, K, device=device), dim=1)
     R = normalize(torch.randn(Q, K, layer.J, device=device), dim=2)
-    if contraction(layer, Q, K, T) == "low_rank":
-        return L.to(dtype), R.to(dtype)
-    return ((L @ R).to(dtype),)
+    return LayerQueries(layer, L, R, None, torch.ones(Q))
 
 
-class Side:
-    """One way to do a stage; `consume` takes each layer of each batch."""
+class Ours:
+    """The consumer of `fit`, `prepare_queries` or `score`; what it would write stays in memory."""
 
-    def __init__(self, stage: str, start: Start):
-        self.stage, self.start = stage, start
-        self.consume: Callable[[LayerBatch], None] = getattr(self, stage)
-        self.found: dict[str, Tensor | tuple[Tensor, Tensor]] = {}
+    def __init__(self, stage: str, start: Start, run: Run, store: Store, inputs: dict[str, Tensor]):
+        self.stage, self.start, self.run = stage, start, run
+        indices = range(run.batches.size)
+        self.batch = Batch(0, indices, inputs, run.grid(inputs, indices))
+        self.consumer = self._consumer(store)
+        self.consumer.begin(self.batch)
 
-    def sums(self, name: str, like: Tensor, *shape: int) -> Tensor:
-        """The accumulator of that name, zero at first."""
-        if name not in self.found:
-            self.found[name] = like.new_zeros(shape, dtype=wide(like.dtype))
-        return self.found[name]
+    def _consumer(self, store: Store) -> Consumer:
+        """Made as the stage makes it."""
+        begun, layers = self.start, list(self.start.layers.values())
+        if self.stage == "covariance":
+            return Covariances(self.run, store, layers)
+        if self.stage == "eigenvalues":
+            dtype = self.run.dtype
+            Qa = {name: x.to(dtype) for name, x in begun.Qa.items()}
+            bases = {
+                name: Eigenvectors(Qg.to(dtype), Qa[begun.owners[name]])
+                for name, Qg in begun.Qg.items()
+            }
+            return Eigenvalues(self.run, store, layers, bases)
+        if self.stage == "queries":
+            factors = {
+                name: LayerFactors(name, begun.Qa[begun.owners[name]], begun.Qg[name], lam)
+                for name, lam in begun.lam.items()
+            }
+            damping = dict.fromkeys(factors, DAMPING)
+            return Preconditioning(
+                self.run, factors, layers, damping, begun.rank, lambda number, tensors: None
+            )
+        batches = [list(self.batch.indices)]
+        add = scan._adding(begun.gradients)
+        return scan.Scan(self.run, store, begun.queries, batches, None, None, add)
 
-    def scores(self, like: Tensor) -> Tensor:
-        """[Q,B], summed over layers."""
-        return self.sums("scores", like, self.start.queries, self.start.sequences)
+    def loss(self) -> Tensor:
+        """The stage's own."""
+        if isinstance(self.consumer, Preconditioning):
+            return self.consumer.loss(self.batch)
+        draws = {"covariance": COVARIANCE_DRAW, "eigenvalues": EIGENVALUE_DRAW}
+        return self.run.train_loss(self.batch, draws.get(self.stage))
 
+    def consume(self, seen: LayerBatch) -> None:
+        """One layer of the batch."""
+        self.consumer.add(seen, self.batch)
 
-class Ours(Side):
-    """As `fit`, `prepare_queries` and `score` do it, without their files."""
-
-    def __init__(self, stage: str, start: Start):
-        super().__init__(stage, start)
-        self.rotate = SharedRotation()
-
-    def covariance(self, seen: LayerBatch) -> None:
-        """Inputs once for all that read them, gradients; one triangle each."""
-        x = seen.layer
-        if seen.shared == x.name:
-            A = self.sums(f"A {x.name}", seen.a, x.J, x.J)
-            ops.covariance(A, seen.a.flatten(0, 1), None, x.bias)
-        ops.covariance(self.sums(f"S {x.name}", seen.g, x.O, x.O), seen.g.flatten(0, 1))
-
-    def eigenvalues(self, seen: LayerBatch) -> None:
-        """Activations rotated once for all that read them."""
-        x = seen.layer
-        a, Qa, bias = self.rotate(seen, self.start.Qa[self.start.owners[x.name]])
-        Qg, Qa = self.start.Qg[x.name].to(seen.g), None if Qa is None else Qa.to(seen.g)
-        ops.eigenvalues(self.sums(x.name, seen.g, x.O, x.J), seen.g, a, Qg, Qa, bias)
-
-    def queries(self, seen: LayerBatch) -> None:
-        """Precondition, truncate in the eigenbasis, rotate the thin factors back."""
-        x, lam = seen.layer, self.start.lam[seen.layer.name]
-        Qg, Qa = self.start.Qg[x.name], self.start.Qa[self.start.owners[x.name]]
-        a, q, bias = self.rotate(seen, Qa.to(seen.g))
-        parts = []
-        some = max(1, DENSE_BYTES // (lam.element_size() * lam.numel()))
-        for b in range(0, len(a), some):
-            here = slice(b, b + some)
-            P = ops.precondition(seen.g[here], a[here], Qg.to(seen.g), q, lam, DAMPING, bias)
-            L, R = truncate(P, self.start.rank)
-            captured_energy(P, L, R).cpu()
-            parts.append([y.cpu() for y in rotate_back(L, R, Qg.to(P), Qa.to(P))])
-        L, R = (torch.cat(y) for y in zip(*parts, strict=True))
-        self.found[x.name] = L, R
-
-    def scoring(self, seen: LayerBatch) -> None:
-        """One op a layer."""
-        factors, s = self.start.factors[seen.layer.name], self.scores(seen.g)
-        op = ops.dense_scores if len(factors) == 1 else ops.low_rank_scores
-        op(s, *factors, seen.g, seen.a, seen.layer.bias)
+    @property
+    def found(self) -> Found:
+        """What the consumer holds."""
+        own = self.consumer
+        if isinstance(own, Covariances):
+            A, S = own.cov["activation"], own.cov["gradient"]
+            return {f"A {n}": x for n, x in A.items()} | {f"S {n}": x for n, x in S.items()}
+        if isinstance(own, Eigenvalues):
+            return dict(own.lam)
+        if isinstance(own, Preconditioning):
+            return {
+                name: (own.found[f"{name} L"], own.found[f"{name} R"]) for name in self.start.lam
+            }
+        assert isinstance(own, scan.Scan)
+        return {"scores": own.s}
 
 
-class Plain(Side):
+class Plain:
     """Plain torch: gradients in memory, full squares, GEMMs and reductions; no copy it can spare.
 
     Compiled, its pointwise parts are fused by torch.compile.
     """
 
     def __init__(self, stage: str, start: Start, compiled: bool):
-        super().__init__(stage, start)
+        self.stage, self.start = stage, start
+        self.consume: Callable[[LayerBatch], None] = getattr(self, stage)
+        self.found: Found = {}
         names = ("covariance", "eigenvalues", "precondition", "dense_scores", "low_rank_scores")
         ways = {name: getattr(plain_torch, name) for name in names}
         if compiled:
             ways = {name: torch.compile(way, dynamic=False) for name, way in ways.items()}
         self.ways = ways
+
+    def sums(self, name: str, like: Tensor, *shape: int) -> Tensor:
+        """The accumulator of that name, zero at first."""
+        if name not in self.found:
+            self.found[name] = like.new_zeros(shape, dtype=wide(like.dtype))
+        return self.found[name]
 
     def covariance(self, seen: LayerBatch) -> None:
         """One GEMM for each covariance."""
@@ -184,7 +202,7 @@ class Plain(Side):
         x, lam = seen.layer, self.start.lam[seen.layer.name]
         Qg, Qa = self.start.Qg[x.name], self.start.Qa[self.start.owners[x.name]]
         parts = []
-        some = max(1, DENSE_BYTES // (lam.element_size() * lam.numel()))
+        some = max(1, DENSE_BYTES // (4 * lam.numel()))
         for b in range(0, len(seen.a), some):
             g, a = seen.g[b : b + some], seen.a[b : b + some]
             P = self.ways["precondition"](g, a, Qg.to(g), Qa.to(g), lam, DAMPING, x.bias)
@@ -196,12 +214,13 @@ class Plain(Side):
 
     def scoring(self, seen: LayerBatch) -> None:
         """Products with all queries side by side, then a sum."""
-        factors, s = self.start.arranged[seen.layer.name], self.scores(seen.g)
+        factors = self.start.arranged[seen.layer.name]
+        s = self.sums("scores", seen.g, self.start.queries, self.start.sequences)
         way = self.ways["dense_scores" if len(factors) == 1 else "low_rank_scores"]
         way(s, *factors, seen.g, seen.a, seen.layer.bias)
 
 
-def agree(ours: Side, plain: Side, dtype: torch.dtype) -> float:
+def agree(ours: Ours | Plain, plain: Ours | Plain, dtype: torch.dtype) -> float:
     """Relative difference of all results together; of queries, energy that ours lacks.
 
     Raises:
