@@ -13,7 +13,6 @@ is a ratio of medians printed. Peak memory is what a call takes above what was t
 
 import argparse
 import contextlib
-import json
 import logging
 import os
 import statistics
@@ -27,18 +26,21 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from environment import device, environment
 from kronfluence import Analyzer, prepare_model
-from kronfluence_cases import Case, cases
-from timing import extra_bytes
 from torch import Tensor
 
 import ekfac_fast.kronfluence as fast
 from ekfac_fast import ops
+from measure.environment import device, environment
+from measure.rows import OURS, Row, append
+from measure.timing import extra_bytes
+from ways.kronfluence_cases import Case, cases
 
 DEVICE = device(None)
 CPU_CASES = ("small-gpt", "gpt2-mlp", "mlp")
 GPU_CASES = ("gpu-gpt2", "gpu-llama")
+# The way that is not ours.
+PLAIN = "kronfluence"
 # The stages whose results others start from.
 FACTORS = ("covariance", "eigendecomposition", "eigenvalue correction")
 
@@ -48,7 +50,7 @@ class Measure:
     """One stage on one side: seconds of every run, the largest peak, the last result."""
 
     seconds: list[float]
-    peak_mib: float
+    peak_bytes: int
     result: dict[str, Tensor]
 
 
@@ -61,7 +63,7 @@ def watched(measure: Measure) -> Iterator[None]:
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
         measure.seconds.append(time.perf_counter() - start)
-    measure.peak_mib = max(measure.peak_mib, taken() / 2**20)
+    measure.peak_bytes = max(measure.peak_bytes, taken())
 
 
 class Side:
@@ -182,7 +184,7 @@ def stages(case: Case) -> list[Stage]:
 
 def run_stage(stage: Stage, sides: list[Side], repeats: int, start: int) -> list[Measure]:
     """Both sides, interleaved; who goes first alternates. Draws are the same on both."""
-    measures = [Measure([], 0.0, {}) for _ in sides]
+    measures = [Measure([], 0, {}) for _ in sides]
     for repeat in range(repeats):
         order = range(len(sides)) if (start + repeat) % 2 == 0 else reversed(range(len(sides)))
         for index in order:
@@ -192,32 +194,43 @@ def run_stage(stage: Stage, sides: list[Side], repeats: int, start: int) -> list
     return measures
 
 
-def agreement(plain: dict[str, Tensor], backend: dict[str, Tensor]) -> dict[str, float]:
+def agreement(plain: dict[str, Tensor], ours: dict[str, Tensor]) -> tuple[float, float | None]:
     """Relative error in the Frobenius norm, of all numbers together; of scores, Spearman's rho."""
-    x, y = (
-        torch.cat([t.double().flatten() for t in result.values()]) for result in (plain, backend)
-    )
-    found = {"relative_error": float((x - y).norm() / x.norm())}
+    x, y = (torch.cat([t.double().flatten() for t in result.values()]) for result in (plain, ours))
+    error, rho = float((x - y).norm() / x.norm()), None
     if plain.keys() == {"all_modules"}:
         ranks = torch.stack([t.argsort().argsort().double() for t in (x, y)])
-        found["spearman"] = float(torch.corrcoef(ranks)[0, 1])
-    return found
+        rho = float(torch.corrcoef(ranks)[0, 1])
+    return error, rho
 
 
 def facts() -> dict:
     """Where and with what the numbers were taken."""
     tiers = {op: [t for t, here in own.items() if here] for op, own in ops.coverage().items()}
-    ours = {"bench": "against_kronfluence", "kronfluence": version("kronfluence"), "ops": tiers}
-    return ours | environment(DEVICE)
+    return {"kronfluence": version("kronfluence"), "ops": tiers} | environment(DEVICE)
 
 
-def run_case(case: Case, wanted: list[str], repeats: int, here: dict) -> list[dict]:
+def run_case(case: Case, wanted: list[str], repeats: int, here: dict) -> list[Row]:
     """The rows of one case; the sum of the pipeline's stages is the last.
 
     With `wanted`, only stages whose names contain one of its words are measured; the factors that
     they start from are fitted once, on the plain side.
     """
-    rows: list[dict] = []
+    rows: list[Row] = []
+    arguments = {key: str(value) for key, value in asdict(case.score_args).items()}
+    common = Row(
+        bench="against_kronfluence",
+        name=case.name,
+        quantity="pipeline without eigendecomposition",
+        shape={
+            "train": len(case.train),
+            "queries": len(case.query),
+            "train_batch": case.train_batch,
+            "query_batch": case.query_batch,
+        },
+        details={"score_args": arguments, "repeats": repeats},
+        environment=here,
+    )
     with tempfile.TemporaryDirectory() as folder:
         sides = [Side(case, backend, folder) for backend in (False, True)]
         for number, stage in enumerate(stages(case)):
@@ -225,28 +238,30 @@ def run_case(case: Case, wanted: list[str], repeats: int, here: dict) -> list[di
                 if stage.name in FACTORS:
                     stage.run(sides[0])
                 continue
-            plain, backend = run_stage(stage, sides, repeats, number)
-            row = {"case": case.name, "stage": stage.name, "load": os.getloadavg()[0]}
-            for side, measure in (("plain", plain), ("backend", backend)):
-                row[f"{side}_s"] = statistics.median(measure.seconds)
-                row[f"{side}_all_s"] = measure.seconds
-                row[f"{side}_peak_mib"] = measure.peak_mib
-            row |= agreement(plain.result, backend.result)
+            plain, ours = run_stage(stage, sides, repeats, number)
+            measures = {PLAIN: plain, OURS: ours}
+            error, rho = agreement(plain.result, ours.result)
+            more = {"load": os.getloadavg()[0]} | ({} if rho is None else {"spearman": rho})
+            row = replace(
+                common,
+                quantity=stage.name,
+                seconds={way: statistics.median(x.seconds) for way, x in measures.items()},
+                samples={way: x.seconds for way, x in measures.items()},
+                extra_bytes={way: x.peak_bytes for way, x in measures.items()},
+                error=error,
+                details=common.details | more,
+            )
             rows.append(row)
-            show(row)
-    steps = [row for row in rows if row["stage"] in {s.name for s in stages(case) if s.pipeline}]
+            print(line(row), flush=True)
+    steps = [row for row in rows if row.quantity in {s.name for s in stages(case) if s.pipeline}]
     if not wanted:
-        rows.append({"case": case.name, "stage": "pipeline without eigendecomposition"})
-        for side in ("plain", "backend"):
-            rows[-1][f"{side}_s"] = sum(row[f"{side}_s"] for row in steps)
-            rows[-1][f"{side}_peak_mib"] = max(row[f"{side}_peak_mib"] for row in steps)
-        show(rows[-1])
-    shape = {"train": len(case.train), "queries": len(case.query)}
-    shape |= {"train_batch": case.train_batch, "query_batch": case.query_batch}
-    arguments = {key: str(value) for key, value in asdict(case.score_args).items()}
-    for row in rows:
-        row["ratio"] = row["plain_s"] / row["backend_s"]
-        row |= {"shape": shape, "score_args": arguments, "repeats": repeats, **here}
+        total = replace(
+            common,
+            seconds={way: sum(row.seconds[way] for row in steps) for way in (PLAIN, OURS)},
+            extra_bytes={way: max(row.extra_bytes[way] for row in steps) for way in (PLAIN, OURS)},
+        )
+        rows.append(total)
+        print(line(total), flush=True)
     return rows
 
 
@@ -256,16 +271,16 @@ HEADER = (
 )
 
 
-def show(row: dict) -> None:
+def line(row: Row) -> str:
     """One line of the table."""
-    line = (
-        f"{row['case']:<14}{row['stage']:<38}{row['plain_s']:>9.3f}{row['backend_s']:>11.3f}"
-        f"{row['plain_s'] / row['backend_s']:>7.2f}"
-        f"{row['plain_peak_mib']:>11.0f}{row['backend_peak_mib']:>13.0f}"
+    plain, ours = (row.extra_bytes[way] / 2**20 for way in (PLAIN, OURS))
+    text = (
+        f"{row.name:<14}{row.quantity:<38}{row.seconds[PLAIN]:>9.3f}{row.ours:>11.3f}"
+        f"{row.times(PLAIN):>7.2f}{plain:>11.0f}{ours:>13.0f}"
     )
-    line += f"{row['relative_error']:>12.1e}" if "relative_error" in row else ""
-    line += f"{row['spearman']:>10.6f}" if "spearman" in row else ""
-    print(line, flush=True)
+    text += "" if row.error is None else f"{row.error:>12.1e}"
+    rho = row.details.get("spearman")
+    return text + ("" if rho is None else f"{rho:>10.6f}")
 
 
 def main() -> None:
@@ -291,9 +306,7 @@ def main() -> None:
     for name in chosen:
         rows = run_case(available[name](), options.stages, options.repeats, here)
         if options.out:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            with options.out.open("a") as lines:
-                lines.writelines(json.dumps(row) + "\n" for row in rows)
+            append(options.out, rows)
     print(fast.report())
 
 

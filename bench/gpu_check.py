@@ -74,7 +74,7 @@ def parts(out: Path) -> list[Part]:
     found.append(
         Part("tests", 230, (python, "-m", "pytest", *options, *spread, *tests), "tests.txt")
     )
-    ops = (python, str(BENCH / "run.py"), "--device", "cuda", "--shapes", "acceptance")
+    ops = (python, str(BENCH / "ops.py"), "--device", "cuda", "--shapes", "acceptance")
     ops = (*ops, "--keep-going", "--out", str(out / "ops.jsonl"))
     found.append(Part("ops", 370, ops, "ops.txt"))
     stages = (python, str(BENCH / "stages.py"), "--device", "cuda")
@@ -130,7 +130,7 @@ def run(part: Part, start: float, out: Path, architecture: str) -> str:
 
 
 def _stop(process: subprocess.Popen) -> None:
-    """End a part with all that it started: pytest and run.py say first what they have."""
+    """End a part with all that it started: pytest and ops.py say first what they have."""
     os.killpg(process.pid, signal.SIGINT)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(timeout=GRACE)

@@ -4,9 +4,9 @@
         [--layers 4] [--tokens 512] [--sequences 8] [--queries 64] [--rank 32] [--compile]
         [--repeats 5] [--threads 2] [--out bench/results/stages.jsonl] [--smoke]
 
-Random weights, random tokens, one batch; bf16 on a GPU, fp32 on a CPU. Stages are the parts of
-`fit`, `prepare_queries` and `score` that run once a batch, through `Capture` and the ops, without
-files; eigendecompositions are torch's own, and left out: orthogonal matrices stand in.
+Random weights, random tokens, one batch; bf16 on a GPU, fp32 on a CPU. Stages are the consumers of
+`fit`, `prepare_queries` and `score`, what runs once a batch, without their files;
+eigendecompositions are torch's own, and left out: orthogonal matrices stand in.
 
 The floor is the same batch forward, and backward to the activations from the first tracked layer
 on, without weight gradients: what no engine can beat. Results are compared first, on the batch that
@@ -16,150 +16,45 @@ embedding and the head then weigh more than in the whole, in all three alike.
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-import roofs
 import torch
-from environment import device as device_named
-from environment import environment
-from stage_ways import STAGES, Ours, Plain, Start, agree, start
-from timing import extra_bytes, measure
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ekfac_fast import ops
+from ekfac_fast.curvature.query_gradients import Dense
 from ekfac_fast.model.capture import Capture, LayerBatch
-from ekfac_fast.model.layers import Layer, linear_layers, select_layers
-from ekfac_fast.model.tasks import LanguageModelTask
+from ekfac_fast.model.layers import linear_layers
 from ekfac_fast.ops.shapes import Shape
+from ekfac_fast.store.folder import Store
+from measure import roofs
+from measure.environment import device as device_named
+from measure.environment import environment
+from measure.rows import OURS, Row, append
+from measure.timing import extra_bytes, measure
+from ways.models import MODELS, Setting, build
+from ways.stage_ways import STAGES, Ours, Plain, Start, agree, made_run, start
 
-MODELS = {
-    "gpt2": {"model_type": "gpt2"},
-    "pythia-1b": {
-        "model_type": "gpt_neox",
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 8,
-        "vocab_size": 50304,
-        "max_position_embeddings": 2048,
-    },
-    "llama-3-8b": {
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "max_position_embeddings": 8192,
-    },
-    "qwen2.5-7b": {
-        "model_type": "qwen2",
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "vocab_size": 152064,
-        "max_position_embeddings": 32768,
-    },
-}
-SMOKE = {
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "vocab_size": 97,
-}
 # Issue: a scan with 64 queries of rank 32 over the whole model, in floors.
 SCAN_LIMIT = {"llama-3-8b": 1.35}
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One model made real, and the sizes of its batch."""
-
-    name: str
-    model: nn.Module
-    layers: list[Layer]
-    blocks: tuple[int, int]  # built, of how many
-    batch: dict[str, Tensor]
-    queries: int
-    rank: int
-
-    @property
-    def tokens(self) -> int:
-        """Of the batch."""
-        return self.batch["input_ids"].numel()
-
-
-def build(
-    name: str,
-    *,
-    blocks: int | None,
-    smoke: bool,
-    sizes: tuple[int, int, int, int],
-    device: torch.device,
-) -> Setting:
-    """A model with random weights made on the device, and a random batch; sizes as in `start`."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.for_model(**MODELS[name] | (SMOKE if smoke else {}))
-    whole = config.num_hidden_layers
-    config.num_hidden_layers = min(blocks or whole, whole)
-    torch.manual_seed(0)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    B, T, Q, K = sizes
-    ids = torch.randint(config.vocab_size, (B, T), device=device)
-    batch = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "labels": ids,
-        "index": torch.arange(B),
-    }
-    blocks = config.num_hidden_layers, whole
-    return Setting(name, model, select_layers(model), blocks, batch, Q, K)
-
-
 def plain_loss(setting: Setting, stage: str) -> Tensor:
-    """The loss of a batch in plain torch; labels of the factors' stages are drawn from the model.
-
-    Of queries the second half of a sequence is the completion.
-    """
+    """The loss of a batch in plain torch; labels of the factors' stages are the model's draws."""
     logits = setting.model(input_ids=setting.batch["input_ids"], use_cache=False).logits
     logits = logits.flatten(0, 1).float()
     if stage in ("covariance", "eigenvalues"):
         labels = torch.multinomial(logits.detach().softmax(-1), 1).view_as(setting.batch["labels"])
         labels[:, -1] = -100
     else:
-        labels = F.pad(_labels(setting, stage)[:, 1:], (0, 1), value=-100)
+        labels = F.pad(setting.inputs(stage)["labels"][:, 1:], (0, 1), value=-100)
     return F.cross_entropy(logits, labels.flatten(), reduction="sum")
-
-
-def our_loss(setting: Setting, stage: str, task: LanguageModelTask) -> Tensor:
-    """The loss as `fit`, `prepare_queries` and `score` have it."""
-    batch = setting.batch | {"labels": _labels(setting, stage)}
-    if stage == "queries":
-        return task.negative_log_likelihoods(batch, setting.model).sum()
-    sample = stage in ("covariance", "eigenvalues")
-    return task.compute_train_loss(batch=batch, model=setting.model, sample=sample)
-
-
-def _labels(setting: Setting, stage: str) -> Tensor:
-    labels = setting.batch["labels"]
-    if stage != "queries":
-        return labels
-    prompt = torch.arange(labels.shape[1], device=labels.device) < labels.shape[1] // 2
-    return labels.masked_fill(prompt, -100)
 
 
 def ignore(seen: LayerBatch) -> None:
@@ -168,7 +63,6 @@ def ignore(seen: LayerBatch) -> None:
 
 def passes(setting: Setting, stage: str, sides: dict[str, Ours | Plain]) -> dict[str, Callable]:
     """One pass over the batch by name: the floor, which starts at the first layer, and `sides`."""
-    task = LanguageModelTask()
     first = Capture(setting.model, setting.layers[:1])
     floor = "scoring" if stage in ("covariance", "eigenvalues") else stage
     found: dict[str, Callable] = {
@@ -177,10 +71,8 @@ def passes(setting: Setting, stage: str, sides: dict[str, Ours | Plain]) -> dict
     for name, side in sides.items():
         capture = Capture(setting.model, setting.layers)
 
-        def loss(name: str = name) -> Tensor:
-            if name == "ours":
-                return our_loss(setting, stage, task)
-            return plain_loss(setting, stage)
+        def loss(side: Ours | Plain = side) -> Tensor:
+            return side.loss() if isinstance(side, Ours) else plain_loss(setting, stage)
 
         found[name] = lambda capture=capture, loss=loss, side=side: capture(loss, side.consume)
     return found
@@ -202,7 +94,7 @@ def work(setting: Setting, stage: str, start: Start) -> int:
                 flops += ops.covariance.cost(Shape(setting.tokens, 1, x.I, bias=x.bias)).flops
             flops += ops.covariance.cost(Shape(setting.tokens, 1, x.O)).flops
         elif stage == "scoring":
-            dense = len(start.factors[x.name]) == 1
+            dense = isinstance(start.gradients[x.name], Dense)
             flops += (ops.dense_scores if dense else ops.low_rank_scores).cost(s).flops
         else:
             card = ops.eigenvalues if stage == "eigenvalues" else ops.precondition
@@ -210,8 +102,8 @@ def work(setting: Setting, stage: str, start: Start) -> int:
     return flops
 
 
-def run_stage(setting: Setting, stage: str, repeats: int, compiled: bool) -> dict:
-    """Check a stage on its batch, then time it; the fields of the row."""
+def run_stage(setting: Setting, stage: str, repeats: int, compiled: bool, store: Store) -> Row:
+    """Check a stage on its batch, then time it; `store` is a folder that consumers know."""
     ids = setting.batch["input_ids"]
     device, dtype = ids.device, next(setting.model.parameters()).dtype
     torch.manual_seed(0)
@@ -223,9 +115,9 @@ def run_stage(setting: Setting, stage: str, repeats: int, compiled: bool) -> dic
 
     capture = Capture(setting.model, setting.layers)
     capture(lambda: plain_loss(setting, "scoring"), notice)
-    sizes = (*ids.shape, setting.queries, setting.rank)
-    begun = start(stage, setting.layers, owners, sizes, dtype, device)
-    sides: dict[str, Ours | Plain] = {"ours": Ours(stage, begun)}
+    run = made_run(setting.model, setting.inputs(stage))
+    begun = start(stage, setting.layers, owners, run, setting.queries, setting.rank)
+    sides: dict[str, Ours | Plain] = {"ours": Ours(stage, begun, run, store, setting.inputs(stage))}
     sides["plain torch"] = Plain(stage, begun, compiled=False)
     if compiled:
         sides["plain torch, compiled"] = Plain(stage, begun, compiled=True)
@@ -252,49 +144,52 @@ def run_stage(setting: Setting, stage: str, repeats: int, compiled: bool) -> dic
         with extra_bytes(device) as taken:
             call()
         extra[name] = taken()
-    return {
-        "dtype": str(dtype).removeprefix("torch."),
-        "seconds": seconds,
-        "samples": samples,
-        "failed": failed,
-        "error": max(errors, default=None),
-        "tokens_per_second": {name: setting.tokens / s for name, s in seconds.items()},
-        "over_floor": {name: s / seconds["floor"] for name, s in seconds.items()},
-        "mfu": work(setting, stage, begun) / seconds["ours"] / rate,
-        "gemm_flops_per_second": rate,
-        "extra_bytes": extra,
-        "held_bytes": torch.cuda.memory_allocated(device) if device.type == "cuda" else None,
-    }
+    held = torch.cuda.memory_allocated(device) if device.type == "cuda" else None
+    return Row(
+        bench="stages",
+        name=setting.name,
+        quantity=stage,
+        shape=setting.shape,
+        dtype=str(dtype).removeprefix("torch."),
+        seconds=seconds,
+        samples=samples,
+        extra_bytes=extra,
+        failed=failed,
+        error=max(errors, default=None),
+        flops=work(setting, stage, begun),
+        roofs={"flops_per_second": rate},
+        details={"held_bytes": held},
+    )
 
 
-def line(row: dict) -> str:
+def line(row: Row) -> str:
     """The printed line."""
-    built, whole = row["blocks"]
-    others = (f"{t / row['seconds']['ours']:.2f}x {n}" for n, t in row["seconds"].items())
+    others = (f"{row.times(way):.2f}x {way}" for way in row.seconds if way not in (OURS, "floor"))
     return " | ".join(
         [
-            f"{row['model']} ({built} of {whole} blocks) {row['stage']} {row['dtype']}",
-            f"{row['tokens_per_second']['ours']:.0f} tokens/s",
-            f"MFU {row['mfu']:.0%}",
-            f"{row['over_floor']['ours']:.2f} floors",
-            f"peak +{row['extra_bytes']['ours'] / 2**20:.0f} MiB"
-            f" (floor +{row['extra_bytes']['floor'] / 2**20:.0f})",
-            *(text for text in others if not text.endswith(("ours", "floor"))),
-            *(f"{name} failed: {why}" for name, why in row["failed"].items()),
+            f"{row.name} ({row.shape['blocks']} of {row.shape['all_blocks']} blocks)"
+            f" {row.quantity} {row.dtype}",
+            f"{row.shape['sequences'] * row.shape['tokens'] / row.ours:.0f} tokens/s",
+            f"MFU {row.gemm_share:.0%}",
+            f"{row.over('floor'):.2f} floors",
+            f"peak +{row.extra_bytes[OURS] / 2**20:.0f} MiB"
+            f" (floor +{row.extra_bytes['floor'] / 2**20:.0f})",
+            *others,
+            *(f"{name} failed: {why}" for name, why in row.failed.items()),
         ]
     )
 
 
-def verdict(row: dict) -> str | None:
+def verdict(row: Row) -> str | None:
     """The issue's requirement on a scan, where this row is what it asks for."""
-    limit = SCAN_LIMIT.get(row["model"])
-    built, whole = row["blocks"]
-    asked = row["stage"] == "scoring" and row["queries"] == 64 and row["rank"] == 32
-    if limit is None or not asked or built < whole or row["dtype"] != "bfloat16":
+    limit, sizes = SCAN_LIMIT.get(row.name), row.shape
+    asked = row.quantity == "scoring" and sizes["queries"] == 64 and sizes["rank"] == 32
+    whole = sizes["blocks"] == sizes["all_blocks"]
+    if limit is None or not (asked and whole and row.dtype == "bfloat16"):
         return None
-    got = row["over_floor"]["ours"]
+    got = row.over("floor")
     return (
-        f"{row['model']} scan | required at most {limit:.2f} floors | measured {got:.2f} "
+        f"{row.name} scan | required at most {limit:.2f} floors | measured {got:.2f} "
         f"| {'met' if got <= limit else 'NOT MET'}"
     )
 
@@ -342,15 +237,9 @@ def main(words: list[str] | None = None) -> None:
         blocks = {"blocks": chosen.layers, "smoke": chosen.smoke}
         setting = build(name, **blocks, sizes=sizes, device=chosen.device)
         for stage in chosen.stages:
-            row = {
-                "bench": "stages",
-                "model": f"{name} (smoke)" if chosen.smoke else name,
-                "stage": stage,
-                "blocks": setting.blocks,
-                **dict(zip(("sequences", "tokens", "queries", "rank"), sizes, strict=True)),
-            }
             try:
-                row |= run_stage(setting, stage, chosen.repeats, chosen.compile)
+                with TemporaryDirectory() as at, Store.open(at, kind="bench", facts={}) as store:
+                    row = run_stage(setting, stage, chosen.repeats, chosen.compile, store)
             except Exception as error:
                 failed += 1
                 print(f"{name} {stage} | FAILED: {error}", flush=True)
@@ -361,9 +250,7 @@ def main(words: list[str] | None = None) -> None:
             if told := verdict(row):
                 print(told, flush=True)
             if chosen.out:
-                chosen.out.parent.mkdir(parents=True, exist_ok=True)
-                with chosen.out.open("a") as file:
-                    file.write(json.dumps(row | {"environment": facts}) + "\n")
+                append(chosen.out, [replace(row, environment=facts)])
         del setting
     if failed:
         sys.exit(f"{failed} stages are wrong or did not run")

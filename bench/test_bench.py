@@ -1,21 +1,23 @@
 """The benches on small shapes under pytest-benchmark: `pytest bench --benchmark-only`."""
 
-import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
-import predict
 import pytest
-import run
 import torch
-from shapes import ACCEPTANCE, GRADIENTS, ROOF, Case, layers
-from work import Ways, agree, check, in_one_launch, work
+
+import ops
+from measure.rows import append, read
+from pages import predict
+from ways.op_ways import Ways, agree, check, in_one_launch, work
+from ways.shapes import ACCEPTANCE, GRADIENTS, ROOF, Case, layers
 
 DTYPES = (torch.float32, torch.bfloat16)
 CPU = torch.device("cpu")
 H100 = predict.GPUS["h100"].chip
-BENCH = Path(run.__file__).parent
+BENCH = Path(ops.__file__).parent
 SMALL = ["--shapes", "small", "--op", "covariance", "--repeats", "1", "--device", "cpu"]
 
 
@@ -46,18 +48,20 @@ def test_rotated_inputs_cost_no_rotations(quantity: str):
     assert agree(job, torch.float32) == {}
 
 
-def test_a_row_tells_everything():
+def test_a_row_tells_everything(tmp_path):
     case = next(case for case in layers("small") if case.quantity == "eigenvalues")
-    row = run.row(case, torch.bfloat16, 2, Ways())
+    row = ops.measured(case, torch.bfloat16, 2, Ways())
     ways = {"kronfluence order", "bmm + pointwise", "opt_einsum", "bare bmm"}
     assert set(row.seconds) == {"ours", "own fp32", "GEMM"} | ways
     assert all(1 <= len(taken) <= 2 for taken in row.samples.values())
-    record = json.loads(json.dumps(row.record(run.environment(CPU))))
-    rate = record["roofs"]["flops_per_second"]
-    assert row.times(ROOF) == pytest.approx(row.flop_rate / rate)
-    assert row.times("own fp32") == row.seconds["own fp32"] / row.seconds["ours"]
+    assert ops.against(row, ROOF) == row.flop_rate / row.roofs["flops_per_second"]
+    assert ops.against(row, "own fp32") == row.seconds["own fp32"] / row.seconds["ours"]
+    assert row.shape == {**asdict(case.shape), "per_token": False, "rotated": False}
+    assert row.details == {"checked": "itself"}
+    append(tmp_path / "rows.jsonl", [row])
+    assert read(tmp_path / "rows.jsonl") == [row]
     for word in (case.label, " us", "GFLOP/s", "GB/s", f"% of {ROOF}", "x kronfluence order"):
-        assert word in str(row)
+        assert word in ops.line(row)
 
 
 def test_plain_torch_can_be_compiled():
@@ -67,8 +71,8 @@ def test_plain_torch_can_be_compiled():
     # Compiled in another process: what torch's compiler warns about is not ours to fail on.
     program = f"""
 import torch
-from shapes import Case, Shape
-from work import Ways, agree, work
+from ways.op_ways import Ways, agree, work
+from ways.shapes import Case, Shape
 case = Case("", "self_influence", {case.shape!r})
 job = work(case, torch.float32, torch.device("cpu"), Ways(False, True, True))
 with torch.no_grad():
@@ -82,9 +86,9 @@ with torch.no_grad():
 
 def test_wrong_results_are_not_timed(monkeypatch):
     case = next(case for case in layers("small") if case.quantity == "eigenvalues")
-    monkeypatch.setattr("kronfluence_order.eigenvalues", lambda lam_sum, *rest: lam_sum + 1)
+    monkeypatch.setattr("ways.kronfluence_order.eigenvalues", lambda lam_sum, *rest: lam_sum + 1)
     with pytest.raises(AssertionError, match="kronfluence order and ours differ"):
-        run.row(case, torch.float32, 1, Ways(plain=False))
+        ops.measured(case, torch.float32, 1, Ways(plain=False))
 
 
 def test_what_cannot_run_is_told(monkeypatch):
@@ -93,11 +97,11 @@ def test_what_cannot_run_is_told(monkeypatch):
     def fails(cov, x, bias):
         raise torch.OutOfMemoryError("out of memory\nand more")
 
-    monkeypatch.setattr("kronfluence_order.covariance", fails)
-    row = run.row(case, torch.float32, 1, Ways())
+    monkeypatch.setattr("ways.kronfluence_order.covariance", fails)
+    row = ops.measured(case, torch.float32, 1, Ways())
     assert row.failed == {"kronfluence order": "out of memory"}
-    assert "kronfluence order failed: out of memory" in str(row)
-    assert row.times("kronfluence order") == 0
+    assert "kronfluence order failed: out of memory" in ops.line(row)
+    assert ops.against(row, "kronfluence order") == 0
 
 
 def test_acceptance_names_rows_that_are_timed():
@@ -128,10 +132,10 @@ def test_memory_is_the_one_bound_from_above():
 def test_the_command(capsys, tmp_path):
     out = tmp_path / "new" / "ops.jsonl"
     with torch.no_grad():
-        run.main([*SMALL, "--out", str(out)])
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [row["dtype"] for row in rows] == ["float32", "float32"]
-    assert rows[0]["environment"]["device"] == "cpu"
+        ops.main([*SMALL, "--out", str(out)])
+    rows = read(out)
+    assert [row.dtype for row in rows] == ["float32", "float32"]
+    assert rows[0].environment["device"] == "cpu"
     assert "roof: float32 GEMM" in capsys.readouterr().out
 
 
@@ -145,22 +149,22 @@ def test_the_command(capsys, tmp_path):
 )
 def test_wrong_arguments_are_refused(words, message, capsys):
     with pytest.raises(SystemExit):
-        run.main(words)
+        ops.main(words)
     assert message in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
 def test_a_missing_gpu_is_told():
     with pytest.raises(SystemExit, match="torch sees no GPU"):
-        run.main(["--device", "cuda"])
+        ops.main(["--device", "cuda"])
 
 
 def test_going_on_past_a_wrong_row(monkeypatch, capsys):
-    monkeypatch.setattr("kronfluence_order.covariance", lambda cov, x, bias: cov + 1)
+    monkeypatch.setattr("ways.kronfluence_order.covariance", lambda cov, x, bias: cov + 1)
     with pytest.raises(AssertionError):
-        run.main(SMALL)
+        ops.main(SMALL)
     with pytest.raises(SystemExit, match="2 rows are wrong"):
-        run.main([*SMALL, "--keep-going"])
+        ops.main([*SMALL, "--keep-going"])
     assert capsys.readouterr().out.count("WRONG") == 2
 
 
@@ -170,10 +174,10 @@ def test_an_interrupt_ends_with_what_there_is(monkeypatch, capsys):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "row", interrupted)
+    monkeypatch.setattr(ops, "measured", interrupted)
     words = ["--shapes", "acceptance", "--op", "eigenvalues", "--device", "cpu"]
     with pytest.raises(SystemExit, match="interrupted after 0 of 4 rows"):
-        run.main([*words, "--threads", str(torch.get_num_threads())])
+        ops.main([*words, "--threads", str(torch.get_num_threads())])
     shown = capsys.readouterr().out
     assert f"{case.label} float32 | kronfluence order | required 5.50x" in shown
     assert shown.count("measured nothing: the row failed or did not run | NOT MET") == 5

@@ -5,9 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gpu_check
 import pytest
 import torch
+
+import gpu_check
 from gpu_check import Part
 
 ROOT = Path(gpu_check.__file__).parents[1]

@@ -1,5 +1,6 @@
-// A GPU in plain C++: what csrc/cuda/mma.cuh has for a real one, lane by lane, so that the kernels
-// and launchers of csrc/cuda run on a CPU, compiled by a host compiler from the same source.
+// A GPU in plain C++: what csrc/cuda has for a real one between __CUDACC__ and its end, lane by
+// lane. Included first, it makes kernels and launchers run on a CPU, compiled by a host compiler
+// from the same source.
 //
 // Every thread of a block is a fiber that runs until it has to wait: at a barrier, or for the other
 // lanes of its warp. Fragments are laid out as the PTX manual says of ldmatrix and mma.m16n8k16.
@@ -9,6 +10,8 @@
 // are matrix loads that meet in a bank, and copies that are unaligned or that no one waits for.
 #pragma once
 
+#include <c10/core/DispatchKey.h>
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -26,7 +29,7 @@
 #define __global__
 #define __launch_bounds__(...)
 
-namespace ekfac_fast {
+namespace ekfac_fast::cuda {
 
 using std::min;
 
@@ -56,7 +59,7 @@ struct Copy {
 };
 
 struct Thread {
-  ucontext_t context;
+  jmp_buf here;
   std::unique_ptr<char[]> stack;
   bool done = false;
   std::deque<std::vector<Copy>> groups{1};  // of copies on their way, the open one last
@@ -92,7 +95,7 @@ struct Block {
   int bytes, current = 0, at_barrier = 0;
   long barriers = 0, steps = 0;
   bool late;
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   std::function<void()> body;
   const char* error = nullptr;
 };
@@ -100,7 +103,12 @@ struct Block {
 inline Block* block = nullptr;
 inline long blocks = 0;
 
-inline void yield() { swapcontext(&block->threads[block->current].context, &block->scheduler); }
+// From one fiber to another: _setjmp leaves signals alone, so that nothing asks the kernel.
+inline void jump(jmp_buf& from, jmp_buf& to) {
+  if (_setjmp(from) == 0) _longjmp(to, 1);
+}
+
+inline void yield() { jump(block->threads[block->current].here, block->scheduler); }
 
 // Exceptions do not cross fibers: the scheduler throws.
 [[noreturn]] inline void fail(const char* why) {
@@ -167,6 +175,7 @@ inline emulated::Index threadIdx, blockIdx, gridDim;
 namespace emulated {
 
 inline void run_thread() {
+  yield();
   block->body();
   block->threads[block->current].done = true;
   block->steps++;
@@ -190,10 +199,14 @@ inline void run_block(int count, int shared, std::function<void()> body) {
   for (Thread& thread : one.threads) {
     constexpr size_t size = 64 << 10;
     thread.stack = std::make_unique_for_overwrite<char[]>(size);
-    getcontext(&thread.context);
-    thread.context.uc_stack.ss_sp = thread.stack.get();
-    thread.context.uc_stack.ss_size = size;
-    makecontext(&thread.context, run_thread, 0);
+    ucontext_t fresh;
+    getcontext(&fresh);
+    fresh.uc_stack.ss_sp = thread.stack.get();
+    fresh.uc_stack.ss_size = size;
+    makecontext(&fresh, run_thread, 0);
+    // Onto its stack and back at once.
+    one.current = static_cast<int>(&thread - one.threads.data());
+    if (_setjmp(one.scheduler) == 0) setcontext(&fresh);
   }
   for (int left = count; left > 0;) {
     const long before = one.steps;
@@ -203,7 +216,7 @@ inline void run_block(int count, int shared, std::function<void()> body) {
       Thread& thread = one.threads[one.current];
       if (thread.done) continue;
       threadIdx.x = one.current;
-      swapcontext(&one.scheduler, &thread.context);
+      jump(one.scheduler, thread.here);
       if (one.error) throw std::runtime_error(one.error);
       left += !thread.done;
     }
@@ -328,6 +341,8 @@ inline float from_lane_xor(float x, int mask) {
   return y;
 }
 
+constexpr auto kKey = c10::DispatchKey::CPU;
+
 // A small chip: layers of a few tiles fill it.
 inline int processors() { return 2; }
 
@@ -341,4 +356,4 @@ void launch(void (*kernel)(P...), int64_t blocks, int threads, int shared, const
   }
 }
 
-}  // namespace ekfac_fast
+}  // namespace ekfac_fast::cuda

@@ -105,8 +105,18 @@ def test_the_mathematics_stands_once():
 
 
 def test_benches_do_not_import_tests():
-    names = [name for path in (ROOT / "bench").glob("*.py") for name in imported(path)]
+    names = [name for path in (ROOT / "bench").rglob("*.py") for name in imported(path)]
     assert not [name for name in names if name.partition(".")[0] == "tests"]
+
+
+def test_rooms_of_the_benches_know_what_stands_before_them():
+    rooms = {"measure": {"measure"}, "ways": {"ways"}, "pages": {"measure", "ways", "pages"}}
+    scripts = {path.stem for path in (ROOT / "bench").glob("*.py")}
+    for room, allowed in rooms.items():
+        for path in (ROOT / "bench" / room).glob("*.py"):
+            names = (name.removeprefix("bench.") for name in imported(path))
+            known = {name.partition(".")[0] for name in names} & {*rooms, *scripts}
+            assert known <= allowed, path.name
 
 
 def test_triton_kernels_know_torch_triton_and_each_other():
@@ -115,12 +125,14 @@ def test_triton_kernels_know_torch_triton_and_each_other():
         assert {name.partition(".")[0] for name in imported(path)} <= allowed, path.name
 
 
-def test_cpp_knows_tensors_and_pybind_only_binds():
+def test_cpp_knows_tensors_and_itself_and_pybind_only_binds():
     for path in sorted((ROOT / "csrc").rglob("*.*")):
         includes = set(re.findall(r"#include [<\"](\S+)[>\"]", path.read_text()))
         assert "torch/extension.h" not in includes, f"{path.name}: 25 s a file; see design"
         python = {name for name in includes if name.startswith(("pybind11", "Python.h"))}
         assert not python or path.name == "bindings.cpp"
+        own = re.findall(r"#include \"(\S+)\"", path.read_text())
+        assert all((path.parent / name).is_file() for name in own), f"{path.name}: not csrc's"
 
 
 def test_stems_are_complete_and_register_on_the_last_line():
@@ -140,7 +152,7 @@ def test_stems_are_complete_and_register_on_the_last_line():
     cuda = {path.stem: path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cu")}
     assert cuda.keys() <= stems
     # Triton owns the CUDA key: these stand beside it.
-    assert all(f'beside(m, "{stem}", &ekfac_fast::{stem})' in cuda[stem] for stem in cuda)
+    assert all(f'beside(m, "{stem}", &ekfac_fast::cuda::{stem})' in cuda[stem] for stem in cuda)
     for stem in stems:
         assert cpp[stem].startswith("TORCH_LIBRARY_IMPL(ekfac_fast, CPU, m)")
         assert f'm.impl("{stem}", &ekfac_fast::{stem})' in cpp[stem]

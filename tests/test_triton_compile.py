@@ -5,11 +5,13 @@ compiled as it would be on that GPU, with its real tile, strides and alignment, 
 """
 
 import importlib
+import itertools
 import os
 import re
 import subprocess
 from collections import defaultdict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -49,6 +51,12 @@ STRIPS = {
     for O, I in (widths, widths[::-1])
     for bias in (False, True)
 }
+# What kernels call rows, columns and step of their tile.
+NAMES = (
+    ("BLOCK_O", "BLOCK_J", "BLOCK_T"),
+    ("ROWS", "COLUMNS", "BLOCK"),
+    ("BLOCK", "BLOCK", "BLOCK_N"),
+)
 HELPERS = ("fold_kernel", "covariance_fold_kernel")
 
 
@@ -76,6 +84,31 @@ def launch_all(dtype, T=512, O=4096, I=4096, B=16, Q=4, K=32, bias=False) -> Non
     for tokens in ((), (T,)):
         module("dense_scores").dense_scores(wide(Q, B, *tokens), operand(Q, O, J), g, a, bias)
         module("low_rank_scores").low_rank_scores(wide(many, B, *tokens), L, R, g, a, bias)
+
+
+def chosen(sm, dtype, T=512, O=4096, I=4096, B=16, Q=4, K=32, bias=False) -> set:
+    """(kernel's name, tile) of every main launch that `launch_all` is to make, by `config`."""
+    launch, found = module("launch"), set()
+    chip = launch.Chip(sm, *CHIPS[sm])
+    for stem in map(ops.stem, ops.ALL):
+        shape = launch.Shape(dtype.itemsize, B, T, I, O, Q, K, bias)
+        if stem == "covariance":
+            shape = launch.Shape(dtype.itemsize, B=B * T, I=I, bias=bias)
+        if stem == "low_rank_scores":
+            shape = shape._replace(Q=16 * Q)
+        for tokens in (False, True)[: 1 + stem.endswith("scores")]:
+            dense = stem == "dense_scores" and tokens
+            name = "dense_token_scores" if dense else stem
+            config = module(stem).config(shape._replace(per_token=tokens), chip)
+            found.add((f"{name}_kernel", config.tile))
+    return found
+
+
+def launched(name: str, options: dict) -> tuple:
+    """(kernel's name, tile) of a launch."""
+    names = next(names for names in NAMES if set(names) <= options.keys())
+    sizes = (*(options[x] for x in names), options["num_warps"], options["num_stages"])
+    return name, module("launch").Tile(*sizes)
 
 
 def launch_divisions(dtype, T=512, O=4096, I=4096, B=16, bias=False, order=None) -> None:
@@ -111,7 +144,9 @@ def compiled(monkeypatch):
         for name in (*map(ops.stem, ops.ALL), "narrow"):
             monkeypatch.setattr(module(name), "chip", lambda device: chip)
         torch.backends.cuda.matmul.fp32_precision = precision
-        call(dtype, **sizes)
+        # Passes of LLVM and ptxas run beside each other.
+        with ThreadPoolExecutor(os.cpu_count()) as pool, triton.AsyncCompileMode(pool):
+            call(dtype, **sizes)
         return launches
 
     before = torch.backends.cuda.matmul.fp32_precision
@@ -140,6 +175,9 @@ def test_every_configuration_fits(compiled, sm, case, tmp_path):
     launches = compiled(sm, case)
     mains = {name for name, _, _ in launches} - set(HELPERS)
     assert len(mains) == 7, "one kernel an op, two for dense_scores"
+    dtype, _, sizes = CASES[case]
+    mains = {launched(name, options) for name, options, _ in launches if name not in HELPERS}
+    assert mains == chosen(sm, dtype, **sizes)
     for name, options, kernel in launches:
         registers, stack = resources(kernel, tmp_path)
         where = f"{name} on sm_{sm}, {case}, {options}"
@@ -166,10 +204,15 @@ def test_narrow_layers_take_one_launch_that_fits(compiled, sm, case, tmp_path):
 
 
 def test_strips_are_for_narrow_layers():
-    strip = module("narrow").strip
     chips = {sm: module("launch").Chip(sm, *CHIPS[sm]) for sm in CHIPS}
     chips[89] = module("launch").Chip(89, 128, 101376)
     widths = (1, 64, 128, 256, 257, 512, 513, 1024)
+
+    def strip(B, T, O, I, bias, itemsize, chip):
+        return module("narrow").config(
+            module("launch").Shape(itemsize, B, T, I, O, bias=bias), chip
+        )
+
     for chip in chips.values():
         found = {
             (O, I): strip(8, 512, O, I, True, 2, chip)
@@ -183,7 +226,7 @@ def test_strips_are_for_narrow_layers():
         assert found[128, 64]
         assert bool(found[512, 256]) == (chip.shared > 101376), "S, Qx and loads are on chip"
         assert not any(by for (O, I), by in found.items() if max(O, I) > 512 or min(O, I) > 256)
-        assert len(set(found.values()) - {None}) <= 3
+        assert len({by._replace(grid=()) for by in found.values() if by}) <= 3
     assert strip(8, 8, 256, 256, True, 2, chips[90]) is None, "few tokens: rotate them"
     assert strip(8, 512, 256, 256, True, 4, chips[90]) is None, "fp32"
     assert strip(33, 512, 256, 256, False, 2, chips[90])
@@ -193,22 +236,22 @@ def test_strips_are_for_narrow_layers():
 @pytest.mark.parametrize("sm", CHIPS)
 def test_nothing_is_chosen_that_is_not_compiled(sm):
     """Over all shapes, three tiles at most a kernel and chip; the cases above reach each."""
-    launch = module("launch")
-    chip = launch.Chip(sm, *CHIPS[sm])
-    sizes = (1, 16, 48, 64, 65, 128, 129, 256, 769, 1024, 4096, 14336)
-    for accumulators in (1, 2):
-        reachable = {
-            launch.tile(rows, columns, itemsize, chip, accumulators=accumulators)
-            for rows in sizes
-            for columns in sizes
-            for itemsize in (2, 4)
-        }
-        reached = {
-            launch.tile(*size, chip, accumulators=accumulators)
-            for size in ((4096, 4096, 2), (4096, 4097, 2), (64, 49, 2), (4096, 4096, 4))
-        }
-        assert reachable == reached
-        assert len(reachable) <= 3
+    reached, reachable = defaultdict(set), defaultdict(set)
+    for dtype, _, sizes in CASES.values():
+        for name, tile in chosen(sm, dtype, **sizes):
+            reached[name].add(tile)
+    widths = (1, 16, 48, 64, 65, 128, 129, 256, 769, 1024, 4096, 14336)
+    for O, I, bias, dtype, (B, T, Q, K) in itertools.product(
+        widths,
+        widths,
+        (False, True),
+        (torch.bfloat16, torch.float32),
+        ((1, 1, 1, 1), (1, 48, 4, 32), (16, 512, 1, 200), (15, 512, 8, 8)),
+    ):
+        for name, tile in chosen(sm, dtype, T=T, O=O, I=I, B=B, Q=Q, K=K, bias=bias):
+            reachable[name].add(tile)
+    assert reachable == reached
+    assert all(len(tiles) <= 3 for tiles in reachable.values())
 
 
 def test_launchers_run_on_the_dispatcher_s_cuda_key():

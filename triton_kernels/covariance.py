@@ -5,13 +5,15 @@ launched; the lower triangle of cov is read, both are written, so cov stays exac
 are split between programs where the triangle does not fill the chip. The bias row is column sums.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .gradient_tile import column_sums, product_tile, tile_at
-from .launch import cdiv, chip, launcher, options, precision, splits, tile
+from .launch import Chip, Config, Shape, cdiv, chip, launcher, options, precision, splits, tile
 
 
 @triton.jit
@@ -133,25 +135,30 @@ def covariance_fold_kernel(
     add_both(cov, Z, row * BLOCK + piece * PIECE, column * BLOCK, J, cov_i, cov_j, PIECE, BLOCK)
 
 
+@lru_cache(maxsize=4096)
+def config(shape: Shape, chip: Chip) -> Config:
+    """Tiles of the triangle, over all rows or parts of them."""
+    # Two accumulators' tiles are square, as a triangle of them must be.
+    by = tile(shape.I, shape.I, shape.itemsize, chip, accumulators=2)
+    rows, steps = cdiv(shape.J, by.rows), cdiv(shape.N, by.step)
+    tiles = rows * (rows + 1) // 2
+    per_split = cdiv(steps, splits(tiles, shape.N, steps, chip)) * by.step
+    parts = cdiv(shape.N, per_split)
+    return Config(by, (tiles, parts), parts, per_split)
+
+
 @launcher
 def covariance(cov: Tensor, x: Tensor, mask: Tensor | None = None, bias: bool = False) -> None:
     """The op `ekfac_fast::covariance` on a GPU; reads the lower triangle of the symmetric cov."""
     N, I = x.shape
     if N == 0:
         return
-    on = chip(x.device)
-    # Two accumulators' tiles are square, as a triangle of them must be.
-    by = tile(I, I, x.element_size(), on, accumulators=2)
-    J, BLOCK = I + bias, by.rows
-    rows = cdiv(J, BLOCK)
-    tiles = rows * (rows + 1) // 2
-    steps = cdiv(N, by.step)
-    per_split = cdiv(steps, splits(tiles, N, steps, on)) * by.step
-    S = cdiv(N, per_split)
+    by = config(Shape(x.element_size(), B=N, I=I, bias=bias), chip(x.device))
+    J, BLOCK, (tiles, S) = I + bias, by.tile.rows, by.grid
     # A transposed accumulator is the same matrix: its lower triangle is read along rows.
     cov = cov if cov.stride(1) <= cov.stride(0) else cov.T
     out = cov if S == 1 else torch.empty((S, tiles, BLOCK, BLOCK), device=x.device)
-    covariance_kernel[(tiles, S)](
+    covariance_kernel[by.grid](
         out,
         x,
         mask,
@@ -162,13 +169,13 @@ def covariance(cov: Tensor, x: Tensor, mask: Tensor | None = None, bias: bool = 
         *cov.stride(),
         *x.stride(),
         0 if mask is None else mask.stride(0),
-        per_split,
+        by.per_split,
         ADD=S == 1,
         BIAS=bias,
         BLOCK=BLOCK,
-        BLOCK_N=by.step,
+        BLOCK_N=by.tile.step,
         PRECISION=precision(x.dtype),
-        **by.options,
+        **by.tile.options,
     )
     if S > 1:
         covariance_fold_kernel[(tiles, BLOCK // 16)](

@@ -6,13 +6,29 @@ element would cost more than the tile itself, so strips of G that stay in L2 are
 queries by cuBLAS. Per token: a program closes tiles of g P_q with a before they leave registers.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .gradient_tile import gradient_tile, product_tile, tile_at, tile_of
-from .launch import aligned, cdiv, chip, fold, launcher, precision, side_by_side, splits, tile
+from .launch import (
+    Chip,
+    Config,
+    Shape,
+    aligned,
+    cdiv,
+    chip,
+    even,
+    fold,
+    launcher,
+    precision,
+    side_by_side,
+    splits,
+    tile,
+)
 
 # Above this, multiply-adds on plain cores (1/15 of the tensor cores' rate) outweigh the tile.
 FEW_QUERIES = 8
@@ -152,26 +168,49 @@ def dense_token_scores_kernel(
     tl.store(at, score, mask=n < N)
 
 
+@lru_cache(maxsize=4096)
+def config(shape: Shape, chip: Chip) -> Config | None:
+    """Rows of tokens by columns of P; tiles of a gradient; None where cuBLAS contracts its strips.
+
+    `parts` are, per token, parts of those columns, else tiles.
+    """
+    J = even(shape.J, shape.bias)  # of P when it is `aligned`
+    if shape.per_token:
+        by = tile(shape.N, J, shape.itemsize, chip, accumulators=2)
+        if chip.capability >= 100:
+            by = by._replace(step=min(by.step, 32))  # 64 spills, here only
+        programs, steps = cdiv(shape.N, by.rows) * shape.Q, cdiv(J, by.columns)
+        per_split = cdiv(steps, splits(programs, steps * shape.O, steps, chip)) * by.columns
+        parts = cdiv(J, per_split)
+        return Config(by, (programs, parts), parts, per_split)
+    if shape.Q > FEW_QUERIES:
+        return None
+    by = tile(shape.O, J, shape.itemsize, chip, accumulators=1)
+    tiles = cdiv(shape.O, by.rows) * cdiv(J, by.columns)
+    return Config(by, (tiles * shape.B,), tiles, together=side_by_side(shape.B))
+
+
 @launcher
 def dense_scores(s: Tensor, P: Tensor, g: Tensor, a: Tensor, bias: bool = False) -> None:
     """The op `ekfac_fast::dense_scores` on a GPU; s [Q,B] or, per token, [Q,B,T]."""
-    if 0 in (s.shape[0], g.shape[0], g.shape[1]):
+    (B, T, I), (Q, O, _), tokens = a.shape, P.shape, s.ndim == 3
+    if 0 in (Q, B, T):
         return
-    if s.ndim == 3:
-        per_token(s, aligned(P, bias), g, a)
-    elif s.shape[0] <= FEW_QUERIES:
-        few_queries(s, aligned(P, bias), g, a, bias)
-    else:
+    shape = Shape(g.element_size(), B=B, T=T, I=I, O=O, Q=Q, bias=bias, per_token=tokens)
+    by = config(shape, chip(g.device))
+    if by is None:
         many_queries(s, P, g, a, bias)
+    elif tokens:
+        per_token(s, aligned(P, bias), g, a, by)
+    else:
+        few_queries(s, aligned(P, bias), g, a, bias, by)
 
 
-def few_queries(s: Tensor, P: Tensor, g: Tensor, a: Tensor, bias: bool) -> None:
+def few_queries(s: Tensor, P: Tensor, g: Tensor, a: Tensor, bias: bool, by: Config) -> None:
     """One launch over tiles and sequences, one over their numbers: s [Q,B]."""
     (B, T, I), (Q, O, J) = a.shape, P.shape
-    by = tile(O, J, g.element_size(), chip(g.device), accumulators=1)
-    tiles = cdiv(O, by.rows) * cdiv(J, by.columns)
-    out = s[None] if tiles == 1 else torch.empty((tiles, Q, B), device=g.device)
-    dense_scores_kernel[(tiles * B,)](
+    out = s[None] if by.parts == 1 else torch.empty((by.parts, Q, B), device=g.device)
+    dense_scores_kernel[by.grid](
         out,
         P,
         g,
@@ -185,16 +224,16 @@ def few_queries(s: Tensor, P: Tensor, g: Tensor, a: Tensor, bias: bool) -> None:
         *P.stride(),
         *g.stride(),
         *a.stride(),
-        ADD=tiles == 1,
+        ADD=by.parts == 1,
         BIAS=bias,
-        TOGETHER=side_by_side(B),
-        BLOCK_O=by.rows,
-        BLOCK_J=by.columns,
-        BLOCK_T=by.step,
+        TOGETHER=by.together,
+        BLOCK_O=by.tile.rows,
+        BLOCK_J=by.tile.columns,
+        BLOCK_T=by.tile.step,
         PRECISION=precision(g.dtype),
-        **by.options,
+        **by.tile.options,
     )
-    if tiles > 1:
+    if by.parts > 1:
         fold(s, out)
 
 
@@ -219,18 +258,11 @@ def wide_product(x: Tensor, y: Tensor) -> Tensor:
     return torch.mm(x, y, out_dtype=torch.float32)
 
 
-def per_token(s: Tensor, P: Tensor, g: Tensor, a: Tensor) -> None:
+def per_token(s: Tensor, P: Tensor, g: Tensor, a: Tensor, by: Config) -> None:
     """Rows of all sequences by tiles, columns of P_q in turn: s [Q,B,T]."""
     (B, T, I), (Q, O, J) = a.shape, P.shape
-    on = chip(g.device)
-    by = tile(B * T, J, g.element_size(), on, accumulators=2)
-    if on.capability >= 100:
-        by = by._replace(step=min(by.step, 32))  # 64 spills, here only
-    blocks, steps = cdiv(B * T, by.rows), cdiv(J, by.columns)
-    per_split = cdiv(steps, splits(blocks * Q, steps * O, steps, on)) * by.columns
-    S = cdiv(J, per_split)
-    out = s[None] if S == 1 else torch.empty((S, Q, B, T), device=g.device)
-    dense_token_scores_kernel[(blocks * Q, S)](
+    out = s[None] if by.parts == 1 else torch.empty((by.parts, Q, B, T), device=g.device)
+    dense_token_scores_kernel[by.grid](
         out,
         P,
         g,
@@ -245,15 +277,15 @@ def per_token(s: Tensor, P: Tensor, g: Tensor, a: Tensor) -> None:
         *P.stride(),
         *g.stride(),
         *a.stride(),
-        per_split,
-        ADD=S == 1,
-        ROWS=by.rows,
-        COLUMNS=by.columns,
-        BLOCK=by.step,
+        by.per_split,
+        ADD=by.parts == 1,
+        ROWS=by.tile.rows,
+        COLUMNS=by.tile.columns,
+        BLOCK=by.tile.step,
         PRECISION=precision(g.dtype),
-        **by.options,
+        **by.tile.options,
     )
-    if S > 1:
+    if by.parts > 1:
         fold(s, out)
 
 

@@ -4,13 +4,15 @@ Two fp32 tiles live in registers, the gradient and the sum: 128x128 on 8 warps h
 spills. Sequences are split between programs where tiles alone do not fill the chip.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .gradient_tile import gradient_tile, grouped, tile_at
-from .launch import cdiv, chip, fold, launcher, precision, splits, tile
+from .launch import Chip, Config, Shape, cdiv, chip, fold, launcher, precision, splits, tile
 from .rotations import operands
 
 
@@ -79,6 +81,16 @@ def eigenvalues_kernel(
     tl.store(at, lam, mask=inside)
 
 
+@lru_cache(maxsize=4096)
+def config(shape: Shape, chip: Chip) -> Config:
+    """Tiles of lam on rotated inputs, over all sequences or parts of them."""
+    by = tile(shape.O, shape.J, shape.itemsize, chip, accumulators=2)
+    tiles = cdiv(shape.O, by.rows) * cdiv(shape.J, by.columns)
+    per_split = cdiv(shape.B, splits(tiles, shape.N, shape.B, chip))
+    parts = cdiv(shape.B, per_split)
+    return Config(by, (tiles, parts), parts, per_split)
+
+
 @launcher
 def eigenvalues(
     lam_sum: Tensor,
@@ -98,13 +110,9 @@ def eigenvalues(
 
 def _accumulate(lam_sum: Tensor, g: Tensor, a: Tensor) -> None:
     (O, J), (B, T, _) = lam_sum.shape, g.shape
-    on = chip(g.device)
-    by = tile(O, J, g.element_size(), on, accumulators=2)
-    tiles = cdiv(O, by.rows) * cdiv(J, by.columns)
-    per_split = cdiv(B, splits(tiles, B * T, B, on))
-    S = cdiv(B, per_split)
-    out = lam_sum[None] if S == 1 else torch.empty((S, O, J), device=g.device)
-    eigenvalues_kernel[(tiles, S)](
+    by = config(Shape(g.element_size(), B=B, T=T, I=J, O=O), chip(g.device))
+    out = lam_sum[None] if by.parts == 1 else torch.empty((by.parts, O, J), device=g.device)
+    eigenvalues_kernel[by.grid](
         out,
         g,
         a,
@@ -117,15 +125,15 @@ def _accumulate(lam_sum: Tensor, g: Tensor, a: Tensor) -> None:
         *out.stride(),
         *g.stride(),
         *a.stride(),
-        per_split,
-        ADD=S == 1,
-        BLOCK_O=by.rows,
-        BLOCK_J=by.columns,
-        BLOCK_T=by.step,
+        by.per_split,
+        ADD=by.parts == 1,
+        BLOCK_O=by.tile.rows,
+        BLOCK_J=by.tile.columns,
+        BLOCK_T=by.tile.step,
         PRECISION=precision(g.dtype),
-        **by.options,
+        **by.tile.options,
     )
-    if S > 1:
+    if by.parts > 1:
         fold(lam_sum, out)
 
 

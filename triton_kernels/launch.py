@@ -1,7 +1,9 @@
 """What all launchers share: checked arguments, the chip, tiles, splits and their second stage.
 
-Nothing here or in a launcher synchronises, tunes or reads the environment: tiles and splits are
-functions of shapes, dtype and chip, so a call gives the same bits and the same launches every time.
+Nothing here or in a launcher synchronises, tunes or reads the environment. Every kernel's file has
+one `config(shape, chip)`, a pure function of sizes, bytes of an element and chip: launchers ask it,
+and so do the tests that compile and the bounds that benches predict. A call gives the same bits and
+the same launches every time.
 """
 
 from collections.abc import Callable
@@ -22,6 +24,30 @@ class Chip(NamedTuple):
     shared: int
 
 
+class Shape(NamedTuple):
+    """Sizes of one launch in the letters of the cards, and bytes of an element of its operands."""
+
+    itemsize: int
+    B: int = 1
+    T: int = 1
+    I: int = 1
+    O: int = 1
+    Q: int = 0
+    K: int = 0
+    bias: bool = False
+    per_token: bool = False
+
+    @property
+    def J(self) -> int:
+        """Input features with the ones."""
+        return self.I + self.bias
+
+    @property
+    def N(self) -> int:
+        """Rows of all sequences."""
+        return self.B * self.T
+
+
 class Tile(NamedTuple):
     """One configuration of a kernel: rows x columns of the product, step along the sum."""
 
@@ -35,6 +61,20 @@ class Tile(NamedTuple):
     def options(self) -> dict[str, int | bool]:
         """Keyword arguments of the launch."""
         return options(self.warps, self.stages)
+
+
+class Config(NamedTuple):
+    """How a kernel is launched: its tile, programs, and what each of them does.
+
+    `parts` results are folded into one by a second launch, if there is more than one; where sums
+    are cut into them, `per_split` terms are a part's. `together`: sequences side by side on a tile.
+    """
+
+    tile: Tile
+    grid: tuple[int, ...]
+    parts: int = 1
+    per_split: int = 0
+    together: int = 1
 
 
 def options(warps: int, stages: int = 2) -> dict[str, int | bool]:
@@ -84,14 +124,20 @@ def padded(width: int) -> int:
     return cdiv(width, 16) * 16
 
 
+def even(width: int, bias: bool) -> int:
+    """`width`, or `padded` where a bias made it odd."""
+    return padded(width) if bias and width % 8 else width
+
+
 def aligned(x: Tensor, bias: bool) -> Tensor:
-    """`x`, or a copy with zero columns up to `padded` where a bias made its rows odd.
+    """`x`, or a copy with zero columns up to its `even` width.
 
     Tiles of odd rows are loaded number by number, past the pipeline, and spill registers.
     """
-    if not bias or x.shape[-1] % 8 == 0:
+    width = even(x.shape[-1], bias)
+    if width == x.shape[-1]:
         return x
-    out = x.new_zeros(*x.shape[:-1], padded(x.shape[-1]))
+    out = x.new_zeros(*x.shape[:-1], width)
     out[..., : x.shape[-1]] = x
     return out
 
@@ -103,7 +149,6 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee"
 
 
-@lru_cache(maxsize=4096)
 def splits(tiles: int, terms: int, limit: int, chip: Chip) -> int:
     """Into how many parts a sum of `terms` is cut so that `tiles` of it fill the chip.
 
@@ -203,7 +248,7 @@ def launcher(function: Callable) -> Callable:
     default = torch._C.DispatchKeySet(torch._C.DispatchKey.CompositeExplicitAutograd)
 
     @wraps(function)
-    def launch(*args):
+    def launch(*args: object) -> Tensor | None:
         tensors = [x for x in args if isinstance(x, Tensor)]
         device = tensors[0].device
         if tensors[0].dtype == torch.float64 or any(x.device != device for x in tensors):

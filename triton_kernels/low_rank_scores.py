@@ -6,13 +6,16 @@ tokens of one sequence, or of all sequences where one would leave a tile empty o
 Ranks are padded to a power of two, so that a tile holds whole queries, or one query takes several.
 """
 
+from functools import lru_cache
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .gradient_tile import grouped, product_tile
-from .launch import aligned, cdiv, chip, fold, launcher, precision, tile
+from .launch import Chip, Shape, Tile, aligned, cdiv, chip, fold, launcher, precision, tile
 
 
 @triton.jit
@@ -121,36 +124,57 @@ def low_rank_scores_kernel(
     tl.store(at, score, mask=inside)
 
 
+class Config(NamedTuple):
+    """Tile and programs; ranks of a tile's queries, and how many tiles take one; tiles of rows.
+
+    `flat`: rows are those of all sequences, `rows` of them in all, else in each sequence.
+    """
+
+    tile: Tile
+    grid: tuple[int]
+    rank: int
+    chunks: int
+    rows: int
+    flat: bool
+
+
+@lru_cache(maxsize=4096)
+def config(shape: Shape, chip: Chip) -> Config:
+    """Tiles of tokens by queries and ranks."""
+    rank = 1 << (shape.K - 1).bit_length()
+    by = tile(shape.N, shape.Q * rank, shape.itemsize, chip, accumulators=2)
+    rank = min(rank, by.columns)
+    chunks = cdiv(shape.K, rank)
+    columns = cdiv(shape.Q, by.columns // rank) * chunks
+    # Sequences shorter than a tile share tiles, as if scores were wanted per token.
+    flat = shape.per_token or by.rows > shape.T
+    rows = cdiv(shape.N if flat else shape.T, by.rows)
+    programs = rows * (1 if flat else shape.B) * columns
+    return Config(by, (programs,), rank, chunks, rows, flat)
+
+
 @launcher
 def low_rank_scores(
     s: Tensor, L: Tensor, R: Tensor, g: Tensor, a: Tensor, bias: bool = False
 ) -> None:
     """The op `ekfac_fast::low_rank_scores` on a GPU; s [Q,B] or, per token, [Q,B,T]."""
-    (B, T, O), (Q, K, _), I = g.shape, R.shape, a.shape[-1]
+    (B, T, O), (Q, K, _), I, tokens = g.shape, R.shape, a.shape[-1], s.ndim == 3
     if 0 in (B, T, Q, K):
         return
-    on = chip(g.device)
-    R = aligned(R, bias)
-    rank = 1 << (K - 1).bit_length()
-    by = tile(B * T, Q * rank, g.element_size(), on, accumulators=2)
-    rank = min(rank, by.columns)
-    chunks = cdiv(K, rank)
-    columns = cdiv(Q, by.columns // rank) * chunks
-    # Sequences shorter than a tile share tiles, as if scores were wanted per token.
-    per_token = s.ndim == 3 or by.rows > T
-    rows = cdiv(B * T if per_token else T, by.rows)
-    whole = chunks == 1 and (s.ndim == 3 or (not per_token and rows == 1))
+    shape = Shape(g.element_size(), B, T, I, O, Q, K, bias, per_token=tokens)
+    by, R = config(shape, chip(g.device)), aligned(R, bias)
+    whole = by.chunks == 1 and (tokens or (not by.flat and by.rows == 1))
     if whole:
-        out = s[None] if s.ndim == 3 else s[None, ..., None]
-    elif s.ndim == 3:
-        out = parts = torch.empty((chunks, Q, B, T), device=g.device)
-    elif per_token:
-        parts = torch.empty((Q, B, chunks * T), device=g.device)
-        out, parts = parts.view(Q, B, chunks, T).permute(2, 0, 1, 3), parts.permute(2, 0, 1)
+        out = s[None] if tokens else s[None, ..., None]
+    elif tokens:
+        out = parts = torch.empty((by.chunks, Q, B, T), device=g.device)
+    elif by.flat:
+        parts = torch.empty((Q, B, by.chunks * T), device=g.device)
+        out, parts = parts.view(Q, B, by.chunks, T).permute(2, 0, 1, 3), parts.permute(2, 0, 1)
     else:
-        parts = torch.empty((chunks * rows, Q, B), device=g.device)
+        parts = torch.empty((by.chunks * by.rows, Q, B), device=g.device)
         out = parts[..., None]
-    low_rank_scores_kernel[(rows * (1 if per_token else B) * columns,)](
+    low_rank_scores_kernel[by.grid](
         out,
         L,
         R,
@@ -163,22 +187,22 @@ def low_rank_scores(
         T,
         O,
         I,
-        rows,
+        by.rows,
         *out.stride(),
         *L.stride(),
         *R.stride(),
         *R.stride()[:2],
         *g.stride(),
         *a.stride(),
-        RANK=rank,
-        PER_TOKEN=per_token,
+        RANK=by.rank,
+        PER_TOKEN=by.flat,
         ADD=whole,
         BIAS=bias,
-        ROWS=by.rows,
-        COLUMNS=by.columns,
-        BLOCK=by.step,
+        ROWS=by.tile.rows,
+        COLUMNS=by.tile.columns,
+        BLOCK=by.tile.step,
         PRECISION=precision(g.dtype),
-        **by.options,
+        **by.tile.options,
     )
     if not whole:
         fold(s, parts)

@@ -12,6 +12,7 @@ strips than processors: every strip reads both sides of its sequence again. What
 spilled: y of 512 features with a bias; Qx reread from L2 in an inner loop.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -19,38 +20,42 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Chip, cdiv, chip, fold, options
+from .launch import Chip, Shape, cdiv, chip, fold, options
 
 ROWS, BLOCK = 64, 32
 
 
 class Strip(NamedTuple):
-    """Widths of the two sides, padded to powers of two, and options of the launch."""
+    """Widths of the two sides, padded to powers of two, options and programs of the launch."""
 
     height: int
     width: int
     warps: int
     stages: int
+    grid: tuple[int]
 
 
-def strip(B: int, T: int, O: int, I: int, bias: bool, itemsize: int, chip: Chip) -> Strip | None:
+@lru_cache(maxsize=4096)
+def config(shape: Shape, chip: Chip) -> Strip | None:
     """How a layer is cut into strips; None where three launches are taken.
 
     One side is rotated by tokens, the other on the gradient, whatever is cheapest: of sequences of
     few tokens that is many times the least FLOPs, more than launches saved are worth. fp32 products
     keep plain cores busy for longer than any launch takes.
     """
-    X, Y = (O, I + bias) if O >= I else (I + bias, O)
+    T, I, O = shape.T, shape.I, shape.O
+    X, Y = (O, shape.J) if O >= I else (shape.J, O)
+    programs = shape.B * cdiv(X, ROWS)
     here = T * X * X + T * X * Y + X * Y * Y
     least = X * X * min(T, Y) + T * X * Y + Y * Y * min(T, X)
-    if itemsize > 2 or here > 4 * least or B * cdiv(X, ROWS) > chip.processors:
+    if shape.itemsize > 2 or here > 4 * least or programs > chip.processors:
         return None
     sizes = ((128, 128, 4, 3), (256, 256, 8, 3), (512, 256, 8, 2))
     for height, width, warps, most in sizes:
-        room = chip.shared - 2048 - ROWS * height * itemsize
-        stages = min(most, room // ((height + width) * BLOCK * itemsize))
+        room = chip.shared - 2048 - ROWS * height * shape.itemsize
+        stages = min(most, room // ((height + width) * BLOCK * shape.itemsize))
         if max(O, I) <= height and min(O, I) <= width and stages > 1:
-            return Strip(height, width, warps, stages)
+            return Strip(height, width, warps, stages, (programs,))
     return None
 
 
@@ -165,7 +170,7 @@ def narrow(
     if order or Qg is None or Qa is None:
         return False
     (B, T, O), I = g.shape, a.shape[2]
-    by = strip(B, T, O, I, bias, g.element_size(), chip(g.device))
+    by = config(Shape(g.element_size(), B, T, I, O, bias=bias), chip(g.device))
     if by is None:
         return False
     sides, lam = [(g, Qg, False), (a, Qa, bias)], lam if O >= I else lam.mT
@@ -178,7 +183,7 @@ def narrow(
         to = out[:, None, None]
     else:
         to = torch.empty((strips, len(out)), device=out.device).T[..., None]
-    narrow_kernel[(strips * B,)](
+    narrow_kernel[by.grid](
         to,
         x,
         y,

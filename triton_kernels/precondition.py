@@ -1,12 +1,14 @@
 """P_b[o,j] = G_b[o,j] / (lam[o,j] + damping), G_b rotated: divided where the tile was computed."""
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .gradient_tile import gradient_tile, tile_at, tile_of
-from .launch import cdiv, chip, launcher, precision, side_by_side, tile
+from .launch import Chip, Config, Shape, cdiv, chip, launcher, precision, side_by_side, tile
 from .narrow import narrow
 from .rotations import operands
 
@@ -70,6 +72,14 @@ def precondition_kernel(
     tl.store(at, G / scale, mask=inside)
 
 
+@lru_cache(maxsize=4096)
+def config(shape: Shape, chip: Chip) -> Config:
+    """Tiles of every sequence on rotated inputs; narrow layers that `narrow.py` takes apart."""
+    by = tile(shape.O, shape.J, shape.itemsize, chip, accumulators=2)
+    tiles = cdiv(shape.O, by.rows) * cdiv(shape.J, by.columns)
+    return Config(by, (tiles * shape.B,), together=side_by_side(shape.B))
+
+
 @launcher
 def precondition(
     g: Tensor,
@@ -88,17 +98,16 @@ def precondition(
         return P.zero_()
     if narrow(P, g, a, Qg, Qa, lam, damping, bias, order):
         return P
-    on = chip(g.device)
-    by = tile(O, J, g.element_size(), on, accumulators=2)
-    tiles = cdiv(O, by.rows) * cdiv(J, by.columns)
     for part, x, y in operands(g, a, Qg, Qa, bias, order):
-        precondition_kernel[(tiles * x.shape[0],)](
+        B, T = x.shape[:2]
+        by = config(Shape(x.element_size(), B=B, T=T, I=J, O=O), chip(g.device))
+        precondition_kernel[by.grid](
             P[part],
             x,
             y,
             lam,
             damping,
-            x.shape[1],
+            T,
             O,
             J,
             x.shape[2],
@@ -107,12 +116,12 @@ def precondition(
             *x.stride(),
             *y.stride(),
             *lam.stride(),
-            TOGETHER=side_by_side(x.shape[0]),
-            BLOCK_O=by.rows,
-            BLOCK_J=by.columns,
-            BLOCK_T=by.step,
+            TOGETHER=by.together,
+            BLOCK_O=by.tile.rows,
+            BLOCK_J=by.tile.columns,
+            BLOCK_T=by.tile.step,
             PRECISION=precision(g.dtype),
-            **by.options,
+            **by.tile.options,
         )
     return P
 

@@ -3,13 +3,15 @@
 Those numbers, [tiles,B], are summed by a second launch in a fixed order: no atomics.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .gradient_tile import gradient_tile, tile_at, tile_of
-from .launch import cdiv, chip, fold, launcher, precision, side_by_side, tile
+from .launch import Chip, Config, Shape, cdiv, chip, fold, launcher, precision, side_by_side, tile
 from .narrow import narrow
 from .rotations import operands
 
@@ -76,6 +78,14 @@ def self_influence_kernel(
     tl.store(at, value)
 
 
+@lru_cache(maxsize=4096)
+def config(shape: Shape, chip: Chip) -> Config:
+    """Tiles of every sequence on rotated inputs; narrow layers that `narrow.py` takes apart."""
+    by = tile(shape.O, shape.J, shape.itemsize, chip, accumulators=1)
+    tiles = cdiv(shape.O, by.rows) * cdiv(shape.J, by.columns)
+    return Config(by, (tiles * shape.B,), parts=tiles, together=side_by_side(shape.B))
+
+
 @launcher
 def self_influence(
     s: Tensor,
@@ -94,19 +104,17 @@ def self_influence(
     O, J = lam.shape
     if narrow(s, g, a, Qg, Qa, lam, damping, bias, order):
         return
-    on = chip(g.device)
-    by = tile(O, J, g.element_size(), on, accumulators=1)
-    tiles = cdiv(O, by.rows) * cdiv(J, by.columns)
     for part, x, y in operands(g, a, Qg, Qa, bias, order):
-        B = x.shape[0]
-        out = s[None, part] if tiles == 1 else torch.empty((tiles, B), device=g.device)
-        self_influence_kernel[(tiles * B,)](
+        B, T = x.shape[:2]
+        by = config(Shape(x.element_size(), B=B, T=T, I=J, O=O), chip(g.device))
+        out = s[None, part] if by.parts == 1 else torch.empty((by.parts, B), device=g.device)
+        self_influence_kernel[by.grid](
             out,
             x,
             y,
             lam,
             damping,
-            x.shape[1],
+            T,
             O,
             J,
             x.shape[2],
@@ -115,15 +123,15 @@ def self_influence(
             *x.stride(),
             *y.stride(),
             *lam.stride(),
-            ADD=tiles == 1,
-            TOGETHER=side_by_side(B),
-            BLOCK_O=by.rows,
-            BLOCK_J=by.columns,
-            BLOCK_T=by.step,
+            ADD=by.parts == 1,
+            TOGETHER=by.together,
+            BLOCK_O=by.tile.rows,
+            BLOCK_J=by.tile.columns,
+            BLOCK_T=by.tile.step,
             PRECISION=precision(g.dtype),
-            **by.options,
+            **by.tile.options,
         )
-        if tiles > 1:
+        if by.parts > 1:
             fold(s[part], out)
 
 

@@ -5,7 +5,7 @@
 #include "launch.h"
 #include "rotations.h"
 
-namespace ekfac_fast {
+namespace ekfac_fast::cuda {
 namespace {
 
 void dense_scores(at::Tensor& s, const at::Tensor& P, const at::Tensor& g, const at::Tensor& a,
@@ -33,8 +33,8 @@ void dense_scores(at::Tensor& s, const at::Tensor& P, const at::Tensor& g, const
 }
 
 }  // namespace
-}  // namespace ekfac_fast
+}  // namespace ekfac_fast::cuda
 
 TORCH_LIBRARY_FRAGMENT(ekfac_fast_cuda, m) {
-  ekfac_fast::beside(m, "dense_scores", &ekfac_fast::dense_scores);
+  ekfac_fast::cuda::beside(m, "dense_scores", &ekfac_fast::cuda::dense_scores);
 }

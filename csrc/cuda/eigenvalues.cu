@@ -4,7 +4,7 @@
 #include "launch.h"
 #include "rotations.h"
 
-namespace ekfac_fast {
+namespace ekfac_fast::cuda {
 namespace {
 
 template <class Tiling, class E>
@@ -43,8 +43,8 @@ void eigenvalues(at::Tensor& lam_sum, const at::Tensor& g, const at::Tensor& a,
 }
 
 }  // namespace
-}  // namespace ekfac_fast
+}  // namespace ekfac_fast::cuda
 
 TORCH_LIBRARY_FRAGMENT(ekfac_fast_cuda, m) {
-  ekfac_fast::beside(m, "eigenvalues", &ekfac_fast::eigenvalues);
+  ekfac_fast::cuda::beside(m, "eigenvalues", &ekfac_fast::cuda::eigenvalues);
 }

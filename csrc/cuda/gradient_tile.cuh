@@ -7,7 +7,7 @@
 
 #include "product.cuh"
 
-namespace ekfac_fast {
+namespace ekfac_fast::cuda {
 
 // For layers of few tiles; for one tile of sums a thread, two blocks a processor; for two tiles.
 using Small = Tiling<64, 64, 32, 2, 2, 4>;
@@ -180,4 +180,4 @@ struct DenseScores {
   }
 };
 
-}  // namespace ekfac_fast
+}  // namespace ekfac_fast::cuda

@@ -15,7 +15,7 @@
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAStream.h>
 
-namespace ekfac_fast {
+namespace ekfac_fast::cuda {
 
 constexpr auto kKey = c10::DispatchKey::CUDA;
 
@@ -35,17 +35,11 @@ void launch(void (*kernel)(P...), int64_t blocks, int threads, int shared, const
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-}  // namespace ekfac_fast
-
-#else
-
-namespace ekfac_fast {
-constexpr auto kKey = c10::DispatchKey::CPU;
-}  // namespace ekfac_fast
+}  // namespace ekfac_fast::cuda
 
 #endif
 
-namespace ekfac_fast {
+namespace ekfac_fast::cuda {
 
 // Registers `function` as ekfac_fast_cuda::<name>, with the schema of the op's card: beside the
 // Triton kernel, which keeps the CUDA key of ekfac_fast::<name> until both are measured on a GPU.
@@ -117,4 +111,4 @@ void close_tiles(const at::Tensor& x, const at::Tensor& y, bool ones, const Make
   wide(on.O, on.J(), x.size(0)) ? run(Large{}) : run(Small{});
 }
 
-}  // namespace ekfac_fast
+}  // namespace ekfac_fast::cuda

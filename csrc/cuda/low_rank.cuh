@@ -8,7 +8,7 @@
 
 #include "product.cuh"
 
-namespace ekfac_fast {
+namespace ekfac_fast::cuda {
 
 using SmallRows = Tiling<64, 64, 64, 2, 2, 3>;
 using WideRows = Tiling<128, 128, 64, 2, 4, 3>;
@@ -86,4 +86,4 @@ __global__ void __launch_bounds__(Tiling::threads)
   }
 }
 
-}  // namespace ekfac_fast
+}  // namespace ekfac_fast::cuda

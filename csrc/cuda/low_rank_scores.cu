@@ -7,7 +7,7 @@
 #include "low_rank.cuh"
 #include "rotations.h"
 
-namespace ekfac_fast {
+namespace ekfac_fast::cuda {
 namespace {
 
 void low_rank_scores(at::Tensor& s, const at::Tensor& L, const at::Tensor& R, const at::Tensor& g,
@@ -44,8 +44,8 @@ void low_rank_scores(at::Tensor& s, const at::Tensor& L, const at::Tensor& R, co
 }
 
 }  // namespace
-}  // namespace ekfac_fast
+}  // namespace ekfac_fast::cuda
 
 TORCH_LIBRARY_FRAGMENT(ekfac_fast_cuda, m) {
-  ekfac_fast::beside(m, "low_rank_scores", &ekfac_fast::low_rank_scores);
+  ekfac_fast::cuda::beside(m, "low_rank_scores", &ekfac_fast::cuda::low_rank_scores);
 }

@@ -1,17 +1,17 @@
 // The instructions that kernels here are made of, each a function: nothing else in them is PTX.
+// They are nvcc's; another compiler is given these functions, and `launch.h`'s first ones,
+// beforehand.
 //
 // mma.sync and cp.async, which sm_80 has and every later chip runs. wgmma would be needed for the
 // last third of Hopper's peak, with operands and barriers of its own; it is not here because it
 // would be written without a measurement.
 #pragma once
 
+#ifdef __CUDACC__
+
 #include <cstdint>
 
-#ifndef __CUDACC__
-#include "emulated_gpu.h"  // a host compiler with tests/ on its path: kernels run lane by lane
-#else
-
-namespace ekfac_fast {
+namespace ekfac_fast::cuda {
 
 struct Bf16 {
   uint16_t bits;
@@ -105,6 +105,6 @@ __device__ inline float from_lane_xor(float x, int mask) {
   return __shfl_xor_sync(0xFFFFFFFF, x, mask);
 }
 
-}  // namespace ekfac_fast
+}  // namespace ekfac_fast::cuda
 
 #endif

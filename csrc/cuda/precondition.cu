@@ -4,7 +4,7 @@
 #include "launch.h"
 #include "rotations.h"
 
-namespace ekfac_fast {
+namespace ekfac_fast::cuda {
 namespace {
 
 at::Tensor precondition(const at::Tensor& g, const at::Tensor& a,
@@ -30,8 +30,8 @@ at::Tensor precondition(const at::Tensor& g, const at::Tensor& a,
 }
 
 }  // namespace
-}  // namespace ekfac_fast
+}  // namespace ekfac_fast::cuda
 
 TORCH_LIBRARY_FRAGMENT(ekfac_fast_cuda, m) {
-  ekfac_fast::beside(m, "precondition", &ekfac_fast::precondition);
+  ekfac_fast::cuda::beside(m, "precondition", &ekfac_fast::cuda::precondition);
 }

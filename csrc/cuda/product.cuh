@@ -11,7 +11,7 @@
 
 #include "mma.cuh"
 
-namespace ekfac_fast {
+namespace ekfac_fast::cuda {
 
 template <class Int>
 __host__ __device__ constexpr Int cdiv(Int n, int by) {
@@ -184,4 +184,4 @@ __global__ void fold_kernel(float* out, const float* parts, int64_t n, int64_t t
   if (i < n && threadIdx.x % 32 == 0) out[i] += sum;
 }
 
-}  // namespace ekfac_fast
+}  // namespace ekfac_fast::cuda

@@ -8,7 +8,7 @@
 
 #include <algorithm>
 
-namespace ekfac_fast {
+namespace ekfac_fast::cuda {
 namespace {
 
 // Gradients formed at a time: what is written stays in L2.
@@ -76,4 +76,4 @@ void rotated(const at::Tensor& g, const at::Tensor& a, const std::optional<at::T
   }
 }
 
-}  // namespace ekfac_fast
+}  // namespace ekfac_fast::cuda

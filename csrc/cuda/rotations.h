@@ -8,7 +8,7 @@
 
 #include "../check.h"
 
-namespace ekfac_fast {
+namespace ekfac_fast::cuda {
 
 // x, or a copy with padded rows, such that every row starts at a multiple of 16 bytes.
 at::Tensor aligned(const at::Tensor& x);
@@ -22,4 +22,4 @@ void rotated(const at::Tensor& g, const at::Tensor& a, const std::optional<at::T
              const std::optional<c10::string_view>& forced,
              const std::function<void(int64_t, const at::Tensor&, const at::Tensor&)>& use);
 
-}  // namespace ekfac_fast
+}  // namespace ekfac_fast::cuda

@@ -4,7 +4,7 @@
 #include "launch.h"
 #include "rotations.h"
 
-namespace ekfac_fast {
+namespace ekfac_fast::cuda {
 namespace {
 
 void self_influence(at::Tensor& s, const at::Tensor& g, const at::Tensor& a,
@@ -31,8 +31,8 @@ void self_influence(at::Tensor& s, const at::Tensor& g, const at::Tensor& a,
 }
 
 }  // namespace
-}  // namespace ekfac_fast
+}  // namespace ekfac_fast::cuda
 
 TORCH_LIBRARY_FRAGMENT(ekfac_fast_cuda, m) {
-  ekfac_fast::beside(m, "self_influence", &ekfac_fast::self_influence);
+  ekfac_fast::cuda::beside(m, "self_influence", &ekfac_fast::cuda::self_influence);
 }

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from kronfluence_order import einsum, with_ones
 from torch import Tensor
+
+from .kronfluence_order import einsum, with_ones
 
 
 def gradients(g: Tensor, a: Tensor, Qg: Tensor | None, Qa: Tensor | None, bias: bool) -> Tensor:

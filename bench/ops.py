@@ -1,9 +1,9 @@
 """Ops against the machine's roofs, kronfluence's contractions and the best plain torch.
 
-    python bench/run.py [--device cpu|cuda] [--op eigenvalues ...] [--shapes gpt2 ...]
+    python bench/ops.py [--device cpu|cuda] [--op eigenvalues ...] [--shapes gpt2 ...]
         [--dtype float32 bfloat16] [--against kronfluence-order plain-torch] [--compile]
         [--threads 2] [--repeats 7] [--keep-going] [--out bench/results/ops.jsonl]
-    python bench/run.py --shapes acceptance
+    python bench/ops.py --shapes acceptance
 
 Each row is checked first (two-error rule against fp64, and against the other ways on the tensors
 that are timed); a wrong result ends the run. Then all candidates of the row and the GEMM that gives
@@ -12,116 +12,67 @@ like the others.
 """
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 
-import roofs
 import torch
-from environment import device as device_named
-from environment import environment
-from shapes import ACCEPTANCE, GRADIENTS, MODELS, ROOF, Case, layers
-from timing import extra_bytes, host_seconds, measure, rotating
-from work import Ways, Work, agree, check, work
 
 from ekfac_fast import ops
+from ekfac_fast.ops.shapes import Shape
+from measure import roofs
+from measure.environment import device as device_named
+from measure.environment import environment
+from measure.rows import GEMM, OURS, Row, append
+from measure.timing import extra_bytes, host_seconds, measure, rotating
+from ways.op_ways import Ways, Work, agree, check, work
+from ways.shapes import ACCEPTANCE, GRADIENTS, MODELS, ROOF, Case, layers
 
 QUANTITIES = (*map(ops.stem, ops.ALL), "queries")
 # Sets of inputs at most that a short call is given in turn, so that no cache holds them.
 INPUT_SETS = 16
 
 
-@dataclass(frozen=True)
-class Row:
-    """One case in one dtype: median seconds by candidate, "ours" and "GEMM" always among them.
-
-    On a GPU also what the host spends on a call, and the bytes that a call takes beyond its inputs.
-    `failed` names the candidates that could not run, and why.
-    """
-
-    case: Case
-    dtype: str
-    device: torch.device
-    checked: str
-    seconds: dict[str, float]
-    samples: dict[str, list[float]]
-    host_seconds: dict[str, float]
-    extra_bytes: dict[str, int]
-    failed: dict[str, str]
-    flops: int
-    bytes: int
-    copy_rate: float
-
-    @property
-    def flop_rate(self) -> float:
-        """FLOPs of the card a second."""
-        return self.flops / self.seconds["ours"]
-
-    @property
-    def gemm_rate(self) -> float:
-        """FLOP/s of the machine's own product, in the same minute."""
-        return roofs.gemm_flops(self.device) / self.seconds["GEMM"]
-
-    def times(self, against: str) -> float:
-        """Speed over another candidate; of ROOF and GRADIENTS the share that ours has."""
-        if against == ROOF:
-            return self.flop_rate / self.gemm_rate
-        if against == GRADIENTS:
-            return self.memory_share()
-        return self.seconds[against] / self.seconds["ours"] if against in self.seconds else 0.0
-
-    def memory_share(self) -> float:
-        """Bytes at the peak beyond inputs and activations rotated by tokens, over all gradients."""
-        s, itemsize = self.case.shape, getattr(torch, self.dtype).itemsize
-        sides = 0
-        if self.case.quantity in ("eigenvalues", "self_influence") and not self.case.rotated:
-            sides = (s.J if s.T < s.O else 0) + (s.O if s.T < s.J else 0)
-        beyond = self.extra_bytes["ours"] - itemsize * s.N * sides
-        return max(0, beyond) / (itemsize * s.B * s.O * s.J)
-
-    def __str__(self) -> str:
-        """The printed line."""
-        others = [f"{self.times(n):.2f}x {n}" for n in self.seconds if n not in ("ours", "GEMM")]
-        rates = [
-            f"{self.seconds['ours'] * 1e6:.0f} us",
-            f"{self.flop_rate / 1e9:.0f} GFLOP/s",
-            f"{self.bytes / self.seconds['ours'] / 1e9:.1f} GB/s",
-            f"{self.times(ROOF):.0%} of {ROOF}",
-        ]
-        if self.host_seconds:
-            rates.append(f"host {self.host_seconds['ours'] * 1e6:.0f} us")
-            rates.append(f"+{self.extra_bytes['ours'] / 2**20:.1f} MiB")
-            if self.case.shape.O > 1:
-                rates.append(f"{self.memory_share():.1%} of the gradients")
-        others += [f"{name} failed: {why}" for name, why in self.failed.items()]
-        return " | ".join([f"{self.case.label} {self.dtype}", *rates, *others])
-
-    def record(self, environment: dict) -> dict:
-        """The JSON line."""
-        case = {"per_token": self.case.per_token, "rotated": self.case.rotated}
-        return {
-            "bench": "ops",
-            "name": self.case.label,
-            "quantity": self.case.quantity,
-            "shape": asdict(self.case.shape) | case,
-            "dtype": self.dtype,
-            "checked": self.checked,
-            "seconds": self.seconds,
-            "samples": self.samples,
-            "host_seconds": self.host_seconds,
-            "extra_bytes": self.extra_bytes,
-            "failed": self.failed,
-            "flops": self.flops,
-            "bytes": self.bytes,
-            "roofs": {"flops_per_second": self.gemm_rate, "bytes_per_second": self.copy_rate},
-            "environment": environment,
-        }
+def against(row: Row, other: str) -> float:
+    """Speed over another candidate; of ROOF and GRADIENTS the share that ours has."""
+    if other == ROOF:
+        return row.gemm_share
+    return memory_share(row) if other == GRADIENTS else row.times(other)
 
 
-def row(
+def memory_share(row: Row) -> float:
+    """Bytes at the peak beyond inputs and activations rotated by tokens, over all gradients."""
+    sizes = dict(row.shape)
+    rotated, _ = sizes.pop("rotated"), sizes.pop("per_token")
+    s, itemsize = Shape(**sizes), getattr(torch, row.dtype).itemsize
+    sides = 0
+    if row.quantity in ("eigenvalues", "self_influence") and not rotated:
+        sides = (s.J if s.T < s.O else 0) + (s.O if s.T < s.J else 0)
+    beyond = row.extra_bytes[OURS] - itemsize * s.N * sides
+    return max(0, beyond) / (itemsize * s.B * s.O * s.J)
+
+
+def line(row: Row) -> str:
+    """The printed line."""
+    others = [f"{row.times(name):.2f}x {name}" for name in row.seconds if name not in (OURS, GEMM)]
+    rates = [
+        f"{row.ours * 1e6:.0f} us",
+        f"{row.flop_rate / 1e9:.0f} GFLOP/s",
+        f"{row.bytes / row.ours / 1e9:.1f} GB/s",
+        f"{row.gemm_share:.0%} of {ROOF}",
+    ]
+    if row.host_seconds:
+        rates.append(f"host {row.host_seconds[OURS] * 1e6:.0f} us")
+        rates.append(f"+{row.extra_bytes[OURS] / 2**20:.1f} MiB")
+        if row.shape["O"] > 1:
+            rates.append(f"{memory_share(row):.1%} of the gradients")
+    others += [f"{name} failed: {why}" for name, why in row.failed.items()]
+    return " | ".join([f"{row.name} {row.dtype}", *rates, *others])
+
+
+def measured(
     case: Case, dtype: torch.dtype, repeats: int, ways: Ways, device: torch.device | None = None
 ) -> Row:
     """Check one case, then time it."""
@@ -136,7 +87,8 @@ def row(
     candidates = _candidates(jobs, failed)
     if dtype == torch.bfloat16 and device.type == "cpu":
         candidates["own fp32"] = work(case, torch.float32, device, Ways(False, False)).ours
-    samples = measure(candidates | {"GEMM": roofs.gemm(dtype, device)}, repeats, device)
+    samples = measure(candidates | {GEMM: roofs.gemm(dtype, device)}, repeats, device)
+    seconds = {name: statistics.median(taken) for name, taken in samples.items()}
     host, extra = {}, {}
     if device.type == "cuda":
         host = {name: host_seconds(call, device) for name, call in candidates.items()}
@@ -145,18 +97,23 @@ def row(
                 call()
             extra[name] = taken()
     return Row(
-        case,
-        str(dtype).removeprefix("torch."),
-        device,
-        "itself" if checked == case.shape else str(checked),
-        {name: statistics.median(taken) for name, taken in samples.items()},
-        samples,
-        host,
-        extra,
-        failed,
-        jobs[0].cost.flops,
-        jobs[0].cost.bytes,
-        roofs.copy_rate(device),
+        bench="ops",
+        name=case.label,
+        quantity=case.quantity,
+        shape=asdict(case.shape) | {"per_token": case.per_token, "rotated": case.rotated},
+        dtype=str(dtype).removeprefix("torch."),
+        seconds=seconds,
+        samples=samples,
+        host_seconds=host,
+        extra_bytes=extra,
+        failed=failed,
+        flops=jobs[0].cost.flops,
+        bytes=jobs[0].cost.bytes,
+        roofs={
+            "flops_per_second": roofs.gemm_flops(device) / seconds[GEMM],
+            "bytes_per_second": roofs.copy_rate(device),
+        },
+        details={"checked": "itself" if checked == case.shape else str(checked)},
     )
 
 
@@ -170,7 +127,7 @@ def _input_sets(size: int, device: torch.device) -> int:
 
 def _candidates(jobs: list[Work], failed: dict[str, str]) -> dict[str, Callable]:
     """By name what is timed: every set of inputs in turn."""
-    listed = [{"ours": job.ours} | job.others | job.beside for job in jobs]
+    listed = [{OURS: job.ours} | job.others | job.beside for job in jobs]
     return {
         name: rotating([calls[name] for calls in listed])
         for name in listed[0]
@@ -187,9 +144,9 @@ def cases(models: list[str], quantities: list[str]) -> Iterator[Case]:
 def print_roofs(rows: list[Row]) -> None:
     """The rates that the rows were measured against, lowest to highest of the run."""
     for dtype in dict.fromkeys(row.dtype for row in rows):
-        rates = [row.gemm_rate / 1e9 for row in rows if row.dtype == dtype]
+        rates = [row.roofs["flops_per_second"] / 1e9 for row in rows if row.dtype == dtype]
         print(f"roof: {dtype} GEMM {min(rates):.0f} to {max(rates):.0f} GFLOP/s")
-    copies = [row.copy_rate / 1e9 for row in rows]
+    copies = [row.roofs["bytes_per_second"] / 1e9 for row in rows]
     print(f"roof: copy {min(copies):.1f} to {max(copies):.1f} GB/s")
 
 
@@ -207,7 +164,7 @@ def acceptance(
         if (found := rows.get((need.case, need.dtype))) is None:
             print(f"{line} nothing: the row failed or did not run | NOT MET")
             continue
-        got = found.times(need.against)
+        got = against(found, need.against)
         print(f"{line} {form.format(got)} | {'met' if need.met(got) else 'NOT MET'}")
 
 
@@ -226,7 +183,7 @@ def time_rows(
     wrong = 0
     for case, dtype in jobs:
         try:
-            done = row(case, getattr(torch, dtype), chosen.repeats, ways, device)
+            done = measured(case, getattr(torch, dtype), chosen.repeats, ways, device)
         except KeyboardInterrupt:
             return f"interrupted after {len(rows)} of {len(jobs)} rows"
         except Exception as error:
@@ -236,11 +193,9 @@ def time_rows(
             print(f"{case.label} {dtype} | WRONG: {error}", flush=True)
             continue
         rows[case, dtype] = done
-        print(done, flush=True)
+        print(line(done), flush=True)
         if chosen.out:
-            chosen.out.parent.mkdir(parents=True, exist_ok=True)
-            with chosen.out.open("a") as file:
-                file.write(json.dumps(done.record(facts)) + "\n")
+            append(chosen.out, [replace(done, environment=facts)])
     return f"{wrong} rows are wrong or did not run" if wrong else None
 
 
@@ -252,8 +207,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", choices=[*MODELS, "acceptance"], default=["gpt2"])
     dtypes = ["float32", "bfloat16", "float16", "float64"]
     parser.add_argument("--dtype", nargs="+", choices=dtypes, help="default: fp32, bf16 on a GPU")
-    against = ["kronfluence-order", "plain-torch"]
-    parser.add_argument("--against", nargs="*", choices=against, default=against)
+    others = ["kronfluence-order", "plain-torch"]
+    parser.add_argument("--against", nargs="*", choices=others, default=others)
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,

@@ -1,7 +1,7 @@
 """Shapes that benches time: the MLP matrices of four models, and the acceptance tables."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ekfac_fast.ops.shapes import Shape
 
@@ -65,19 +65,15 @@ def layers(model: str) -> Iterator[Case]:
     B, T, bias, matrices = MODELS[model]
     for matrix, (I, O) in matrices.items():
         name = f"{model} {matrix}"
-
-        def case(
-            quantity: str, per_token: bool = False, name=name, I=I, O=O, Q: int = 0, K: int = 0
-        ) -> Case:
-            sizes = Shape(B=Q if quantity == "queries" else B, T=T, I=I, O=O, Q=Q, K=K, bias=bias)
-            return Case(name, quantity, sizes, per_token)
-
         yield Case(name, "covariance", Shape(B=B, T=T, I=I, bias=bias))
-        yield from (case(op) for op in ("eigenvalues", "precondition", "self_influence"))
-        yield case("queries", Q=8, K=min(32, I, O))
+        layer = Shape(B=B, T=T, I=I, O=O, bias=bias)
+        for quantity in ("eigenvalues", "precondition", "self_influence"):
+            yield Case(name, quantity, layer)
+        K = min(32, I, O)
+        yield Case(name, "queries", replace(layer, B=8, Q=8, K=K))
         for per_token in (False, True):
-            yield case("dense_scores", per_token, Q=8)
-            yield case("low_rank_scores", per_token, Q=32, K=min(32, I, O))
+            yield Case(name, "dense_scores", replace(layer, Q=8), per_token)
+            yield Case(name, "low_rank_scores", replace(layer, Q=32, K=K), per_token)
 
 
 def _case(

@@ -1,27 +1,20 @@
 """Tables and figures from measured rows; README says what bench/results/ says."""
 
-import json
-from pathlib import Path
-
-import markdown
-import predict
 import pytest
-import roofline
-import tables
-import torch
-from shapes import ACCEPTANCE
+
+import show
+from measure import roofs
+from measure.rows import Row, append, read
+from pages import markdown, predict, tables
+from ways.shapes import ACCEPTANCE
 
 FACTS = {"cpu": "Some CPU", "threads": 2, "torch": "2.13.0", "revision": "a" * 40 + "+changes"}
 FACTS["date"] = "2026-01-02T03:04:05+00:00"
 
 
-def op(quantity: str, dtype: str, ours: float, theirs: float, **more) -> dict:
-    shape = {"B": 8, "T": 128, "I": 768, "O": 3072, "Q": 0, "K": 0, "bias": False}
-    return {
-        "name": f"{quantity} 768 x 3072",
-        "quantity": quantity,
-        "shape": shape,
-        "dtype": dtype,
+def op(quantity: str, dtype: str, ours: float, theirs: float, **more) -> Row:
+    given = {
+        "shape": {"B": 8, "T": 128, "I": 768, "O": 3072, "Q": 0, "K": 0, "bias": False},
         "seconds": {"ours": ours, "kronfluence order": theirs, "GEMM": 0.1},
         "flops": 10**9,
         "bytes": 10**7,
@@ -29,30 +22,28 @@ def op(quantity: str, dtype: str, ours: float, theirs: float, **more) -> dict:
         "environment": FACTS,
         **more,
     }
+    return Row("ops", f"{quantity} 768 x 3072", quantity, dtype=dtype, **given)
 
 
-def stage(case: str, name: str, ratio: float) -> dict:
-    row = {"case": case, "stage": name, "plain_s": ratio, "backend_s": 1.0, "ratio": ratio}
-    return row | {"relative_error": 1e-6, "spearman": 0.9999, "gpu": None} | FACTS
-
-
-def written(path: Path, rows: list[dict]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def stage(case: str, name: str, ratio: float, **more) -> Row:
+    given = {"error": 1e-6, "details": {"spearman": 0.9999}, "environment": FACTS, **more}
+    seconds = {"kronfluence": ratio, "ours": 1.0}
+    return Row("against_kronfluence", case, name, seconds=seconds, **given)
 
 
 def test_pages_say_what_was_measured():
-    tables.main(["--check"])
+    show.main(["tables", "--check"])
 
 
 def test_an_old_page_is_refused_and_written_anew(tmp_path, monkeypatch):
     page = tmp_path / "README.md"
     page.write_text("before\n<!-- table:acceptance -->\n12x\n<!-- /table -->\nafter\n")
-    monkeypatch.setattr(tables, "PAGES", (page,))
-    monkeypatch.setattr(tables, "ROOT", tmp_path)
-    with pytest.raises(SystemExit, match=r"README\.md; run python bench/tables\.py"):
-        tables.main(["--check"])
-    tables.main([])
-    tables.main(["--check"])
+    monkeypatch.setattr(show, "PAGES", (page,))
+    monkeypatch.setattr(show, "ROOT", tmp_path)
+    with pytest.raises(SystemExit, match=r"README\.md; run python bench/show\.py tables"):
+        show.main(["tables", "--check"])
+    show.main(["tables"])
+    show.main(["tables", "--check"])
     text = page.read_text()
     assert text.startswith("before\n<!-- table:acceptance -->")
     assert text.endswith("<!-- /table -->\nafter\n")
@@ -66,7 +57,7 @@ def test_rows_where_we_lose_are_shown(tmp_path):
         op("eigenvalues", "float32", 1.0, 3.0),  # measured again
         op("self_influence", "bfloat16", 1.0, 4.0),
     ]
-    written(tmp_path / "acceptance.jsonl", rows)
+    append(tmp_path / "acceptance.jsonl", rows)
     shown = tables.render("acceptance", tmp_path).splitlines()
     assert len(shown) == 6
     row = "| corrected eigenvalues | 768 x 3072, T=128, B=8 | 3000 ms | 1000 ms | 3.0x |"
@@ -77,10 +68,9 @@ def test_rows_where_we_lose_are_shown(tmp_path):
 
 
 def test_every_row_has_every_other_way(tmp_path):
-    more = {"extra_bytes": {"ours": 3 << 20}}
-    rows = [op("eigenvalues", "bfloat16", 0.002, 0.01, **more)]
-    rows[0]["seconds"]["bare bmm"] = 0.001
-    written(tmp_path / "acceptance-cuda.jsonl", rows)
+    rows = [op("eigenvalues", "bfloat16", 0.002, 0.01, extra_bytes={"ours": 3 << 20})]
+    rows[0].seconds["bare bmm"] = 0.001
+    append(tmp_path / "acceptance-cuda.jsonl", rows)
     shown = tables.render("acceptance-cuda", tmp_path)
     assert "| kronfluence order | bare bmm |" in shown
     assert "| 2 ms | 50% | 3.0 | 5.00x | 0.50x |" in shown
@@ -88,9 +78,9 @@ def test_every_row_has_every_other_way(tmp_path):
 
 def test_stages_of_kronfluence_have_a_column_a_case(tmp_path):
     rows = [stage("small", "covariance", 2.0), stage("small", "self scores", 0.5)]
-    rows += [stage("large", "covariance", 3.0), stage("large", "pairwise", 4.0)]
-    del rows[3]["relative_error"], rows[3]["spearman"]
-    written(tmp_path / "against_kronfluence.jsonl", rows)
+    rows += [stage("large", "covariance", 3.0)]
+    rows += [stage("large", "pairwise", 4.0, error=None, details={})]
+    append(tmp_path / "against_kronfluence.jsonl", rows)
     shown = tables.render("against-kronfluence", tmp_path).splitlines()
     assert shown[0].startswith("| stage | small | large |")
     first = "| covariance | 2000 ms -> 1000 ms, **2.00x** | 3000 ms -> 1000 ms, **3.00x** |"
@@ -113,11 +103,12 @@ def test_durations(seconds, text):
 
 def test_the_roofline(tmp_path, capsys):
     # 100 FLOPs a byte below 10 TFLOP/s of copying: the GEMM rate is the roof; then the copy's.
-    rows = [op("eigenvalues", "float32", 0.002, 1.0), op("covariance", "float32", 0.002, 1.0)]
-    rows[1]["roofs"] = {"flops_per_second": 1e12, "bytes_per_second": 5e9}
+    slow = {"flops_per_second": 1e12, "bytes_per_second": 5e9}
+    rows = [op("eigenvalues", "float32", 0.002, 1.0)]
+    rows += [op("covariance", "float32", 0.002, 1.0, roofs=slow)]
     file, figure = tmp_path / "ops.jsonl", tmp_path / "roofline.svg"
-    written(file, [*rows, stage("small", "covariance", 2.0)])
-    roofline.main([str(file), "--plot", str(figure)])
+    append(file, [*rows, stage("small", "covariance", 2.0)])
+    show.main(["roofline", str(file), "--plot", str(figure)])
     shown = capsys.readouterr().out
     assert "| 100.0 | 2 ms | 500 | 1000 (GEMM) | 50% |" in shown
     assert "| 100.0 | 2 ms | 500 | 500 (copy) | 100% |" in shown
@@ -125,31 +116,46 @@ def test_the_roofline(tmp_path, capsys):
 
 
 def test_the_roofline_refuses_files_without_rows(tmp_path):
-    written(tmp_path / "none.jsonl", [stage("small", "covariance", 2.0)])
-    with pytest.raises(SystemExit, match=r"no rows of run\.py in .*none\.jsonl"):
-        roofline.main([str(tmp_path / "none.jsonl")])
+    append(tmp_path / "none.jsonl", [stage("small", "covariance", 2.0)])
+    with pytest.raises(SystemExit, match=r"no rows of ops\.py in .*none\.jsonl"):
+        show.main(["roofline", str(tmp_path / "none.jsonl")])
 
 
-def test_the_roofline_asks_what_to_do(capsys):
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "the following arguments are required: page"),
+        (["roofline"], "the following arguments are required: files"),
+        (["predict", "h7"], "invalid choice: 'h7'"),
+    ],
+)
+def test_it_asks_what_to_show(words, message, capsys):
     with pytest.raises(SystemExit):
-        roofline.main([])
-    assert "give files of run.py, --measure or --predict" in capsys.readouterr().err
+        show.main(words)
+    assert message in capsys.readouterr().err
 
 
-def test_roofs_are_measured(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(roofline.roofs.SIZE, "cpu", 64)
-    monkeypatch.setitem(roofline.roofs.COPIED, "cpu", 1 << 20)
+def test_roofs_are_measured(tmp_path, capsys):
     out = tmp_path / "roofs.jsonl"
-    with torch.no_grad():
-        roofline.main(["--measure", "--device", "cpu", "--out", str(out)])
-    found = json.loads(out.read_text())
-    assert set(found["flops_per_second"]) == set(roofline.DTYPES["cpu"])
+    show.main(["roofs", "--device", "cpu", "--out", str(out)])
+    rows = read(out)
+    assert {row.dtype for row in rows} == set(roofs.DTYPES["cpu"])
+    assert all(row.roofs.keys() == {"flops_per_second", "bytes_per_second"} for row in rows)
     assert "| copy |" in capsys.readouterr().out
+
+
+def test_a_line_that_is_no_row_is_told(tmp_path):
+    file = tmp_path / "ops.jsonl"
+    append(file, [op("eigenvalues", "float32", 0.002, 1.0)])
+    with file.open("a") as lines:
+        lines.write('{"case": "small-gpt", "plain_s": 1.0}\n')
+    with pytest.raises(ValueError, match=r"ops\.jsonl:2: not a measured row: .*'case'"):
+        read(file)
 
 
 @pytest.mark.parametrize("name", predict.GPUS)
 def test_a_prediction_says_so_and_is_a_bound(name, capsys):
-    roofline.main(["--predict", name])
+    show.main(["predict", name])
     shown = capsys.readouterr().out
     assert shown.startswith(f"PREDICTION for {name.upper()}, not measured")
     gpu = predict.GPUS[name]

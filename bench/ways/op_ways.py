@@ -1,15 +1,11 @@
 """A case made runnable: our call, the other ways beside it, the least work; checks of them all."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from types import ModuleType
 
-import kronfluence_order as theirs
-import plain_torch
 import torch
-from ekfac_fast.triton_kernels.launch import Chip, chip
-from ekfac_fast.triton_kernels.narrow import strip
-from shapes import Case
 from torch import Tensor
 
 from ekfac_fast import ops
@@ -18,6 +14,12 @@ from ekfac_fast.ops.gradients import flops
 from ekfac_fast.ops.shapes import ACCUMULATORS, Cost, Shape, parse, wide
 from ekfac_fast.ops.testing import parity
 from ekfac_fast.ops.testing.sampling import Sample
+from ekfac_fast.triton_kernels import launch, narrow
+from ekfac_fast.triton_kernels.launch import Chip, chip
+
+from . import kronfluence_order as theirs
+from . import plain_torch
+from .shapes import Case
 
 DAMPING = 0.1
 Factors = tuple[Tensor, Tensor]
@@ -156,13 +158,12 @@ def agree(work: Work, dtype: torch.dtype) -> dict[str, str]:
 
 def in_one_launch(case: Case, dtype: torch.dtype, chip: Chip) -> bool:
     """Whether the Triton tier rotates and divides in strips unless an order is forced."""
-    s = case.shape
     if case.rotated or case.quantity not in ("precondition", "self_influence"):
         return False
-    return strip(s.B, s.T, s.O, s.I, s.bias, dtype.itemsize, chip) is not None
+    return narrow.config(launch.Shape(dtype.itemsize, **asdict(case.shape)), chip) is not None
 
 
-def _card(case: Case):
+def _card(case: Case) -> ModuleType:
     name = "precondition" if case.quantity == "queries" else case.quantity
     return getattr(ops, name)
 
@@ -178,13 +179,13 @@ def _called(function: Callable, args: tuple, into: bool) -> Callable[[], Tensor]
     return run
 
 
-def _call(card, made: dict[str, Tensor | None], bias: bool) -> tuple:
+def _call(card: ModuleType, made: dict[str, Tensor | None], bias: bool) -> tuple:
     """Positional arguments of an op."""
     others = {"mask": None, "damping": DAMPING, "bias": bias, "order": None}
     return tuple((others | made)[a.name] for a in ops.call(card).default._schema.arguments)
 
 
-def _cost(card, case: Case, dtype: torch.dtype) -> Cost:
+def _cost(card: ModuleType, case: Case, dtype: torch.dtype) -> Cost:
     """The card's; of rotated inputs without the rotations."""
     s = case.shape
     whole = card.cost(s, itemsize=dtype.itemsize)

@@ -5,17 +5,18 @@ its operands through L2, each tile loading its own; what must come from memory. 
 reached in full, so these are bounds from below on time, and no measurement.
 """
 
-from dataclasses import dataclass
-from math import ceil
-
-from ekfac_fast.triton_kernels.launch import Chip, cdiv, side_by_side, splits, tile
-from ekfac_fast.triton_kernels.narrow import ROWS, strip
-from markdown import duration, table
-from shapes import ACCEPTANCE, Case
+import importlib
+from dataclasses import asdict, dataclass
+from math import ceil, prod
 
 from ekfac_fast import ops
 from ekfac_fast.ops.gradients import cheapest_order, flops
 from ekfac_fast.ops.shapes import Shape
+from ekfac_fast.triton_kernels import launch, narrow
+from ekfac_fast.triton_kernels.launch import Chip, cdiv
+from ways.shapes import ACCEPTANCE, Case
+
+from .markdown import duration, table
 
 ITEM = 2  # bytes of bf16
 GROUP = 8  # rows of tiles that a wave shares, as in the kernels
@@ -77,46 +78,36 @@ class Kernel:
         }
 
 
+def sizes(shape: Shape, per_token: bool = False) -> launch.Shape:
+    """What kernels are configured by."""
+    return launch.Shape(ITEM, **asdict(shape), per_token=per_token)
+
+
 def kernel(case: Case, chip: Chip) -> Kernel:
     """The main launch of an op on rotated inputs, as `triton_kernels/` configures it."""
     s = case.shape
+    stem = importlib.import_module(f"ekfac_fast.triton_kernels.{case.quantity}")
+    config = stem.config(sizes(s, case.per_token), chip)
+    by, programs = config.tile, prod(config.grid)
     both = ITEM * s.N * (s.O + s.J)
     if case.quantity == "eigenvalues":
-        by = tile(s.O, s.J, ITEM, chip, accumulators=2)
-        tiles = cdiv(s.O, by.rows) * cdiv(s.J, by.columns)
-        per_split = cdiv(s.B, splits(tiles, s.N, s.B, chip))
-        parts = cdiv(s.B, per_split)
-        other = 4 * s.O * s.J * (2 if parts == 1 else 2 * parts + 2)
-        terms = per_split * s.T
-        return Kernel(by.rows, by.columns, tiles * parts, terms, both, both, other)
+        other = 4 * s.O * s.J * (2 if config.parts == 1 else 2 * config.parts + 2)
+        terms = config.per_split * s.T
+        return Kernel(by.rows, by.columns, programs, terms, both, both, other)
     if case.quantity == "self_influence":
-        by = tile(s.O, s.J, ITEM, chip, accumulators=1)
-        tiles = cdiv(s.O, by.rows) * cdiv(s.J, by.columns)
-        together = side_by_side(s.B)
+        together = config.together
         lam, live = 4 * s.O * s.J * s.B // together, both // s.B * together
-        programs = tiles * s.B
         return Kernel(by.rows, by.columns, programs, s.T, both, live, lam, together=together)
     if case.quantity == "covariance":
-        by = tile(s.I, s.I, ITEM, chip, accumulators=2)
-        rows = cdiv(s.J, by.rows)
-        tiles = rows * (rows + 1) // 2
-        steps = cdiv(s.N, by.step)
-        per_split = cdiv(steps, splits(tiles, s.N, steps, chip)) * by.step
-        parts = cdiv(s.N, per_split)
-        operands, part = ITEM * s.N * s.I, 2 * 4 * tiles * by.rows**2
-        other = 2 * 4 * s.J**2 + (parts * part if parts > 1 else 0)
-        return Kernel(by.rows, by.rows, tiles * parts, per_split, operands, operands, other)
+        operands, part = ITEM * s.N * s.I, 2 * 4 * config.grid[0] * by.rows**2
+        other = 2 * 4 * s.J**2 + (config.parts * part if config.parts > 1 else 0)
+        terms = config.per_split
+        return Kernel(by.rows, by.rows, programs, terms, operands, operands, other)
     if case.quantity == "low_rank_scores":
-        rank = 1 << (s.K - 1).bit_length()
-        by = tile(s.N, s.Q * rank, ITEM, chip, accumulators=2)
-        rank = min(rank, by.columns)
-        columns = cdiv(s.Q, by.columns // rank) * cdiv(s.K, rank)
-        rows = cdiv(s.N, by.rows) if by.rows > s.T else s.B * cdiv(s.T, by.rows)
         operands = both + ITEM * s.Q * s.K * (s.O + s.J)
         terms = (s.O + s.J) // 2
-        return Kernel(
-            by.rows, by.columns, rows * columns, terms, operands, operands, 8 * s.Q * s.B, 2
-        )
+        other = 8 * s.Q * s.B
+        return Kernel(by.rows, by.columns, programs, terms, operands, operands, other, 2)
     raise ValueError(f"no prediction for {case.quantity}")
 
 
@@ -160,9 +151,9 @@ def in_three_launches(s: Shape, gpu: Gpu) -> float:
 def in_one_launch(s: Shape, gpu: Gpu) -> float:
     """`precondition` in strips: each reads both sides of its sequence and both eigenvectors."""
     X, Y = max(s.O, s.J), min(s.O, s.J)
-    waves = ceil(s.B * cdiv(X, ROWS) / gpu.chip.processors)
-    work = 2 * ROWS * (s.T * X + s.T * Y + Y * Y)
-    moved = ITEM * (s.T * (X + Y) + ROWS * X + Y * Y) + 2 * 4 * ROWS * Y
+    waves = ceil(s.B * cdiv(X, narrow.ROWS) / gpu.chip.processors)
+    work = 2 * narrow.ROWS * (s.T * X + s.T * Y + Y * Y)
+    moved = ITEM * (s.T * (X + Y) + narrow.ROWS * X + Y * Y) + 2 * 4 * narrow.ROWS * Y
     return LAUNCH + waves * gpu.chip.processors * max(work / gpu.flops, moved / gpu.l2)
 
 
@@ -173,7 +164,7 @@ def narrow_layers(name: str) -> str:
         for B in (8, 32, 128):
             s = Shape(B=B, T=512, I=I, O=O)
             one, three = in_one_launch(s, gpu), in_three_launches(s, gpu)
-            made = strip(B, s.T, O, I, False, ITEM, gpu.chip) is not None
+            made = narrow.config(sizes(s), gpu.chip) is not None
             ratio = f"{three / one:.2f}x"
             here = "one launch" if made else "three"
             lines.append([f"{I} x {O}", f"{B}", duration(one), duration(three), ratio, here])

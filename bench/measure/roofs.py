@@ -3,7 +3,14 @@
 from collections.abc import Callable
 
 import torch
-from timing import seconds
+
+from .environment import environment
+from .rows import Row
+from .timing import seconds
+
+# Those that roofs are measured in.
+DTYPES = {"cpu": ("float32", "bfloat16", "float64")}
+DTYPES["cuda"] = ("bfloat16", "float16", "float32", "float64")
 
 # Sizes at which any GEMM reaches its rate, and bytes beyond any cache.
 SIZE = {"cpu": 2048, "cuda": 8192}
@@ -42,3 +49,22 @@ def copy_rate(device: torch.device) -> float:
     x = torch.ones(size // 4, device=device)
     y = torch.empty_like(x)
     return 2 * size / min(seconds(lambda: y.copy_(x), device) for _ in range(4))
+
+
+def measured(device: torch.device) -> list[Row]:
+    """Copy rate and GEMM rate, a row for every dtype."""
+    copied, here = copy_rate(device), environment(device)
+    return [
+        Row(
+            bench="roofs",
+            name="machine",
+            quantity="roofs",
+            dtype=dtype,
+            roofs={
+                "flops_per_second": gemm_rate(getattr(torch, dtype), device),
+                "bytes_per_second": copied,
+            },
+            environment=here,
+        )
+        for dtype in DTYPES[device.type]
+    ]
