@@ -10,6 +10,7 @@ from kronfluence.computer import factor_computer, score_computer
 from kronfluence.module import TrackedModule
 from test_kronfluence_cases import (
     Examples,
+    NextToken,
     Pair,
     Sequence,
     Siblings,
@@ -17,10 +18,13 @@ from test_kronfluence_cases import (
     examples,
     pytestmark,  # noqa: F401
     quick_release,
+    texts,
 )
 from torch import nn
+from transformers import OPTConfig, OPTForCausalLM
 
 import ekfac_fast.kronfluence as fast
+from ekfac_fast.errors import ModelError
 from ekfac_fast.kronfluence import options as switched
 from ekfac_fast.kronfluence import patches
 
@@ -108,3 +112,20 @@ def test_broken_eigenvalues_are_named(tmp_path: Path) -> None:
             tracked_module_names=None,
             disable_tqdm=True,
         )
+
+
+def test_rows_that_are_no_examples_are_refused(tmp_path: Path) -> None:
+    """OPT sees tokens as rows: kronfluence's scores there are [tokens, tokens]."""
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=61, hidden_size=16, ffn_dim=24, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=32, word_embed_proj_dim=16,
+    )  # fmt: skip
+
+    class Task(NextToken):
+        def get_influence_tracked_modules(self) -> list[str]:
+            return ["model.decoder.layers.0.fc1"]
+
+    one = Pair(OPTForCausalLM(config), Task(), texts(4), texts(2), tmp_path)
+    with pytest.raises(ModelError, match=r"fc1': its input is \[\d+, 16\] for \d examples: rows"):
+        one.fit(True, "fast")

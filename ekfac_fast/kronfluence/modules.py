@@ -31,7 +31,7 @@ from ..ops.shapes import FLOATS
 from . import options as switched
 from .report import FAST, STOCK, Row, record
 from .storage import build
-from .trackers.base import TokenTracker
+from .trackers.base import BatchSize, TokenTracker
 from .trackers.covariance import FastCovarianceTracker
 from .trackers.eigenvalues import FastLambdaTracker
 from .trackers.gradient_sum import FastGradientTracker
@@ -61,6 +61,8 @@ DTYPES = {
     ModuleMode.LAMBDA: ("per_sample_gradient_dtype", "lambda_dtype"),
 }
 SCORE_DTYPES = ("per_sample_gradient_dtype", "precondition_dtype", "score_dtype")
+# Where a model keeps what its passes tell of their size.
+SIZES = "_ekfac_fast_batch_size"
 CONFIGS = {"identity": Identity, "diagonal": Diagonal, "kfac": Kfac, "ekfac": Ekfac}
 
 
@@ -69,6 +71,8 @@ class Backed(TrackedModule):
 
     options: switched.Options | None = None
     basis: Basis | Travelling[Basis] | None = None
+    # Of the model that the module is part of.
+    batch_size: BatchSize = BatchSize()
     # The stage is self-influence with a measurement; the stored gradient sum is of training data.
     scores_measurement: bool = False
     aggregate_is_train: bool = False
@@ -189,10 +193,16 @@ BACKED: dict[type[TrackedModule], type[Backed]] = {
 
 def adopt(model: nn.Module) -> None:
     """Let modules that were prepared before the backend was enabled choose their path as well."""
+    sizes: BatchSize | None = model.__dict__.get(SIZES)
+    if sizes is None:
+        sizes = model.__dict__[SIZES] = BatchSize()
+        model.register_forward_pre_hook(sizes.see, with_kwargs=True)
     for module in model.modules():
         if type(module) in BACKED:
             module.__class__ = BACKED[type(module)]
-        elif isinstance(module, TrackedModule) and not isinstance(module, Backed):
+        if isinstance(module, Backed):
+            module.__dict__["batch_size"] = sizes
+        elif isinstance(module, TrackedModule):
             kind = type(module.original_module).__name__
             why = f"{type(module).__name__} is not one of kronfluence's own classes"
             record(Row(module.name, kind, "every stage", STOCK, why))

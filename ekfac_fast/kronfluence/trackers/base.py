@@ -15,6 +15,8 @@ import torch
 from kronfluence.module.tracker.base import BaseTracker
 from torch import Tensor, nn
 
+from ...errors import ModelError
+
 _last = threading.local()
 
 
@@ -38,6 +40,33 @@ def private_copy(x: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
 def by_tokens(x: Tensor) -> Tensor:
     """[B,...,F] as [B,T,F]."""
     return x.unsqueeze(1) if x.ndim == 2 else x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+class BatchSize:
+    """How many examples the pass that runs now has, as far as the model's own inputs tell."""
+
+    def __init__(self) -> None:
+        self.examples: int | None = None
+
+    def see(self, _: nn.Module, args: tuple, kwargs: dict) -> None:
+        """The forward pre-hook of a whole model."""
+        tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim > 1)
+        self.examples = next((len(x) for x in tensors), None)
+
+    def check(self, name: str, x: Tensor) -> None:
+        """Refuse inputs whose first axis does not hold the examples.
+
+        Raises:
+            ModelError: tokens are rows, or positions come first: kronfluence would take each for an
+                example of its own.
+        """
+        if self.examples is not None and len(x) != self.examples:
+            raise ModelError(
+                f"module {name!r}: its input is {list(x.shape)} for {self.examples} examples: rows "
+                "are not examples there, and kronfluence's scores of it are not scores of "
+                "examples. Leave it out of Task.get_influence_tracked_modules, or score with "
+                "ekfac_fast.score, which maps rows to sequences"
+            )
 
 
 class TokenTracker(BaseTracker):
@@ -78,6 +107,7 @@ class TokenTracker(BaseTracker):
         @torch.no_grad()
         def forward(_: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
             x = inputs[0]
+            module.batch_size.check(module.name, x)
             device = torch.device("cpu") if self.offloads() else x.device
             a = private_copy(x, self.operand_dtype(), device)
             self.input_ndim = x.ndim
