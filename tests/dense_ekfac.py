@@ -84,9 +84,9 @@ def moments(model, names, batch, task):
         handle.remove()
     rows = {}
     for name, (a, output, bias) in seen.items():
-        a = a[0]
+        a, g = (x.reshape(-1, x.shape[-1]) for x in (a, output.grad))
         a = torch.cat([a, torch.ones(len(a), 1, dtype=a.dtype)], 1) if bias else a
-        rows[name] = (a, output.grad[0])
+        rows[name] = (a, g)
     return loss, rows
 
 

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from .. import ops
@@ -28,9 +27,10 @@ from . import demo as demonstration
 from . import inputs, runs
 from .doctor import environment
 from .progress import showing
+from .terminal import Terminal
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
-console = Console(highlight=False)
+console = Terminal()
 
 
 Model = Annotated[str, typer.Argument(help="Hugging Face model folder or name")]
@@ -57,7 +57,7 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
             try:
                 command(*args, **kwargs)
             except Error as error:
-                console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+                console.say(f"error: {error}", style="red")
                 raise typer.Exit(1) from error
 
     return run
@@ -66,7 +66,7 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
 def _show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
     """A notice is a line for the reader; other warnings go where they always go."""
     if issubclass(category, Notice):
-        console.print(f"note: {message}", style="yellow", markup=False, soft_wrap=True)
+        console.say(f"note: {message}", style="yellow")
     else:
         sys.stderr.write(warnings.formatwarning(message, category, *where[:2]))
 
@@ -166,7 +166,7 @@ def self_influence(
         batch_tokens=batch_tokens, autocast=torch.bfloat16 if bf16 else None,
     )  # fmt: skip
     for index, value in scores.top(0, 10):
-        console.print(f"{value / scores.train_size:.4f}  {corpus.source(index)}", markup=False)
+        console.say(f"{value / scores.train_size:.4f}  {corpus.source(index)}")
 
 
 @app.command()
@@ -182,7 +182,7 @@ def report(
     run = runs.load_run(scores)
     tokenizer = inputs.load_tokenizer(run["model"], trust_remote_code)
     corpus = inputs.read_data(data, tokenizer, inputs.Cutting(**run["cutting"]), console)
-    console.print(f"{runs.report_job(scores, corpus, tokenizer, out, top)}", markup=False)
+    console.say(f"{runs.report_job(scores, corpus, tokenizer, out, top)}")
 
 
 @app.command()
@@ -213,16 +213,16 @@ def plan(
     for x, how in zip(costs.layers, costs.scored_by, strict=True):
         chosen.add_row(x.name, str(x.I), str(x.O), "yes" if x.bias else "-", how)
     console.print(chosen)
-    console.print(f"\n{parameters / 1e6:.1f}M parameters, {4 * parameters / 2**30:.2f} GiB in fp32")
-    console.print(f"factors on disk  {costs.factor_bytes / 2**30:.2f} GiB")
-    console.print(f"sums in memory   {costs.fitting_bytes / 2**30:.2f} GiB")
-    console.print(f"queries          {costs.query_bytes / 2**30:.2f} GiB")
-    console.print(f"batch_tokens     {costs.batch_tokens} fit beside them in free memory\n")
+    console.say(f"\n{parameters / 1e6:.1f}M parameters, {4 * parameters / 2**30:.2f} GiB in fp32")
+    console.say(f"factors on disk  {costs.factor_bytes / 2**30:.2f} GiB")
+    console.say(f"sums in memory   {costs.fitting_bytes / 2**30:.2f} GiB")
+    console.say(f"queries          {costs.query_bytes / 2**30:.2f} GiB")
+    console.say(f"batch_tokens     {costs.batch_tokens} fit beside them in free memory\n")
     work = Table("stage", "TFLOP", "time", box=None, pad_edge=False)
     for stage in costs.stages:
         work.add_row(stage.name, f"{stage.flops / 1e12:.3g}", _duration(stage.seconds))
     console.print(work)
-    console.print(f"at {costs.gemm_rate / 1e9:.0f} GFLOP/s, measured now (fp32 product of 1024^2)")
+    console.say(f"at {costs.gemm_rate / 1e9:.0f} GFLOP/s, measured now (fp32 product of 1024^2)")
 
 
 @app.command()
@@ -252,15 +252,15 @@ def demo(
     changes = step_check(source.model, Queries.load(out), scores, corpus)
     notes = demonstration.weaknesses(scores, corpus, changes)
     path = runs.report_job(out, corpus, source.tokenizer, folder / "report.html", 10, floor, notes)
-    console.print()
+    console.say()
     for note in notes:
-        console.print(note, markup=False)
-    console.print(
+        console.say(note)
+    console.say(
         f"scan: {scores.seconds:.1f} s for {len(corpus)} sequences and {len(changes)} queries, "
         f"{scores.seconds / floor:.2f} x a forward and gradient-to-activations backward alone "
         f"({floor:.1f} s)"
     )
-    console.print(f"{path}, after {_duration(time.perf_counter() - start)}", markup=False)
+    console.say(f"{path}, after {_duration(time.perf_counter() - start)}")
 
 
 def _loaded(

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import nn
 
 from ..data.batches import positions
@@ -13,6 +12,7 @@ from ..data.records import Split, read
 from ..data.tokens import OnLong, Tokens, tokenize
 from ..errors import ArgumentError
 from ..extras import optional
+from .terminal import Terminal
 
 CONTEXT = 512
 
@@ -60,7 +60,7 @@ def load_tokenizer(path: str, trust_remote_code: bool) -> Any:
     return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
-def read_data(path: Path, tokenizer: Any, cutting: Cutting, console: Console) -> Tokens:
+def read_data(path: Path, tokenizer: Any, cutting: Cutting, console: Terminal) -> Tokens:
     """A corpus as examples; says what was cut off or left out."""
     records = read(path, split=cutting.split)
     data = tokenize(records, tokenizer, cutting.context, on_long=cutting.on_long, on_empty="skip")
@@ -69,5 +69,5 @@ def read_data(path: Path, tokenizer: Any, cutting: Cutting, console: Console) ->
         notes.append(f"{data.truncated} records lost {data.dropped} tokens")
     if data.skipped:
         notes.append(f"{data.skipped} empty records skipped")
-    console.print(f"{path}: {'; '.join(notes)}")
+    console.say(f"{path}: {'; '.join(notes)}")
     return data

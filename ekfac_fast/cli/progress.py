@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -15,13 +14,14 @@ from rich.progress import (
 )
 
 from ..stages.run import Stage
+from .terminal import Terminal
 
 # Those that count tokens.
 PER_TOKEN = {Stage.COVARIANCE, Stage.EIGENVALUE, Stage.SCAN, Stage.DETAIL}
 
 
 @contextmanager
-def showing(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+def showing(console: Terminal) -> Iterator[Callable[[str, int, int], None]]:
     """A progress callback with one bar a stage: done, rate and time left."""
     columns = (
         TextColumn("{task.description:<18}"),

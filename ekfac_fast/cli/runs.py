@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from .. import report
 from ..data.tokens import Tokens, read_queries
 from ..errors import StoreError
+from ..model.layers import select_layers
 from ..report.collect import check_together, collect, run_facts
 from ..report.contents import StageTime
 from ..stages.factors import Factors
@@ -23,6 +23,7 @@ from ..store.files import load_json, save_json
 from ..store.folder import Store
 from .inputs import Cutting, Source
 from .progress import showing
+from .terminal import Terminal
 
 RUN, QUERIES = "run.json", "queries"
 DAMPING_RULE = "0.1 x the mean eigenvalue of each layer"
@@ -37,16 +38,22 @@ SPOKEN = {
 }
 
 
-def fit_job(source: Source, data: Tokens, out: Path, console: Console, **settings: Any) -> Factors:
+def fit_job(source: Source, data: Tokens, out: Path, console: Terminal, **settings: Any) -> Factors:
     """`fit` with progress; `out/run.json` says which model."""
+    layers = select_layers(source.model, settings.get("layers"))
+    tracked = sum(x.O * x.J for x in layers)
+    share = tracked / sum(p.numel() for p in source.model.parameters())
+    console.say(
+        f"{len(layers)} layers, {layers[0].name} to {layers[-1].name}: {tracked / 1e6:.1f}M "
+        f"parameters, {share:.0%} of the model's"
+    )
     with showing(console) as progress:
         factors = fit(source.model, data, out=out, progress=progress, **settings)
     if not (out / RUN).exists():
         save_json(out / RUN, {"model": source.path})
-    console.print(
+    console.say(
         f"factors of {len(factors)} layers from {factors.sequences} sequences, "
         f"{factors.tokens} tokens, in {out}",
-        markup=False,
     )
     return factors
 
@@ -58,7 +65,7 @@ def score_job(
     data: Tokens,
     cutting: Cutting,
     out: Path,
-    console: Console,
+    console: Terminal,
     *,
     rank: int | None,
     damping: float | None,
@@ -93,7 +100,7 @@ def score_job(
 
 
 def self_job(
-    source: Source, factors: Factors, data: Tokens, out: Path, console: Console, **settings: Any
+    source: Source, factors: Factors, data: Tokens, out: Path, console: Terminal, **settings: Any
 ) -> Scores:
     """`self_scores` with progress."""
     with showing(console) as progress:
@@ -106,7 +113,7 @@ def load_run(folder: Path) -> dict[str, Any]:
     Raises:
         StoreError: something is missing from it.
     """
-    run = load_json(folder / RUN)
+    run = load_json(folder / RUN, ours=Store.load(folder).checked)
     wanted = {"model": str, "factors": str, "cutting": dict, "names": list, "damping_rule": str}
     for name, kind in wanted.items():
         if not isinstance(run, dict) or not isinstance(run.get(name), kind):
@@ -144,7 +151,7 @@ def report_job(
 
 
 def print_top(
-    console: Console, folder: Path, data: Tokens, tokenizer: Any, k: int = 3, width: int = 70
+    console: Terminal, folder: Path, data: Tokens, tokenizer: Any, k: int = 3, width: int = 70
 ) -> None:
     """The first k sequences of every query, in the terminal."""
     run, scores, queries = load_run(folder), Scores(folder), Queries.load(folder)
@@ -152,15 +159,15 @@ def print_top(
         ids, labels = queries.examples[q]
         prompt = tokenizer.decode(ids[labels < 0])
         completion = tokenizer.decode(ids[labels >= 0])
-        console.print(f"\n{name}: {prompt}", end="", style="bold", markup=False)
-        console.print(completion, style="bold green", markup=False)
-        console.print(f"  log p = {-float(queries.measurements[q]):.2f}", style="dim")
+        console.say(f"\n{name}: {prompt}", end="", style="bold")
+        console.say(completion, style="bold green")
+        console.say(f"  log p = {-float(queries.measurements[q]):.2f}", style="dim")
         for place, (index, value) in enumerate(scores.top(q, k), 1):
             text = " ".join(tokenizer.decode(data[index]["input_ids"]).split())
-            console.print(
+            console.say(
                 f"  {place}. {value / scores.train_size:+.4f}  {Path(data.source(index)).name}"
             )
-            console.print(f"     {text[:width]}...", style="dim", markup=False)
+            console.say(f"     {text[:width]}...", style="dim")
 
 
 def _name(record: Any, index: int) -> str:

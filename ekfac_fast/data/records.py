@@ -15,6 +15,7 @@ import weakref
 import zlib
 from array import array
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -192,11 +193,13 @@ class Rows(Dataset):
         self.field, self.starts = field, np.cumsum([0, *sizes])
         self.held: tuple[int, Any] = (-1, None)
 
-    def _file(self) -> Any:
+    @contextmanager
+    def _file(self) -> Iterator[Any]:
         parquet = optional("pyarrow.parquet", "hf")
         try:
-            return parquet.ParquetFile(self.path)
-        except (optional("pyarrow", "hf").ArrowInvalid, OSError) as error:
+            with parquet.ParquetFile(self.path) as file:
+                yield file
+        except (optional("pyarrow", "hf").ArrowException, OSError) as error:
             raise DataError(f"{self.path}: not a complete parquet file ({error})") from error
 
     def __len__(self) -> int:
@@ -208,8 +211,12 @@ class Rows(Dataset):
         if self.held[0] != group:
             with self._file() as file:
                 self.held = (group, file.read_row_group(group, columns=self.fields))
-        (row,) = self.held[1].slice(index - int(self.starts[group]), 1).to_pylist()
-        return checked(row, f"{self.path}, row {index + 1}", self.field)
+        source = f"{self.path}, row {index + 1}"
+        try:
+            (row,) = self.held[1].slice(index - int(self.starts[group]), 1).to_pylist()
+        except ValueError as error:  # not UTF-8, or fewer rows than the file says
+            raise DataError(f"{source}: cannot be read ({error})") from error
+        return checked(row, source, self.field)
 
 
 def read(

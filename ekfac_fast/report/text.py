@@ -9,11 +9,12 @@ from itertools import takewhile
 from typing import Any
 
 # What would vanish, break the line order or turn the text around: controls, soft hyphen, bidi and
-# other format characters, surrogates, private use, noncharacters. The joiners U+200C and U+200D
-# stay, since scripts and emoji need them.
+# other format characters, fillers, variation selectors, surrogates, private use, noncharacters. The
+# joiners U+200C and U+200D stay, since scripts and emoji need them.
 HIDDEN = re.compile(
-    "([\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
-    "\ufff9-\ufffb\ufdd0-\ufdef\ufffe\uffff\ud800-\uf8ff\U000e0000-\U000e007f"
+    "([\x00-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b\u200e\u200f"
+    "\u2028-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0"
+    "\ufff9-\ufffb\ufdd0-\ufdef\ufffe\uffff\ud800-\uf8ff\U000e0000-\U000e01ef"
     "\U000f0000-\U0010ffff])"
 )
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")

@@ -1,0 +1,162 @@
+"""Damaged files of every kind: an error of ours, or the right answer; never a traceback.
+
+`python tests/test_fuzz.py 2000` runs a longer leg of the same.
+"""
+
+import gzip
+import json
+import random
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import torch
+from dense_ekfac import asked, corpus, gpt2
+
+from ekfac_fast import Error, Factors, Scores, fit, prepare_queries, score
+from ekfac_fast.cli.runs import load_run
+from ekfac_fast.data import read
+from ekfac_fast.stages.queries import Queries
+from ekfac_fast.store.files import save_json
+
+WORDS = [b"null", b"NaN", b"1e999", b"-1", b"{}", b"[]", b'"', b"\xff", b"\x00", b"\\ud83d"]
+
+
+def mutated(data: bytes, rng: random.Random) -> bytes:
+    """One to three random edits: a bit, a cut, a byte gone, a slice twice, a word put in."""
+    for _ in range(rng.randint(1, 3)):
+        at = rng.randrange(len(data) + 1)
+        match rng.randrange(6):
+            case 0 if data:
+                at = rng.randrange(len(data))
+                data = data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :]
+            case 1:
+                data = data[:at]
+            case 2:
+                data = data[:at] + data[at + rng.randint(1, 9) :]
+            case 3:
+                data = data[:at] + data[max(0, at - rng.randint(1, 30)) :]
+            case 4:
+                data = data[:at] + rng.choice(WORDS) + data[at:]
+            case _:
+                data = data[:at] + rng.choice(WORDS) + data[at + rng.randint(1, 9) :]
+    return data
+
+
+def inputs(folder: Path) -> dict[Path, object]:
+    """Files that users bring, with what reads them."""
+    rows = [{"text": f"passage {i} — of some length, {'é' * i}"} for i in range(8)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    made = {
+        "a.jsonl": lines,
+        "b.json": json.dumps(rows, indent=1).encode(),
+        "c.txt": "\n\n".join(row["text"] for row in rows).encode(),
+        "d.jsonl.gz": gzip.compress(lines),
+    }
+    for name, data in made.items():
+        (folder / name).write_bytes(data)
+    pa.parquet.write_table(pa.table({"text": [r["text"] for r in rows]}), folder / "e.parquet")
+    names = [*made, "e.parquet"]
+    return {
+        folder / name: (
+            lambda path=folder / name: [r["text"] for r in read(path, split="paragraph")]
+        )
+        for name in names
+    }
+
+
+def results(folder: Path) -> dict[Path, object]:
+    """Files that we write, with the step that reads them."""
+    model, data = gpt2().eval(), corpus()
+    factors = fit(model, data, out=folder / "f")
+    prepared = prepare_queries(model, factors, asked(), rank=4)
+    score(model, prepared, data, out=folder / "s", per_token=True)
+    score(model, prepared, data, out=folder / "h", top_k=3)
+    prepared.save(folder / "s")
+    run = {
+        "model": "m",
+        "factors": "f",
+        "cutting": {"context": 24},
+        "names": ["a"],
+        "damping_rule": "",
+    }
+    save_json(folder / "s/run.json", run)
+
+    def eigen():
+        found = Factors(folder / "f")
+        return [(found[n].lam, found[n].Qa, found[n].Qg, found.tokens) for n in found]
+
+    def scores():
+        found = Scores(folder / "s")
+        return found.matrix[:], [found.top(q, 3) for q in range(3)]
+
+    def details():
+        return [(d.index, d.per_layer_token) for d in Scores(folder / "s").details(0)]
+
+    def queries():
+        found = Queries.load(folder / "s")
+        return found.damping, [(x.L, x.R, x.energy) for x in found.layers]
+
+    return {
+        folder / "f/manifest.json": eigen,
+        folder / "f/lambda_matrix.safetensors": eigen,
+        folder / "f/activation_eigenvectors.safetensors": eigen,
+        folder / "f/num_lambda_processed.safetensors": eigen,
+        folder / "s/manifest.json": scores,
+        folder / "s/scores.npy": scores,
+        folder / "s/scores.done": scores,
+        folder / "s/plan.safetensors": scores,
+        folder / "s/shard_000000.safetensors": details,
+        folder / "s/queries.json": queries,
+        folder / "s/queries.safetensors": queries,
+        folder / "s/run.json": lambda: load_run(folder / "s"),
+        folder / "h/heap.safetensors": lambda: Scores(folder / "h").top(0, 3),
+    }
+
+
+def same(one: object, other: object) -> bool:
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, torch.Tensor | np.ndarray):
+        return np.array_equal(np.asarray(one), np.asarray(other), equal_nan=True)
+    return one == other
+
+
+def fuzz(cases: dict, count: int, strict: bool) -> list[str]:
+    """What went wrong: tracebacks, and with `strict` other answers than the right one."""
+    rng, wrong = random.Random(0), []
+    for path, step in cases.items():
+        whole, right = path.read_bytes(), step()
+        for _ in range(count):
+            path.write_bytes(mutated(whole, rng))
+            try:
+                got = step()
+            except Error:
+                continue
+            except Exception as error:
+                wrong.append(f"{path.name}: {error!r:.150}")
+            else:
+                if strict and not same(got, right):
+                    wrong.append(f"{path.name}: accepted")
+        path.write_bytes(whole)
+    return wrong
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", [inputs, results])
+def test_damage_is_noticed(tmp_path, make):
+    assert not fuzz(make(tmp_path), 40, strict=make is results)
+
+
+if __name__ == "__main__":
+    each = int(sys.argv[1]) // 18
+    folder = Path(tempfile.mkdtemp())
+    bad = fuzz(inputs(folder), each, strict=False) + fuzz(results(folder), each, strict=True)
+    shutil.rmtree(folder)
+    print("\n".join(bad) or f"{each} damaged copies of each of 18 files: all noticed")
+    sys.exit(bool(bad))
