@@ -112,7 +112,7 @@ def test_stems_are_complete_and_register_on_the_last_line():
     assert all(f'beside(m, "{stem}", &ekfac_fast::{stem})' in cuda[stem] for stem in cuda)
     for stem in stems:
         assert cpp[stem].startswith("TORCH_LIBRARY_IMPL(ekfac_fast, CPU, m)")
-        assert f'm.impl("{stem}", &ekfac_fast::{stem})' in cpp[stem]
+        assert f'm.impl("{stem}", &ekfac_fast::cpu::{stem})' in cpp[stem]
         assert python[stem] == f'torch.library.impl("ekfac_fast::{stem}", "cuda", {stem})'
 
 

@@ -7,7 +7,7 @@
 #include "endings.h"
 #include "gemm.h"
 
-namespace ekfac_fast {
+namespace ekfac_fast::cpu {
 namespace {
 
 constexpr int64_t kSequences = 16;  // gradient tiles held at a time: 1 MiB of fp32
@@ -41,8 +41,8 @@ const Acc* query_tile(const at::Tensor& P, int64_t q, int64_t o, int64_t m, int6
 template <class Acc>
 void by_sequence(at::Tensor& s, const at::Tensor& P, const at::Tensor& g, const at::Tensor& a,
                  bool bias, const Letters& size) {
-  const Panels A = pack_rows(g.mT()), B = pack_columns(a, bias);
-  const int64_t tiles = A.count * B.count, area = A.width * B.width;
+  const Panels A = pack_rows(g.mT()), B = pack_columns(a, size.O, {.ones = bias});
+  const int64_t tiles = A.count * B.count, area = A.width * B.line;
   const int64_t Q4 = round_up(size.Q, 4), B4 = round_up(size.B, 4);
   // Partial sums of a few tiles a block; blocks depend on the shape alone, so results repeat.
   const int64_t a_block = ceil_div(tiles, 64), blocks = ceil_div(tiles, a_block);
@@ -59,7 +59,7 @@ void by_sequence(at::Tensor& s, const at::Tensor& P, const at::Tensor& g, const 
         for (int64_t k = 0; k < held; k++) {
           // The last sequence fills up a group of four; its surplus sums are dropped below.
           const int64_t b = std::min(b0 + k, size.B - 1);
-          multiply<Acc>(A, b, i, B, b, j, G.data + k * area);
+          multiply<Acc>(A, b, i, B, b, j, G.data + k * area, B.line);
         }
         for (int64_t q = 0; q < Q4; q += 4) {
           const Acc *x[4], *y[4];
@@ -71,7 +71,7 @@ void by_sequence(at::Tensor& s, const at::Tensor& P, const at::Tensor& g, const 
           for (int64_t b = 0; b < held; b += 4) {
             for (int64_t k = 0; k < 4; k++) y[k] = G.data + (b + k) * area;
             dot_4x4(sums + ((block * (Q4 / 4) + q / 4) * (B4 / 4) + (b0 + b) / 4) * 16, x, ld, y,
-                    B.width, m, n);
+                    B.line, m, n);
           }
         }
       }
@@ -88,19 +88,19 @@ void by_token(at::Tensor& s, const at::Tensor& P, const at::Tensor& g, const at:
               bool bias, const Letters& size) {
   const int64_t N = size.B * size.T;
   const at::Tensor inputs = a.reshape({N, size.I}).to(s.scalar_type()).contiguous();
-  const Panels A = pack_rows(g.reshape({1, N, size.O})), B = pack_columns(P);
+  const Panels A = pack_rows(g.reshape({1, N, size.O})), B = pack_columns(P, N);
   at::Tensor total = at::zeros({size.Q, N}, at::dtype(s.scalar_type()));
   Acc* sums = total.mutable_data_ptr<Acc>();
   const Acc* data = inputs.const_data_ptr<Acc>();
   at::parallel_for(0, size.Q * A.count, 1, [&](int64_t begin, int64_t end) {
-    Tile<Acc> C(A.width * B.width);
+    Tile<Acc> C(A.width * B.line);
     for (int64_t unit = begin; unit < end; unit++) {
       const int64_t q = unit / A.count, i = unit % A.count;
       for (int64_t j = 0; j < B.count; j++) {
-        multiply<Acc>(A, 0, i, B, q, j, C.data);
+        multiply<Acc>(A, 0, i, B, q, j, C.data, B.line);
         const int64_t n = std::min(B.size(j), size.I - B.begin(j));
         for (int64_t r = 0; r < A.size(i); r++) {
-          const Acc* row = C.data + r * B.width;
+          const Acc* row = C.data + r * B.line;
           Acc& sum = sums[q * N + A.begin(i) + r];
           if (n > 0) sum += dot(row, data + (A.begin(i) + r) * size.I + B.begin(j), n);
           if (bias && j == B.count - 1) sum += row[B.size(j) - 1];
@@ -124,6 +124,6 @@ void dense_scores(at::Tensor& s, const at::Tensor& P, const at::Tensor& g, const
 }
 
 }  // namespace
-}  // namespace ekfac_fast
+}  // namespace ekfac_fast::cpu
 
-TORCH_LIBRARY_IMPL(ekfac_fast, CPU, m) { m.impl("dense_scores", &ekfac_fast::dense_scores); }
+TORCH_LIBRARY_IMPL(ekfac_fast, CPU, m) { m.impl("dense_scores", &ekfac_fast::cpu::dense_scores); }

@@ -1,11 +1,6 @@
 #include "endings.h"
 
-// One symbol, three bodies, chosen when the library is loaded. Other compilers get the baseline.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define CLONES __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
-#else
-#define CLONES
-#endif
+#include "clones.h"
 
 // Sums are split over independent lanes in source order, so that they vectorise without -ffast-math
 // and are the same in every run; LANES floats fill two AVX-512 registers.
@@ -49,6 +44,20 @@
     return sum;                                      \
   }
 
+#define GROUP_SUMS(T)                                                                    \
+  CLONES void add_group_sums(T* y, int64_t ldy, const T* x, int64_t groups, int64_t K) { \
+    for (int64_t g = 0; g < groups; g++, x += K) {                                       \
+      T lanes[16] = {}, sum = 0;                                                         \
+      int64_t k = 0;                                                                     \
+      for (; k + 16 <= K; k += 16) {                                                     \
+        for (int l = 0; l < 16; l++) lanes[l] += x[k + l];                               \
+      }                                                                                  \
+      for (int l = 0; k && l < 16; l++) sum += lanes[l];                                 \
+      for (; k < K; k++) sum += x[k];                                                    \
+      y[g * ldy] += sum;                                                                 \
+    }                                                                                    \
+  }
+
 // Sixteen running vectors: each loaded value meets four of the other side.
 #define DOT_4X4(T, V, W)                                                                     \
   CLONES void dot_4x4(T* S, const T* const* X, int64_t ldx, const T* const* Y, int64_t ldy,  \
@@ -76,7 +85,7 @@
       }                                                                                      \
   }
 
-namespace ekfac_fast {
+namespace ekfac_fast::cpu {
 
 using c10::BFloat16;
 using c10::Half;
@@ -104,7 +113,9 @@ REDUCTION(double, damped_norm, (const double* x, const double* lam, double dampi
           x[k] * x[k] / (lam[k] + damping))
 REDUCTION(float, dot, (const float* x, const float* y, int64_t n), x[k] * y[k])
 REDUCTION(double, dot, (const double* x, const double* y, int64_t n), x[k] * y[k])
+GROUP_SUMS(float)
+GROUP_SUMS(double)
 DOT_4X4(float, v16, 16)
 DOT_4X4(double, v8, 8)
 
-}  // namespace ekfac_fast
+}  // namespace ekfac_fast::cpu

@@ -9,7 +9,7 @@
 #include <map>
 #include <mutex>
 
-namespace ekfac_fast {
+namespace ekfac_fast::cpu {
 namespace {
 
 class Pool {
@@ -70,4 +70,4 @@ at::Tensor scratch(at::IntArrayRef sizes, at::ScalarType dtype) {
   return x;
 }
 
-}  // namespace ekfac_fast
+}  // namespace ekfac_fast::cpu
