@@ -1,7 +1,9 @@
-// s_qb += <P_q, G_b>: a gradient tile meets every query while it is in cache. Per token, g P_q
-// meets a, tile by tile.
+// s_qb += <P_q, G_b>: the product [Q,OJ] x [OJ,B], of which the right side is made a tile at a time
+// and met by every query while it is in cache. Per token, g P_q meets a, tile by tile.
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
+
+#include <vector>
 
 #include "../check.h"
 #include "endings.h"
@@ -10,11 +12,23 @@
 namespace ekfac_fast::cpu {
 namespace {
 
-constexpr int64_t kSequences = 16;  // gradient tiles held at a time: 1 MiB of fp32
+constexpr int64_t kHeldBytes = int64_t{2} << 20;  // gradient tiles a thread holds: they stay in L3
+constexpr int64_t kBlocks = 64;                   // partial sums at most
+// From so many on of both, a product is faster than dot products.
+constexpr int64_t kSequences = 8, kQueries = 12;
 
-// A tile of P_q as dot products read it: in place if it is Acc already, else widened into `room`.
+// Gradient tiles of a group of sequences, [o,n] of [O,J], `area` apart, and the scores they add to.
 template <class Acc>
-const Acc* query_tile(const at::Tensor& P, int64_t q, int64_t o, int64_t m, int64_t j, int64_t n,
+struct Held {
+  const Acc* G;
+  int64_t area, ld, b, sequences, o, m, j, n;
+  Acc* sums;  // [B,Q]
+};
+
+// A few rows of P_q as dot products read them: in place if they are Acc already, else widened into
+// `room`.
+template <class Acc>
+const Acc* query_rows(const at::Tensor& P, int64_t q, int64_t o, int64_t m, int64_t j, int64_t n,
                       Acc* room, int64_t& ld) {
   auto from = [&]<class In>(In) -> const Acc* {
     const In* data = P.const_data_ptr<In>() + q * P.stride(0) + o * P.stride(1) + j;
@@ -37,49 +51,108 @@ const Acc* query_tile(const at::Tensor& P, int64_t q, int64_t o, int64_t m, int6
     return from(float{});
 }
 
-// s [Q,B]. Four queries meet four sequences at a time: sixteen dot products from eight streams.
+// Few queries or sequences: four of one meet four of the other, sixteen dot products from eight
+// streams, in pieces that stay in the first-level cache.
 template <class Acc>
+struct Dots {
+  static constexpr int64_t kRows = 8;
+  const at::Tensor& P;
+  Tile<Acc> room{4 * kRows * kTile};
+
+  void close(const Held<Acc>& held) {
+    const int64_t Q = P.size(0);
+    for (int64_t r = 0; r < held.m; r += kRows) {
+      const int64_t m = std::min(kRows, held.m - r);
+      for (int64_t q = 0; q < Q; q += 4) {
+        const int64_t queries = std::min<int64_t>(4, Q - q);
+        const Acc *x[4], *y[4];
+        int64_t ld = 0;
+        for (int64_t k = 0; k < queries; k++) {
+          x[k] = query_rows(P, q + k, held.o + r, m, held.j, held.n, room.data + k * kRows * kTile,
+                            ld);
+        }
+        for (int64_t b = 0; b < held.sequences; b += 4) {
+          const int64_t sequences = std::min<int64_t>(4, held.sequences - b);
+          for (int64_t k = 0; k < sequences; k++) y[k] = held.G + (b + k) * held.area + r * held.ld;
+          dots(held.sums + (held.b + b) * Q + q, 1, Q, x, queries, ld, y, sequences, held.ld, m,
+               held.n);
+        }
+      }
+    }
+  }
+};
+
+// Many of both: the product [B,OJ] x [OJ,Q], a row of the tile at a time. P is turned on its way to
+// the cache, gradients are rows already.
+struct Product {
+  const at::Tensor& P;
+  at::ScalarType dtype = compute_dtype(P.scalar_type());
+  Panels turned{true, 1, P.size(0), kTile, dtype, 0};
+  std::vector<at::BFloat16> narrow = {};
+
+  void close(const Held<float>& held) {
+    const int64_t Q = P.size(0), so = P.stride(1), sj = P.stride(2), size = P.element_size();
+    turned.depth = held.n;
+    turned.padded_depth = round_up(held.n, kLanes);
+    const int64_t K = dtype == at::kBFloat16 ? round_up(held.n, 2) : held.n;
+    const char* data = static_cast<const char*>(P.const_data_ptr());
+    for (int64_t r = 0; r < held.m; r++) {
+      const void* G = held.G + r * held.ld;
+      int64_t area = held.area;
+      if (dtype == at::kBFloat16) {
+        area = kTile;
+        narrow.resize(held.sequences * kTile);
+        for (int64_t b = 0; b < held.sequences; b++) {
+          convert(&narrow[b * kTile], held.G + b * held.area + r * held.ld, held.n);
+          if (K > held.n) narrow[b * kTile + held.n] = 0;
+        }
+        G = narrow.data();
+      }
+      for (int64_t p = 0; p < turned.count; p++) {
+        const int64_t q = turned.begin(p);
+        const Matrix piece{data + (q * P.stride(0) + (held.o + r) * so + held.j * sj) * size,
+                           P.scalar_type(), P.stride(0), sj};
+        turned.fill(0, 0, turned.size(p), piece, false, nullptr, 0, turned.padded_depth);
+        multiply_add(dtype, held.sequences, turned.size(p), K, G, area, turned.at(0, 0, 0),
+                     turned.line, held.sums + held.b * Q + q, Q);
+      }
+    }
+  }
+};
+
+// s [Q,B].
+template <class Acc, class Closing>
 void by_sequence(at::Tensor& s, const at::Tensor& P, const at::Tensor& g, const at::Tensor& a,
                  bool bias, const Letters& size) {
-  const Panels A = pack_rows(g.mT()), B = pack_columns(a, size.O, {.ones = bias});
-  const int64_t tiles = A.count * B.count, area = A.width * B.line;
-  const int64_t Q4 = round_up(size.Q, 4), B4 = round_up(size.B, 4);
+  // The more sequences, the smaller the tiles: P is read once a group, which should be large.
+  const int64_t rows = size.B <= 32 ? kTile : size.B <= 64 ? kTile / 2 : kTile / 4;
+  const Panels A = pack_rows(g.mT(), {.width = rows});
+  const Panels B = pack_columns(a, size.O, {.ones = bias});
+  // Not a power of two: rows of the same tile would meet in the same few lines of the caches.
+  const int64_t tiles = A.count * B.count, area = rows * B.line + kLanes;
+  const int64_t group = std::min<int64_t>(size.B, kHeldBytes / (4 * rows * kTile));
   // Partial sums of a few tiles a block; blocks depend on the shape alone, so results repeat.
-  const int64_t a_block = ceil_div(tiles, 64), blocks = ceil_div(tiles, a_block);
-  at::Tensor partial = at::zeros({blocks, Q4 / 4, B4 / 4, 4, 4}, at::dtype(s.scalar_type()));
+  const int64_t a_block = ceil_div(tiles, kBlocks), blocks = ceil_div(tiles, a_block);
+  at::Tensor partial = at::zeros({blocks, size.B, size.Q}, at::dtype(s.scalar_type()));
   Acc* sums = partial.mutable_data_ptr<Acc>();
-  const at::Tensor rows = P.stride(2) == 1 ? P : P.contiguous();
-  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    Tile<Acc> G(std::min(kSequences, B4) * area), room(4 * area);
+  const int64_t work = a_block * rows * B.line * size.B * (size.T + size.Q);
+  at::parallel_for(0, blocks, grain(work), [&](int64_t begin, int64_t end) {
+    Tile<Acc> G(group * area);
+    Closing closing{P};
     for (int64_t tile = begin * a_block; tile < std::min(tiles, end * a_block); tile++) {
-      const int64_t i = tile / B.count, j = tile % B.count, block = tile / a_block;
-      const int64_t m = A.size(i), n = B.size(j);
-      for (int64_t b0 = 0; b0 < B4; b0 += kSequences) {
-        const int64_t held = std::min(kSequences, B4 - b0);
+      const int64_t i = tile / B.count, j = tile % B.count;
+      for (int64_t b = 0; b < size.B; b += group) {
+        const int64_t held = std::min(group, size.B - b);
         for (int64_t k = 0; k < held; k++) {
-          // The last sequence fills up a group of four; its surplus sums are dropped below.
-          const int64_t b = std::min(b0 + k, size.B - 1);
-          multiply<Acc>(A, b, i, B, b, j, G.data + k * area, B.line);
+          multiply<Acc>(A, b + k, i, B, b + k, j, G.data + k * area, B.line);
         }
-        for (int64_t q = 0; q < Q4; q += 4) {
-          const Acc *x[4], *y[4];
-          int64_t ld = 0;
-          for (int64_t k = 0; k < 4; k++) {
-            x[k] = query_tile(rows, std::min(q + k, size.Q - 1), A.begin(i), m, B.begin(j), n,
-                              room.data + k * area, ld);
-          }
-          for (int64_t b = 0; b < held; b += 4) {
-            for (int64_t k = 0; k < 4; k++) y[k] = G.data + (b + k) * area;
-            dot_4x4(sums + ((block * (Q4 / 4) + q / 4) * (B4 / 4) + (b0 + b) / 4) * 16, x, ld, y,
-                    B.line, m, n);
-          }
-        }
+        closing.close({G.data, area, B.line, b, held, A.begin(i), A.size(i), B.begin(j), B.size(j),
+                       sums + tile / a_block * size.B * size.Q});
       }
     }
     release(A);
   });
-  const at::Tensor total = partial.sum(0).transpose(1, 2).reshape({Q4, B4});
-  s.add_(total.narrow(0, 0, size.Q).narrow(1, 0, size.B));
+  s.add_(partial.sum(0).t());
 }
 
 // s [Q,B,T]: row n of g P_q, dotted with row n of (a, 1).
@@ -118,7 +191,13 @@ void dense_scores(at::Tensor& s, const at::Tensor& P, const at::Tensor& g, const
       check("dense_scores", "s[Q,B]|[Q,B,T] P[Q,O,J] g[B,T,O] a[B,T,I]", {s, P, g, a}, bias);
   if (s.numel() == 0 || P.numel() == 0) return;
   auto run = [&]<class Acc>(Acc) {
-    s.dim() == 2 ? by_sequence<Acc>(s, P, g, a, bias, size) : by_token<Acc>(s, P, g, a, bias, size);
+    if (s.dim() == 3) return by_token<Acc>(s, P, g, a, bias, size);
+    if constexpr (std::is_same_v<Acc, float>) {
+      if (size.B >= kSequences && size.Q >= kQueries) {
+        return by_sequence<Acc, Product>(s, P, g, a, bias, size);
+      }
+    }
+    by_sequence<Acc, Dots<Acc>>(s, P.stride(2) == 1 ? P : P.contiguous(), g, a, bias, size);
   };
   g.scalar_type() == at::kDouble ? run(double{}) : run(float{});
 }

@@ -58,31 +58,48 @@
     }                                                                                    \
   }
 
-// Sixteen running vectors: each loaded value meets four of the other side.
-#define DOT_4X4(T, V, W)                                                                     \
-  CLONES void dot_4x4(T* S, const T* const* X, int64_t ldx, const T* const* Y, int64_t ldy,  \
-                      int64_t m, int64_t n) {                                                \
-    typedef T V __attribute__((vector_size(64), aligned(sizeof(T))));                        \
-    V sum[4][4] = {};                                                                        \
-    for (int64_t r = 0; r < m; r++) {                                                        \
-      int64_t i = 0;                                                                         \
-      for (; i + W <= n; i += W) {                                                           \
-        V x[4], y[4];                                                                        \
-        for (int p = 0; p < 4; p++) x[p] = *reinterpret_cast<const V*>(X[p] + r * ldx + i);  \
-        for (int q = 0; q < 4; q++) y[q] = *reinterpret_cast<const V*>(Y[q] + r * ldy + i);  \
-        for (int p = 0; p < 4; p++)                                                          \
-          for (int q = 0; q < 4; q++) sum[p][q] += x[p] * y[q];                              \
-      }                                                                                      \
-      for (; i < n; i++)                                                                     \
-        for (int p = 0; p < 4; p++)                                                          \
-          for (int q = 0; q < 4; q++) S[4 * p + q] += X[p][r * ldx + i] * Y[q][r * ldy + i]; \
+// P x Q running vectors: of 4 x 4, each loaded value meets four of the other side.
+#define BLOCK(T, W, P, Q)                                                           \
+  for (; p + P <= nx; p += P) {                                                     \
+    for (int64_t q = 0; q + Q <= ny; q += Q) {                                      \
+      typedef T V __attribute__((vector_size(W * sizeof(T)), aligned(sizeof(T))));  \
+      V sum[P][Q] = {};                                                             \
+      T rest[P][Q] = {};                                                            \
+      for (int64_t r = 0; r < m; r++) {                                             \
+        const T *x[P], *y[Q];                                                       \
+        for (int u = 0; u < P; u++) x[u] = X[p + u] + r * ldx;                      \
+        for (int v = 0; v < Q; v++) y[v] = Y[q + v] + r * ldy;                      \
+        int64_t i = 0;                                                              \
+        for (; i + W <= n; i += W) {                                                \
+          V a[P], b[Q];                                                             \
+          for (int u = 0; u < P; u++) a[u] = *reinterpret_cast<const V*>(x[u] + i); \
+          for (int v = 0; v < Q; v++) b[v] = *reinterpret_cast<const V*>(y[v] + i); \
+          for (int u = 0; u < P; u++)                                               \
+            for (int v = 0; v < Q; v++) sum[u][v] += a[u] * b[v];                   \
+        }                                                                           \
+        for (; i < n; i++)                                                          \
+          for (int u = 0; u < P; u++)                                               \
+            for (int v = 0; v < Q; v++) rest[u][v] += x[u][i] * y[v][i];            \
+      }                                                                             \
+      for (int u = 0; u < P; u++)                                                   \
+        for (int v = 0; v < Q; v++) {                                               \
+          for (int l = 0; l < W; l++) rest[u][v] += sum[u][v][l];                   \
+          S[(p + u) * sx + (q + v) * sy] += rest[u][v];                             \
+        }                                                                           \
+    }                                                                               \
+  }
+
+#define DOTS(T, W)                                                                           \
+  CLONES void dots(T* S, int64_t sx, int64_t sy, const T* const* X, int64_t nx, int64_t ldx, \
+                   const T* const* Y, int64_t ny, int64_t ldy, int64_t m, int64_t n) {       \
+    int64_t p = 0;                                                                           \
+    if (ny == 4) {                                                                           \
+      BLOCK(T, W, 4, 4)                                                                      \
+      BLOCK(T, W, 1, 4)                                                                      \
+    } else {                                                                                 \
+      BLOCK(T, W, 4, 1)                                                                      \
+      BLOCK(T, W, 1, 1)                                                                      \
     }                                                                                        \
-    for (int p = 0; p < 4; p++)                                                              \
-      for (int q = 0; q < 4; q++) {                                                          \
-        T total = 0;                                                                         \
-        for (int l = 0; l < W; l++) total += sum[p][q][l];                                   \
-        S[4 * p + q] += total;                                                               \
-      }                                                                                      \
   }
 
 namespace ekfac_fast::cpu {
@@ -115,7 +132,7 @@ REDUCTION(float, dot, (const float* x, const float* y, int64_t n), x[k] * y[k])
 REDUCTION(double, dot, (const double* x, const double* y, int64_t n), x[k] * y[k])
 GROUP_SUMS(float)
 GROUP_SUMS(double)
-DOT_4X4(float, v16, 16)
-DOT_4X4(double, v8, 8)
+DOTS(float, 16)
+DOTS(double, 8)
 
 }  // namespace ekfac_fast::cpu

@@ -43,10 +43,10 @@ void add_group_sums(double* y, int64_t ldy, const double* x, int64_t groups, int
 // sum x y
 float dot(const float* x, const float* y, int64_t n);
 double dot(const double* x, const double* y, int64_t n);
-// S[p,q] += sum_ri X_p[r,i] Y_q[r,i] for p, q < 4, over m rows of n
-void dot_4x4(float* S, const float* const* X, int64_t ldx, const float* const* Y, int64_t ldy,
-             int64_t m, int64_t n);
-void dot_4x4(double* S, const double* const* X, int64_t ldx, const double* const* Y, int64_t ldy,
-             int64_t m, int64_t n);
+// S[p sx + q sy] += sum_ri X_p[r,i] Y_q[r,i] for p < nx, q < ny, each at most 4; over m rows of n
+void dots(float* S, int64_t sx, int64_t sy, const float* const* X, int64_t nx, int64_t ldx,
+          const float* const* Y, int64_t ny, int64_t ldy, int64_t m, int64_t n);
+void dots(double* S, int64_t sx, int64_t sy, const double* const* X, int64_t nx, int64_t ldx,
+          const double* const* Y, int64_t ny, int64_t ldy, int64_t m, int64_t n);
 
 }  // namespace ekfac_fast::cpu

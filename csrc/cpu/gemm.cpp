@@ -16,10 +16,21 @@ at::ScalarType compute_dtype(at::ScalarType dtype) {
   return has_bf16_products() && (dtype == at::kBFloat16 || lowered) ? at::kBFloat16 : at::kFloat;
 }
 
+void multiply_add(at::ScalarType dtype, int64_t M, int64_t N, int64_t K, const void* x, int64_t lda,
+                  const void* y, int64_t ldb, float* C, int64_t ldc, bool add) {
+  namespace blas = at::native::cpublas;
+  if (dtype == at::kBFloat16) {
+    blas::brgemm(M, N, K, lda, ldb, ldc, add, static_cast<const at::BFloat16*>(x),
+                 static_cast<const at::BFloat16*>(y), C, true);
+  } else {
+    blas::brgemm(M, N, K, lda, ldb, ldc, add, static_cast<const float*>(x),
+                 static_cast<const float*>(y), C, false);
+  }
+}
+
 template <class Acc>
 void multiply(const Panels& A, int64_t a, int64_t i, const Panels& B, int64_t b, int64_t j, Acc* C,
               int64_t ldc) {
-  namespace blas = at::native::cpublas;
   const int64_t M = A.size(i), N = B.size(j), depth = std::min(A.padded_depth, B.padded_depth);
   for (int64_t m = 0; depth == 0 && m < M; m++) std::fill_n(C + m * ldc, N, Acc(0));
   for (int64_t k = 0, chunk = 0; k < depth; k += kDepth, chunk++) {
@@ -32,12 +43,8 @@ void multiply(const Panels& A, int64_t a, int64_t i, const Panels& B, int64_t b,
       };
       at::Tensor out = wrap(C, M, N, ldc);
       at::addmm_out(out, out, wrap(x, M, K, lda), wrap(y, K, N, ldb), k > 0);
-    } else if (A.storage.scalar_type() == at::kBFloat16) {
-      blas::brgemm(M, N, K, lda, ldb, ldc, k > 0, static_cast<const at::BFloat16*>(x),
-                   static_cast<const at::BFloat16*>(y), C, true);
     } else {
-      blas::brgemm(M, N, K, lda, ldb, ldc, k > 0, static_cast<const float*>(x),
-                   static_cast<const float*>(y), C, false);
+      multiply_add(A.storage.scalar_type(), M, N, K, x, lda, y, ldb, C, ldc, k > 0);
     }
   }
 }

@@ -55,6 +55,8 @@ struct Matrix {
   at::ScalarType dtype;
   int64_t sf, sk;
 
+  Matrix(const void* data, at::ScalarType dtype, int64_t sf, int64_t sk)
+      : data(static_cast<const char*>(data)), dtype(dtype), sf(sf), sk(sk) {}
   Matrix(const at::Tensor& x, int64_t free_dim, int64_t k_dim, int64_t b, int64_t from);
 };
 
@@ -88,7 +90,8 @@ struct Panels {
   }
 
   // Writes the first n lines of a panel from x, after them a line of ones if `ones`; for k in
-  // [k0, k1), inside one chunk and from a multiple of kBlock. `pick`: which k take part, in order.
+  // [k0, k1), at most kTile of them, inside one chunk and from a multiple of kBlock. `pick`: which
+  // k take part, in order.
   void fill(int64_t b, int64_t panel, int64_t n, const Matrix& x, bool ones, const int64_t* pick,
             int64_t k0, int64_t k1);
 };
@@ -109,6 +112,10 @@ Panels pack_columns(const at::Tensor& x, int64_t rows, const Packing& how = {});
 template <class Acc>
 void multiply(const Panels& A, int64_t a, int64_t i, const Panels& B, int64_t b, int64_t j, Acc* C,
               int64_t ldc);
+// C [M,N] += x [M,K] y [K,N], rows lda, ldb and ldc apart, operands fp32 or bf16; y of bf16 holds
+// pairs of k, as column panels do.
+void multiply_add(at::ScalarType dtype, int64_t M, int64_t N, int64_t K, const void* x, int64_t lda,
+                  const void* y, int64_t ldb, float* C, int64_t ldc, bool add = true);
 // Gives back per-thread matrix units (AMX); call once a thread has multiplied its last tile.
 void release(const Panels& A);
 

@@ -132,11 +132,11 @@ void fill_columns(Out* y, int64_t ld, int64_t n, int64_t depth, const In* x, int
   int64_t done = 0;
   if constexpr (sizeof(Out) < 8) {
     if (sk == 1 && !pick) {
-      alignas(64) Out words[kLanes * kBlock];
+      alignas(64) Out words[kLanes * kTile];
       for (int64_t f = 0; f < n; f += kLanes) {
         const int64_t lines = std::min(kLanes, n - f);
-        for (int64_t l = 0; l < lines; l++) convert(words + l * kBlock, x + (f + l) * sf, depth);
-        transpose(y + f * pair, ld, words, kBlock / pair, lines, depth / pair);
+        for (int64_t l = 0; l < lines; l++) convert(words + l * kTile, x + (f + l) * sf, depth);
+        transpose(y + f * pair, ld, words, kTile / pair, lines, depth / pair);
       }
       done = depth / pair * pair;
     }
