@@ -12,8 +12,12 @@
 namespace ekfac_fast::cpu {
 namespace {
 
-constexpr int64_t kHeldBytes = int64_t{2} << 20;  // gradient tiles a thread holds: they stay in L3
-constexpr int64_t kBlocks = 64;                   // partial sums at most
+// How gradients are cut: what a thread holds of them stays in the last-level cache.
+struct Cut {
+  int64_t rows, columns, sequences;
+};
+constexpr int64_t kColumns = 256, kHeldBytes = int64_t{4} << 20;
+constexpr int64_t kBlocks = 64;  // partial sums at most
 // From so many on of both, a product is faster than dot products.
 constexpr int64_t kSequences = 8, kQueries = 12;
 
@@ -51,47 +55,27 @@ const Acc* query_rows(const at::Tensor& P, int64_t q, int64_t o, int64_t m, int6
     return from(float{});
 }
 
-// Few queries or sequences: four of one meet four of the other, sixteen dot products from eight
-// streams, in pieces that stay in the first-level cache.
-template <class Acc>
-struct Dots {
-  static constexpr int64_t kRows = 8;
-  const at::Tensor& P;
-  Tile<Acc> room{4 * kRows * kTile};
-
-  void close(const Held<Acc>& held) {
-    const int64_t Q = P.size(0);
-    for (int64_t r = 0; r < held.m; r += kRows) {
-      const int64_t m = std::min(kRows, held.m - r);
-      for (int64_t q = 0; q < Q; q += 4) {
-        const int64_t queries = std::min<int64_t>(4, Q - q);
-        const Acc *x[4], *y[4];
-        int64_t ld = 0;
-        for (int64_t k = 0; k < queries; k++) {
-          x[k] = query_rows(P, q + k, held.o + r, m, held.j, held.n, room.data + k * kRows * kTile,
-                            ld);
-        }
-        for (int64_t b = 0; b < held.sequences; b += 4) {
-          const int64_t sequences = std::min<int64_t>(4, held.sequences - b);
-          for (int64_t k = 0; k < sequences; k++) y[k] = held.G + (b + k) * held.area + r * held.ld;
-          dots(held.sums + (held.b + b) * Q + q, 1, Q, x, queries, ld, y, sequences, held.ld, m,
-               held.n);
-        }
-      }
-    }
-  }
-};
-
-// Many of both: the product [B,OJ] x [OJ,Q], a row of the tile at a time. P is turned on its way to
-// the cache, gradients are rows already.
+// Many of both: the product [B,OJ] x [OJ,Q], a row of the tile at a time. Gradients are rows
+// already; P is multiplied as it lies if queries are innermost, else turned on its way to the
+// cache.
 struct Product {
   const at::Tensor& P;
   at::ScalarType dtype = compute_dtype(P.scalar_type());
-  Panels turned{true, 1, P.size(0), kTile, dtype, 0};
+  Panels turned{true, 1, P.size(0), kColumns, dtype, 0};
+  bool in_place = dtype == P.scalar_type() && dtype == at::kFloat && innermost(P);
   std::vector<at::BFloat16> narrow = {};
 
+  static bool innermost(const at::Tensor& P) {
+    return P.stride(0) == 1 && P.stride(2) >= P.size(0);
+  }
+  // The more sequences, the smaller the tiles: P is read once a group, which should be large.
+  static Cut cut(int64_t B) {
+    const int64_t rows = B <= 64 ? kTile / 2 : kTile / 4;
+    return {rows, kColumns, kHeldBytes / (4 * rows * kColumns)};
+  }
+
   void close(const Held<float>& held) {
-    const int64_t Q = P.size(0), so = P.stride(1), sj = P.stride(2), size = P.element_size();
+    const int64_t Q = P.size(0), so = P.stride(1), sj = P.stride(2);
     turned.depth = held.n;
     turned.padded_depth = round_up(held.n, kLanes);
     const int64_t K = dtype == at::kBFloat16 ? round_up(held.n, 2) : held.n;
@@ -100,21 +84,66 @@ struct Product {
       const void* G = held.G + r * held.ld;
       int64_t area = held.area;
       if (dtype == at::kBFloat16) {
-        area = kTile;
-        narrow.resize(held.sequences * kTile);
+        area = kColumns + kLanes;
+        narrow.resize(held.sequences * area);
         for (int64_t b = 0; b < held.sequences; b++) {
-          convert(&narrow[b * kTile], held.G + b * held.area + r * held.ld, held.n);
-          if (K > held.n) narrow[b * kTile + held.n] = 0;
+          convert(&narrow[b * area], held.G + b * held.area + r * held.ld, held.n);
+          if (K > held.n) narrow[b * area + held.n] = 0;
         }
         G = narrow.data();
       }
       for (int64_t p = 0; p < turned.count; p++) {
         const int64_t q = turned.begin(p);
-        const Matrix piece{data + (q * P.stride(0) + (held.o + r) * so + held.j * sj) * size,
-                           P.scalar_type(), P.stride(0), sj};
-        turned.fill(0, 0, turned.size(p), piece, false, nullptr, 0, turned.padded_depth);
-        multiply_add(dtype, held.sequences, turned.size(p), K, G, area, turned.at(0, 0, 0),
-                     turned.line, held.sums + held.b * Q + q, Q);
+        const char* piece =
+            data + (q * P.stride(0) + (held.o + r) * so + held.j * sj) * P.element_size();
+        if (!in_place) {
+          turned.fill(0, 0, turned.size(p), {piece, P.scalar_type(), P.stride(0), sj}, false,
+                      nullptr, 0, turned.padded_depth);
+        }
+        multiply_add(dtype, held.sequences, turned.size(p), K, G, area,
+                     in_place ? piece : turned.at(0, 0, 0), in_place ? sj : turned.line,
+                     held.sums + held.b * Q + q, Q);
+      }
+    }
+  }
+};
+
+// Few queries or sequences: four of one meet four of the other, sixteen dot products from eight
+// streams, in pieces that stay in the first-level cache.
+template <class Acc>
+struct Dots {
+  static constexpr int64_t kPiece = 1024;  // elements of a stream
+  // A single sequence is as fast as P is read: rows of it, as they lie.
+  static Cut cut(int64_t B) {
+    return B < kSequences ? Cut{kTile / 4, 16 * kTile, kSequences} : Product::cut(B);
+  }
+  const at::Tensor& P;
+  Tile<Acc> room{4 * kPiece};
+
+  void close(const Held<Acc>& held) {
+    const int64_t columns = std::min(kPiece, held.n), rows = kPiece / columns;
+    for (int64_t r = 0; r < held.m; r += rows) {
+      for (int64_t j = 0; j < held.n; j += columns) {
+        piece(held, r, std::min(rows, held.m - r), j, std::min(columns, held.n - j));
+      }
+    }
+  }
+
+  void piece(const Held<Acc>& held, int64_t r, int64_t m, int64_t j, int64_t n) {
+    const int64_t Q = P.size(0);
+    for (int64_t q = 0; q < Q; q += 4) {
+      const int64_t queries = std::min<int64_t>(4, Q - q);
+      const Acc *x[4], *y[4];
+      int64_t ld = 0;
+      for (int64_t k = 0; k < queries; k++) {
+        x[k] = query_rows(P, q + k, held.o + r, m, held.j + j, n, room.data + k * kPiece, ld);
+      }
+      for (int64_t b = 0; b < held.sequences; b += 4) {
+        const int64_t sequences = std::min<int64_t>(4, held.sequences - b);
+        for (int64_t k = 0; k < sequences; k++) {
+          y[k] = held.G + (b + k) * held.area + r * held.ld + j;
+        }
+        dots(held.sums + (held.b + b) * Q + q, 1, Q, x, queries, ld, y, sequences, held.ld, m, n);
       }
     }
   }
@@ -124,30 +153,34 @@ struct Product {
 template <class Acc, class Closing>
 void by_sequence(at::Tensor& s, const at::Tensor& P, const at::Tensor& g, const at::Tensor& a,
                  bool bias, const Letters& size) {
-  // The more sequences, the smaller the tiles: P is read once a group, which should be large.
-  const int64_t rows = size.B <= 32 ? kTile : size.B <= 64 ? kTile / 2 : kTile / 4;
-  const Panels A = pack_rows(g.mT(), {.width = rows});
+  const Cut cut = Closing::cut(size.B);
+  const Panels A = pack_rows(g.mT(), {.width = cut.rows});
   const Panels B = pack_columns(a, size.O, {.ones = bias});
+  // A tile here is several panels of columns.
+  const int64_t wide = std::min(B.count, cut.columns / kTile), across = ceil_div(B.count, wide);
   // Not a power of two: rows of the same tile would meet in the same few lines of the caches.
-  const int64_t tiles = A.count * B.count, area = rows * B.line + kLanes;
-  const int64_t group = std::min<int64_t>(size.B, kHeldBytes / (4 * rows * kTile));
+  const int64_t ld = wide * B.width, tiles = A.count * across, area = cut.rows * ld + kLanes;
+  const int64_t group = std::min<int64_t>(size.B, cut.sequences);
   // Partial sums of a few tiles a block; blocks depend on the shape alone, so results repeat.
   const int64_t a_block = ceil_div(tiles, kBlocks), blocks = ceil_div(tiles, a_block);
   at::Tensor partial = at::zeros({blocks, size.B, size.Q}, at::dtype(s.scalar_type()));
   Acc* sums = partial.mutable_data_ptr<Acc>();
-  const int64_t work = a_block * rows * B.line * size.B * (size.T + size.Q);
+  const int64_t work = a_block * area * size.B * (size.T + size.Q);
   at::parallel_for(0, blocks, grain(work), [&](int64_t begin, int64_t end) {
     Tile<Acc> G(group * area);
     Closing closing{P};
     for (int64_t tile = begin * a_block; tile < std::min(tiles, end * a_block); tile++) {
-      const int64_t i = tile / B.count, j = tile % B.count;
+      const int64_t i = tile / across, j0 = tile % across * wide;
+      const int64_t j1 = std::min(B.count, j0 + wide), n = B.begin(j1 - 1) + B.size(j1 - 1);
       for (int64_t b = 0; b < size.B; b += group) {
         const int64_t held = std::min(group, size.B - b);
         for (int64_t k = 0; k < held; k++) {
-          multiply<Acc>(A, b + k, i, B, b + k, j, G.data + k * area, B.line);
+          for (int64_t j = j0; j < j1; j++) {
+            multiply<Acc>(A, b + k, i, B, b + k, j, G.data + k * area + B.begin(j - j0), ld);
+          }
         }
-        closing.close({G.data, area, B.line, b, held, A.begin(i), A.size(i), B.begin(j), B.size(j),
-                       sums + tile / a_block * size.B * size.Q});
+        closing.close({G.data, area, ld, b, held, A.begin(i), A.size(i), B.begin(j0),
+                       n - B.begin(j0), sums + tile / a_block * size.B * size.Q});
       }
     }
     release(A);
@@ -193,7 +226,7 @@ void dense_scores(at::Tensor& s, const at::Tensor& P, const at::Tensor& g, const
   auto run = [&]<class Acc>(Acc) {
     if (s.dim() == 3) return by_token<Acc>(s, P, g, a, bias, size);
     if constexpr (std::is_same_v<Acc, float>) {
-      if (size.B >= kSequences && size.Q >= kQueries) {
+      if ((size.B >= kSequences || Product::innermost(P)) && size.Q >= kQueries) {
         return by_sequence<Acc, Product>(s, P, g, a, bias, size);
       }
     }

@@ -135,8 +135,13 @@ void fill_columns(Out* y, int64_t ld, int64_t n, int64_t depth, const In* x, int
       alignas(64) Out words[kLanes * kTile];
       for (int64_t f = 0; f < n; f += kLanes) {
         const int64_t lines = std::min(kLanes, n - f);
-        for (int64_t l = 0; l < lines; l++) convert(words + l * kTile, x + (f + l) * sf, depth);
-        transpose(y + f * pair, ld, words, kTile / pair, lines, depth / pair);
+        for (int64_t k = 0; k < depth; k += kTile) {
+          const int64_t some = std::min(kTile, depth - k);
+          for (int64_t l = 0; l < lines; l++) {
+            convert(words + l * kTile, x + (f + l) * sf + k, some);
+          }
+          transpose(y + k * ld + f * pair, ld, words, kTile / pair, lines, some / pair);
+        }
       }
       done = depth / pair * pair;
     }
