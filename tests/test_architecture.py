@@ -141,7 +141,7 @@ def test_cards_say_the_same_things_in_the_same_order():
     for card in ops.ALL:
         tree = ast.parse(Path(card.__file__).read_text())
         names = [n.name for n in tree.body if isinstance(n, ast.FunctionDef)]
-        assert names == ["reference", "samples", "cost"]
+        assert [n for n in names if n != "laid_out"] == ["reference", "samples", "cost"]
         assert card.SCHEMA
         assert ast.get_docstring(tree).splitlines()[0].rstrip(".")
 

@@ -112,7 +112,7 @@ struct Product {
 // streams, in pieces that stay in the first-level cache.
 template <class Acc>
 struct Dots {
-  static constexpr int64_t kPiece = 1024;  // elements of a stream
+  static constexpr int64_t kPiece = 16384;  // elements of a stream
   // A single sequence is as fast as P is read: rows of it, as they lie.
   static Cut cut(int64_t B) {
     return B < kSequences ? Cut{kTile / 4, 16 * kTile, kSequences} : Product::cut(B);

@@ -6,6 +6,7 @@
 
 Per sequence, kernels contract each gradient tile with all queries while it is in cache; per token
 (Eq. 31) they contract g with P_q and close the sum with a. No [B,O,J] or [Q,B,T,O] tensor exists.
+Scans call `laid_out` on P once.
 """
 
 from collections.abc import Iterator

@@ -6,7 +6,7 @@
     g, a  [B,T,O], [B,T,I]  operands     as in `eigenvalues`
 
 Two products and the reduction over rank and tokens in one pass: no [B,T,Q,K] tensor, and dense
-queries L_q R_q are never rebuilt.
+queries L_q R_q are never rebuilt. Scans call `laid_out` on their factors once.
 """
 
 from collections.abc import Iterator
@@ -33,6 +33,18 @@ def reference(s: Tensor, L: Tensor, R: Tensor, g: Tensor, a: Tensor, bias: bool 
 
 
 torch.library.impl("ekfac_fast::low_rank_scores", "default", reference)
+
+
+def laid_out(L: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
+    """The same L and R as many calls want them: once per stage, as much memory as they have.
+
+    On a CPU the queries' factors lie side by side, [O,QK] and [J,QK] in memory, and are multiplied
+    in place. Else contiguous. Any layout is right.
+    """
+    if L.device.type == "cpu":
+        left, right = L.permute(1, 0, 2).contiguous(), R.permute(2, 0, 1).contiguous()
+        return left.permute(1, 0, 2), right.permute(1, 2, 0)
+    return L.contiguous(), R.contiguous()
 
 
 def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
