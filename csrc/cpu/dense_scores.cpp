@@ -3,6 +3,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <utility>
 #include <vector>
 
 #include "../check.h"
@@ -75,35 +76,41 @@ struct Product {
   }
 
   void close(const Held<float>& held) {
-    const int64_t Q = P.size(0), so = P.stride(1), sj = P.stride(2);
-    turned.depth = held.n;
-    turned.padded_depth = round_up(held.n, kLanes);
-    const int64_t K = dtype == at::kBFloat16 ? round_up(held.n, 2) : held.n;
-    const char* data = static_cast<const char*>(P.const_data_ptr());
     for (int64_t r = 0; r < held.m; r++) {
-      const void* G = held.G + r * held.ld;
-      int64_t area = held.area;
-      if (dtype == at::kBFloat16) {
-        area = kColumns + kLanes;
-        narrow.resize(held.sequences * area);
-        for (int64_t b = 0; b < held.sequences; b++) {
-          convert(&narrow[b * area], held.G + b * held.area + r * held.ld, held.n);
-          if (K > held.n) narrow[b * area + held.n] = 0;
-        }
-        G = narrow.data();
+      for (int64_t j = 0; j < held.n; j += kColumns) {
+        piece(held, r, j, std::min(kColumns, held.n - j));
       }
-      for (int64_t p = 0; p < turned.count; p++) {
-        const int64_t q = turned.begin(p);
-        const char* piece =
-            data + (q * P.stride(0) + (held.o + r) * so + held.j * sj) * P.element_size();
-        if (!in_place) {
-          turned.fill(0, 0, turned.size(p), {piece, P.scalar_type(), P.stride(0), sj}, false,
-                      nullptr, 0, turned.padded_depth);
-        }
-        multiply_add(dtype, held.sequences, turned.size(p), K, G, area,
-                     in_place ? piece : turned.at(0, 0, 0), in_place ? sj : turned.line,
-                     held.sums + held.b * Q + q, Q);
+    }
+  }
+
+  void piece(const Held<float>& held, int64_t r, int64_t j, int64_t n) {
+    const int64_t Q = P.size(0), sj = P.stride(2);
+    turned.depth = n;
+    turned.padded_depth = round_up(n, kLanes);
+    const int64_t K = dtype == at::kBFloat16 ? round_up(n, 2) : n;
+    const float* tiles = held.G + r * held.ld + j;
+    const void* G = tiles;
+    int64_t area = held.area;
+    if (dtype == at::kBFloat16) {
+      area = kColumns + kLanes;
+      narrow.resize(held.sequences * area);
+      for (int64_t b = 0; b < held.sequences; b++) {
+        convert(&narrow[b * area], tiles + b * held.area, n);
+        if (K > n) narrow[b * area + n] = 0;
       }
+      G = narrow.data();
+    }
+    for (int64_t p = 0; p < turned.count; p++) {
+      const int64_t q = turned.begin(p);
+      const int64_t element = q * P.stride(0) + (held.o + r) * P.stride(1) + (held.j + j) * sj;
+      const char* data = static_cast<const char*>(P.const_data_ptr()) + element * P.element_size();
+      if (!in_place) {
+        turned.fill(0, 0, turned.size(p), {data, P.scalar_type(), P.stride(0), sj}, false, nullptr,
+                    0, turned.padded_depth);
+      }
+      multiply_add(dtype, held.sequences, turned.size(p), K, G, area,
+                   in_place ? data : turned.at(0, 0, 0), in_place ? sj : turned.line,
+                   held.sums + held.b * Q + q, Q);
     }
   }
 };
@@ -159,7 +166,8 @@ void by_sequence(at::Tensor& s, const at::Tensor& P, const at::Tensor& g, const 
   // A tile here is several panels of columns.
   const int64_t wide = std::min(B.count, cut.columns / kTile), across = ceil_div(B.count, wide);
   // Not a power of two: rows of the same tile would meet in the same few lines of the caches.
-  const int64_t ld = wide * B.width, tiles = A.count * across, area = cut.rows * ld + kLanes;
+  const int64_t ld = across == 1 ? size.J : wide * B.width, tiles = A.count * across,
+                area = cut.rows * ld + kLanes;
   const int64_t group = std::min<int64_t>(size.B, cut.sequences);
   // Partial sums of a few tiles a block; blocks depend on the shape alone, so results repeat.
   const int64_t a_block = ceil_div(tiles, kBlocks), blocks = ceil_div(tiles, a_block);
@@ -179,8 +187,21 @@ void by_sequence(at::Tensor& s, const at::Tensor& P, const at::Tensor& g, const 
             multiply<Acc>(A, b + k, i, B, b + k, j, G.data + k * area + B.begin(j - j0), ld);
           }
         }
-        closing.close({G.data, area, ld, b, held, A.begin(i), A.size(i), B.begin(j0),
-                       n - B.begin(j0), sums + tile / a_block * size.B * size.Q});
+        Held<Acc> tiles_of{G.data,
+                           area,
+                           ld,
+                           b,
+                           held,
+                           A.begin(i),
+                           A.size(i),
+                           B.begin(j0),
+                           n - B.begin(j0),
+                           sums + tile / a_block * size.B * size.Q};
+        // Whole rows that follow each other are one.
+        if (tiles_of.n == ld && P.stride(1) == ld * P.stride(2)) {
+          tiles_of.n *= std::exchange(tiles_of.m, 1);
+        }
+        closing.close(tiles_of);
       }
     }
     release(A);

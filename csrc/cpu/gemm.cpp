@@ -16,6 +16,10 @@ at::ScalarType compute_dtype(at::ScalarType dtype) {
   return has_bf16_products() && (dtype == at::kBFloat16 || lowered) ? at::kBFloat16 : at::kFloat;
 }
 
+bool library_multiplies(int64_t rows, at::ScalarType dtype) {
+  return dtype == at::kBFloat16 && has_bf16_products() && rows <= kFew;
+}
+
 void multiply_add(at::ScalarType dtype, int64_t M, int64_t N, int64_t K, const void* x, int64_t lda,
                   const void* y, int64_t ldb, float* C, int64_t ldc, bool add) {
   namespace blas = at::native::cpublas;

@@ -49,6 +49,10 @@ inline int64_t grain(int64_t work) {
 // products.
 at::ScalarType compute_dtype(at::ScalarType dtype);
 
+// Whether `rows` of bf16 are better multiplied by at::mm: pairing the k of a matrix that few rows
+// meet costs more than the product, and the library has no need to.
+bool library_multiplies(int64_t rows, at::ScalarType dtype);
+
 // A matrix in place: element (f, k) of the free and the summed dimension is data[f * sf + k * sk].
 struct Matrix {
   const char* data;

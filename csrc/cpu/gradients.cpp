@@ -1,5 +1,8 @@
 #include "gradients.h"
 
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/mm.h>
+
 #include "endings.h"
 #include "scratch.h"
 
@@ -59,6 +62,11 @@ at::Tensor rotate_tokens(const at::Tensor& x, const at::Tensor& Q, bool bias) {
   const at::Tensor rows = x.reshape({1, -1, F});
   const auto wide = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const at::Tensor last = bias ? Q.select(0, F).to(wide).contiguous() : at::Tensor();
+  if (library_multiplies(rows.size(1), x.scalar_type())) {
+    const at::Tensor x2 = rows.squeeze(0), head = Q.narrow(0, 0, F);
+    const at::Tensor y = bias ? at::addmm(Q.select(0, F), x2, head) : at::mm(x2, head);
+    return y.view({x.size(0), x.size(1), Q.size(1)});
+  }
   const Panels A = pack_rows(rows);
   at::Tensor y = scratch({1, A.extent, Q.size(1)}, A.storage.scalar_type());
   const int64_t step = slab_lines(F);

@@ -4,6 +4,7 @@
 // Columns are the queries' factors side by side, [O,QK] and [J,QK]: in place if that is how L and R
 // lie. A column panel holds whole queries (128 / K of them), a row panel whole sequences or a part
 // of one: a sum closes inside its tile.
+#include <ATen/ops/mm.h>
 #include <torch/library.h>
 
 #include <vector>
@@ -30,8 +31,32 @@ struct Rows {
     merged = size.T <= most;
     width = merged ? most / size.T * size.T : ceil_div(size.T, ceil_div(size.T, most));
   }
-  Panels pack(const at::Tensor& x) const {
-    return pack_rows(merged ? x.reshape({1, -1, x.size(2)}) : x, {.width = width});
+  at::Tensor cut(const at::Tensor& x) const { return merged ? x.reshape({1, -1, x.size(2)}) : x; }
+};
+
+// One of the two products.
+template <class Acc>
+struct Side {
+  bool library;
+  Panels A, B;
+  at::Tensor whole;  // [rows, QK] if the library multiplied
+
+  Side(const Rows& rows, const at::Tensor& x, const at::Tensor& factors, int64_t N, int64_t width)
+      : library(library_multiplies(N, x.scalar_type())),
+        A(library ? Panels(rows.cut(x), false, rows.width)
+                  : pack_rows(rows.cut(x), {.width = rows.width})),
+        B(library ? Panels(factors, true, width) : pack_columns(factors, N, {.width = width})) {
+    if (library) whole = at::mm(x.reshape({N, -1}), factors[0]).to(at::kFloat);
+  }
+  // The product of a row panel and a column panel: in `room`, or where it is already.
+  const Acc* tile(int64_t b, int64_t i, int64_t p, Acc* room, int64_t& ld) const {
+    if (library) {
+      ld = whole.size(1);
+      return whole.const_data_ptr<Acc>() + (b * A.extent + A.begin(i)) * ld + B.begin(p);
+    }
+    ld = B.line;
+    multiply<Acc>(A, b, i, B, 0, p, room, ld);
+    return room;
   }
 };
 
@@ -40,11 +65,10 @@ void accumulate(at::Tensor s, const at::Tensor& L, const at::Tensor& R, const at
                 const at::Tensor& a, bool bias, const Letters& size) {
   const int64_t K = size.K, group = std::max<int64_t>(1, kTile / K), N = size.B * size.T;
   const Rows rows(size, ceil_div(size.Q, group));
-  const Panels G = rows.pack(g), A = rows.pack(a);
   const at::Tensor left_factors = L.permute({1, 0, 2}).reshape({1, size.O, size.Q * K});
   const at::Tensor right_factors = R.reshape({1, size.Q * K, size.J}).mT();
-  const Panels left = pack_columns(left_factors, N, {.width = group * K});
-  const Panels right = pack_columns(right_factors.narrow(1, 0, size.I), N, {.width = group * K});
+  const Side<Acc> left(rows, g, left_factors, N, group * K);
+  const Side<Acc> right(rows, a, right_factors.narrow(1, 0, size.I), N, group * K);
   // The constant 1 of a bias meets column J of R: the same addend for every row.
   std::vector<Acc> ones(size.Q * K, Acc(0));
   if (bias) {
@@ -53,38 +77,41 @@ void accumulate(at::Tensor s, const at::Tensor& L, const at::Tensor& R, const at
   }
   const bool per_token = s.dim() == 3, partial = !rows.merged && !per_token;
   // Sums of the panels of one sequence are added in fixed order.
-  std::vector<Acc> parts(partial ? G.count * size.Q * size.B : 0, Acc(0));
+  std::vector<Acc> parts(partial ? left.A.count * size.Q * size.B : 0, Acc(0));
   Acc* sums = s.mutable_data_ptr<Acc>();
-  const int64_t line = left.line;
+  const Panels &G = left.A, &columns = left.B;
+  const int64_t line = columns.line;
   // Column panels innermost: factors stay in the last-level cache while rows stream past.
   const int64_t work = G.width * line * (size.O + size.I);
-  at::parallel_for(0, G.batch * G.count * left.count, grain(work), [&](int64_t begin, int64_t end) {
-    Tile<Acc> U(G.width * line), V(G.width * line), column(line);
-    for (int64_t unit = begin; unit < end; unit++) {
-      const int64_t p = unit % left.count, row = unit / left.count;
-      const int64_t b = row / G.count, i = row % G.count, first = b * size.T + G.begin(i);
-      const int64_t n = left.size(p), queries = n / K, q = p * group;
-      multiply<Acc>(G, b, i, left, 0, p, U.data, line);
-      multiply<Acc>(A, b, i, right, 0, p, V.data, line);
-      const int64_t run = per_token ? 1 : std::min(size.T, G.size(i));
-      for (int64_t r = 0; r < G.size(i); r += run) {
-        std::fill_n(column.data, n, Acc(0));
-        for (int64_t t = r; t < r + run; t++) {
-          add_products(column.data, U.data + t * line, V.data + t * line, &ones[q * K], n);
+  at::parallel_for(
+      0, G.batch * G.count * columns.count, grain(work), [&](int64_t begin, int64_t end) {
+        Tile<Acc> U(G.width * line), V(G.width * line), column(line);
+        for (int64_t unit = begin; unit < end; unit++) {
+          const int64_t p = unit % columns.count, row = unit / columns.count;
+          const int64_t b = row / G.count, i = row % G.count, first = b * size.T + G.begin(i);
+          const int64_t n = columns.size(p), queries = n / K, q = p * group;
+          int64_t ldu, ldv;
+          const Acc* u = left.tile(b, i, p, U.data, ldu);
+          const Acc* v = right.tile(b, i, p, V.data, ldv);
+          const int64_t run = per_token ? 1 : std::min(size.T, G.size(i));
+          for (int64_t r = 0; r < G.size(i); r += run) {
+            std::fill_n(column.data, n, Acc(0));
+            for (int64_t t = r; t < r + run; t++) {
+              add_products(column.data, u + t * ldu, v + t * ldv, &ones[q * K], n);
+            }
+            const int64_t sequence = (first + r) / size.T, token = (first + r) % size.T;
+            if (partial) {
+              add_group_sums(&parts[(i * size.Q + q) * size.B + sequence], size.B, column.data,
+                             queries, K);
+            } else {
+              add_group_sums(sums + q * s.stride(0) + sequence * s.stride(1) +
+                                 (per_token ? token * s.stride(2) : 0),
+                             s.stride(0), column.data, queries, K);
+            }
+          }
         }
-        const int64_t sequence = (first + r) / size.T, token = (first + r) % size.T;
-        if (partial) {
-          add_group_sums(&parts[(i * size.Q + q) * size.B + sequence], size.B, column.data, queries,
-                         K);
-        } else {
-          add_group_sums(sums + q * s.stride(0) + sequence * s.stride(1) +
-                             (per_token ? token * s.stride(2) : 0),
-                         s.stride(0), column.data, queries, K);
-        }
-      }
-    }
-    release(G);
-  });
+        release(G);
+      });
   for (int64_t i = 0; i < (partial ? G.count : 0); i++) {
     for (int64_t q = 0; q < size.Q; q++) {
       for (int64_t b = 0; b < size.B; b++) {

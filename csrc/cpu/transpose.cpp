@@ -2,7 +2,6 @@
 // for D = 8, 4, 2, 1. Macros: an inlined helper's vectors would be split for the baseline before it
 // is cloned.
 #include <algorithm>
-#include <cstring>
 
 #include "clones.h"
 #include "endings.h"
@@ -30,33 +29,23 @@ typedef uint32_t Words __attribute__((vector_size(64), aligned(1), may_alias));
 CLONES void transpose(void* to, int64_t ldy, const void* from, int64_t ldx, int64_t m, int64_t n) {
   uint32_t* y = static_cast<uint32_t*>(to);
   const uint32_t* x = static_cast<const uint32_t*>(from);
-  for (int64_t i = 0; i < m; i += 16) {
-    const int64_t h = std::min<int64_t>(16, m - i);
-    for (int64_t j = 0; j < n; j += 16) {
-      const int64_t w = std::min<int64_t>(16, n - j);
-      if (h < 4 || w < 4) {
-        for (int64_t k = 0; k < w; k++)
-          for (int64_t l = 0; l < h; l++) y[(j + k) * ldy + i + l] = x[(i + l) * ldx + j + k];
-        continue;
-      }
+  if (m < 16 || n < 16) {
+    for (int64_t j = 0; j < n; j++)
+      for (int64_t i = 0; i < m; i++) y[j * ldy + i] = x[i * ldx + j];
+    return;
+  }
+  // The last block of either side overlaps the one before.
+  for (int64_t i0 = 0; i0 < m; i0 += 16) {
+    const int64_t i = std::min(i0, m - 16);
+    for (int64_t j0 = 0; j0 < n; j0 += 16) {
+      const int64_t j = std::min(j0, n - 16);
       Words rows[16];
-      const uint32_t* source = x + i * ldx + j;
-      if (w == 16) {
-        for (int l = 0; l < 16; l++)
-          rows[l] = *reinterpret_cast<const Words*>(source + std::min<int64_t>(l, h - 1) * ldx);
-      } else {
-        for (int64_t l = 0; l < h; l++) std::memcpy(&rows[l], source + l * ldx, w * 4);
-      }
+      for (int l = 0; l < 16; l++) rows[l] = *reinterpret_cast<const Words*>(x + (i + l) * ldx + j);
       EXCHANGE(8, EIGHTS_LOW, EIGHTS_HIGH)
       EXCHANGE(4, FOURS_LOW, FOURS_HIGH)
       EXCHANGE(2, TWOS_LOW, TWOS_HIGH)
       EXCHANGE(1, ONES_LOW, ONES_HIGH)
-      uint32_t* target = y + j * ldy + i;
-      if (h == 16 && w == 16) {
-        for (int k = 0; k < 16; k++) *reinterpret_cast<Words*>(target + k * ldy) = rows[k];
-      } else {
-        for (int64_t k = 0; k < w; k++) std::memcpy(target + k * ldy, &rows[k], h * 4);
-      }
+      for (int l = 0; l < 16; l++) *reinterpret_cast<Words*>(y + (j + l) * ldy + i) = rows[l];
     }
   }
 }
