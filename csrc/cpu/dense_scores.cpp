@@ -69,10 +69,9 @@ struct Product {
   static bool innermost(const at::Tensor& P) {
     return P.stride(0) == 1 && P.stride(2) >= P.size(0);
   }
-  // The more sequences, the smaller the tiles: P is read once a group, which should be large.
-  static Cut cut(int64_t B) {
-    const int64_t rows = B <= 64 ? kTile / 2 : kTile / 4;
-    return {rows, kColumns, kHeldBytes / (4 * rows * kColumns)};
+  // P is read once a group of sequences, which should be large, and the rest follows.
+  static Cut cut(int64_t) {
+    return {kTile / 2, kColumns, kHeldBytes / (4 * (kTile / 2) * kColumns)};
   }
 
   void close(const Held<float>& held) {
