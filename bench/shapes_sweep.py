@@ -27,9 +27,9 @@ from ekfac_fast.ops.shapes import Shape
 Call = Callable[[], Tensor]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Of one case; fp16 has no fast products in torch on most CPUs.
-MOST_FLOPS = {"float32": 1e10, "bfloat16": 1e10, "float16": 3e8}
-MOST_ELEMENTS = 1 << 27  # of what plain torch writes, and of P
-BUDGET_SECONDS = 0.25  # of a row
+MOST_FLOPS = {"float32": 5e9, "bfloat16": 5e9, "float16": 2e8}
+MOST_ELEMENTS = 1 << 25  # of what plain torch writes, and of P
+BUDGET_SECONDS = 0.1  # of a row
 SHORT_SECONDS = 1e-4  # below, microseconds count and not the ratio
 DAMPING = 0.1
 
@@ -59,7 +59,7 @@ class Case:
         return Shape(B=self.B, T=self.T, I=self.I, O=self.O, Q=self.Q, K=self.K, bias=self.bias)
 
     def fits(self) -> bool:
-        """Whether it runs in a second or so, plain torch's intermediates included."""
+        """Whether it runs in half a second or so, plain torch's intermediates included."""
         s = self.shape
         written = {
             "covariance": s.N * s.J,
@@ -184,7 +184,7 @@ def _into(out: Tensor, call: Callable[[], None]) -> Call:
 def _dense(case: Case, g: Tensor, a: Tensor, P: Tensor) -> tuple[Call, Call]:
     s = case.shape
     into, other = torch.zeros(2, *([s.Q, s.B, s.T] if case.per_token else [s.Q, s.B]))
-    laid = ops.dense_scores.laid_out(P)
+    laid = ops.dense_scores.laid_out(P, case.per_token)
 
     def plain() -> Tensor:
         x = with_ones(a, s.bias)

@@ -40,13 +40,13 @@ def reference(s: Tensor, P: Tensor, g: Tensor, a: Tensor, bias: bool = False) ->
 torch.library.impl("ekfac_fast::dense_scores", "default", reference)
 
 
-def laid_out(P: Tensor) -> Tensor:
+def laid_out(P: Tensor, per_token: bool = False) -> Tensor:
     """The same P as many calls want it: once per stage, as much memory as P.
 
-    On a CPU from `MANY` queries on queries are innermost, [O,J,Q] in memory: scores are then a
-    product that reads P once, in order and in place. Else contiguous. Any layout is right.
+    On a CPU, for scores [Q,B] of `MANY` queries or more, queries are innermost, [O,J,Q] in memory:
+    a product that reads P once, in order and in place. Else contiguous. Any layout is right.
     """
-    if P.device.type == "cpu" and len(P) >= MANY:
+    if P.device.type == "cpu" and len(P) >= MANY and not per_token:
         return P.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     return P.contiguous()
 
