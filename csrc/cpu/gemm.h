@@ -94,8 +94,7 @@ struct Panels {
   }
 
   // Writes the first n lines of a panel from x, after them a line of ones if `ones`; for k in
-  // [k0, k1), at most kTile of them, inside one chunk and from a multiple of kBlock. `pick`: which
-  // k take part, in order.
+  // [k0, k1), inside one chunk and from a multiple of kBlock. `pick`: which k take part, in order.
   void fill(int64_t b, int64_t panel, int64_t n, const Matrix& x, bool ones, const int64_t* pick,
             int64_t k0, int64_t k1);
 };

@@ -1,10 +1,5 @@
-#include <ATen/ops/empty.h>
-
-#include <cstring>
-
 #include "endings.h"
 #include "gemm.h"
-#include "isa.h"
 #include "scratch.h"
 
 namespace ekfac_fast::cpu {

@@ -58,6 +58,7 @@ def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
         ("primes", 5, 3, 37, 67, 131, True),
         ("a tile and one more", 17, 9, 65, 129, 65, False),
         ("a tile less one", 7, 2, 127, 63, 127, True),
+        ("many queries of narrow layers", 21, 13, 6, 17, 9, True),
         ("no queries", 0, 2, 4, 5, 6, True),
         ("no sequences", 3, 0, 4, 5, 6, True),
     ):

@@ -55,6 +55,7 @@ def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
         ("a tile and one more", 17, 32, 3, 65, 129, 65, False),
         ("a tile less one", 3, 63, 2, 127, 63, 127, True),
         ("rank beyond a tile", 2, 150, 2, 33, 160, 170, True),
+        ("more rows than meet columns in place", 3, 5, 9, 30, 40, 50, True),
         ("no queries", 0, 2, 2, 4, 5, 6, True),
         ("no sequences", 3, 2, 0, 4, 5, 6, True),
     ):
