@@ -42,11 +42,14 @@ struct Side {
   at::Tensor whole;  // [rows, QK] if the library multiplied
 
   Side(const Rows& rows, const at::Tensor& x, const at::Tensor& factors, int64_t N, int64_t width)
-      : library(library_multiplies(N, x.scalar_type())),
+      // Fewer columns than a vector has lanes leave the others idle.
+      : library(library_multiplies(N, x.scalar_type()) ||
+                (factors.size(2) < kLanes && x.scalar_type() != at::kHalf)),
         A(library ? Panels(rows.cut(x), false, rows.width)
                   : pack_rows(rows.cut(x), {.width = rows.width})),
         B(library ? Panels(factors, true, width) : pack_columns(factors, N, {.width = width})) {
-    if (library) whole = at::mm(x.reshape({N, -1}), factors[0]).to(at::kFloat);
+    if (library)
+      whole = at::mm(x.reshape({N, -1}), factors[0]).to(c10::CppTypeToScalarType<Acc>::value);
   }
   // The product of a row panel and a column panel: in `room`, or where it is already.
   const Acc* tile(int64_t b, int64_t i, int64_t p, Acc* room, int64_t& ld) const {
