@@ -1,6 +1,7 @@
 # make demo    train a small GPT-2 on Python's reference, explain its completions: demo/report.html
 # make test    what CI runs: lint, build, all tests, then the short leg without the extension
-# make bench   the ops against the machine's roofs, kronfluence's contractions and plain torch
+# make bench   the ops against the machine's roofs, kronfluence's contractions and plain torch; then
+#              for five minutes shapes drawn from a seed
 # make gpu-check PYTHON=python3   on a machine with a GPU: build, test and measure, in nine minutes
 PYTHON ?= python3.11
 OUT ?= build/gpu-check
@@ -54,6 +55,7 @@ demo: build
 
 bench: build
 	$(BIN)/python bench/ops.py
+	$(BIN)/python bench/shapes_sweep.py --seconds 300
 
 # With that machine's own Python, torch and triton: no virtual environment, no network.
 gpu-check:

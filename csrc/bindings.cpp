@@ -17,9 +17,9 @@ pybind11::dict build_info() {
 #ifdef _OPENMP
   info["openmp"] = _OPENMP;
 #endif
-  info["avx2"] = has_avx2();
-  info["avx512"] = has_avx512();
-  info["bf16 products"] = has_bf16_products();
+  info["avx2"] = cpu::has_avx2();
+  info["avx512"] = cpu::has_avx512();
+  info["bf16 products"] = cpu::has_bf16_products();
   return info;
 }
 

@@ -11,7 +11,7 @@ from ekfac_fast import ops
 from ekfac_fast.ops import eigenvalues, precondition, self_influence
 from ekfac_fast.ops.shapes import ORDERS, Shape
 from ekfac_fast.ops.testing import parity
-from ekfac_fast.ops.testing.sampling import draw, orthogonal, strided
+from ekfac_fast.ops.testing.sampling import Sample, draw, orthogonal, strided
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -211,6 +211,26 @@ def test_expanded_operands():
     for (card, args), (_, copied) in zip(all_calls(x), all_calls(dense), strict=True):
         got, expected = parity.run(ops.call(card), args), parity.run(card.reference, copied)
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@each_dtype
+@pytest.mark.parametrize("Q", [1, 3, 40])
+def test_queries_laid_out_score_the_same(dtype, Q):
+    """`laid_out` changes strides only, and every op takes them, also a slice of the queries."""
+    x = problem(B=9, T=20, I=70, O=33, Q=Q, dtype=dtype)
+    P, factors = ops.dense_scores.laid_out(x["P"]), ops.low_rank_scores.laid_out(x["L"], x["R"])
+    for card, plain, laid in (
+        (ops.dense_scores, (x["P"],), (P,)),
+        (ops.low_rank_scores, (x["L"], x["R"]), factors),
+    ):
+        for before, after in zip(plain, laid, strict=True):
+            assert torch.equal(before, after)
+        for rows in (slice(None), slice(Q // 2, None)):
+            for s in (torch.zeros(Q, 9), torch.zeros(Q, 9, 20)):
+                s = s.to(x["s"].dtype)[rows]
+                args = (s, *(y[rows] for y in laid), x["g"], x["a"], True)
+                sample = Sample("laid out", Shape(), args, terms=20 * 2 + 70 * 33)
+                parity.check(card, sample, ops.call(card))
 
 
 @pytest.mark.parametrize("empty", ["B", "T"])

@@ -66,8 +66,8 @@ def largest_error(seed, out):
     linear = [n for n in linear_layers(model) if "lm_head" not in n and "embed_out" not in n]
     chosen = None if rng.random() < 0.5 else rng.choice(linear, 3, replace=False).tolist()
     names = [layer.name for layer in select_layers(model, chosen)]
-    # Enough tokens for every covariance to have full rank: eigenvectors of equal eigenvalues (0, say)
-    # are anybody's choice, and EK-FAC's answer depends on it.
+    # Enough tokens for covariances of full rank: eigenvectors of equal eigenvalues (0, say) are
+    # anybody's choice, and EK-FAC's answer depends on it.
     pairs = [sequence(rng) for _ in range(rng.integers(18, 25))]
     plain, given = ([pair[side] for pair in pairs] for side in range(2))
     asked = [pair for pair in (sequence(rng) for _ in range(rng.integers(1, 4)))]

@@ -79,7 +79,7 @@ def start(
         held = tuple(_factors(x, Q, K, device) for x in layers)
         made = Queries(held, K, (DAMPING,) * len(layers), torch.zeros(Q), ())
         # Private, but the choice between dense and low rank is not to be made here again.
-        gradients = scan._on_device(run, made)
+        gradients = scan.on_device(run, made)
         for name, own in gradients.items():
             low = isinstance(own, LowRank)
             arranged[name] = plain_torch.arranged(own.L, own.R) if low else (own.P,)
@@ -128,7 +128,7 @@ class Ours:
                 self.run, factors, layers, damping, begun.rank, lambda number, tensors: None
             )
         batches = [list(self.batch.indices)]
-        add = scan._adding(begun.gradients)
+        add = scan.adding(begun.gradients)
         return scan.Scan(self.run, store, begun.queries, batches, None, None, add)
 
     def loss(self) -> Tensor:

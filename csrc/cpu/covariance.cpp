@@ -6,7 +6,7 @@
 #include "endings.h"
 #include "gemm.h"
 
-namespace ekfac_fast {
+namespace ekfac_fast::cpu {
 namespace {
 
 template <class Acc>
@@ -14,10 +14,16 @@ void add_tile(Acc* cov, int64_t J, int64_t m0, int64_t m, int64_t n0, int64_t n,
               int64_t ld) {
   for (int64_t i = 0; i < m; i++) add(cov + (m0 + i) * J + n0, C + i * ld, n);
   if (m0 == n0) return;  // a tile on the diagonal is both triangles
-  for (int64_t i0 = 0; i0 < m; i0 += kLanes) {
+  if constexpr (std::is_same_v<Acc, float>) {
+    alignas(64) Acc turned[kLanes * kTile];
+    for (int64_t k0 = 0; k0 < n; k0 += kLanes) {
+      const int64_t k1 = std::min(k0 + kLanes, n);
+      transpose(turned, kTile, C + k0, ld, m, k1 - k0);
+      for (int64_t k = k0; k < k1; k++) add(cov + (n0 + k) * J + m0, turned + (k - k0) * kTile, m);
+    }
+  } else {
     for (int64_t k = 0; k < n; k++) {
-      Acc* to = cov + (n0 + k) * J + m0;
-      for (int64_t i = i0; i < std::min(i0 + kLanes, m); i++) to[i] += C[i * ld + k];
+      for (int64_t i = 0; i < m; i++) cov[(n0 + k) * J + m0 + i] += C[i * ld + k];
     }
   }
 }
@@ -33,10 +39,10 @@ void accumulate(at::Tensor& cov, const at::Tensor& x, const at::Tensor& rows, bo
     const at::Tensor pick = rows.defined() ? rows.narrow(0, r, n) : rows;
     const at::Tensor part = (rows.defined() ? x : x.narrow(0, r, n)).unsqueeze(0);
     product<Acc>(
-        pack_rows(part.mT(), bias, pick), pack_columns(part, bias, pick),
+        pack_rows(part.mT(), {bias, pick}), pack_columns(part, J, {bias, pick}),
         [&](int64_t, int64_t m0, int64_t m, int64_t n0, int64_t n, const Acc* C, int64_t ld,
             int64_t) { add_tile(data, J, m0, m, n0, n, C, ld); },
-        /*upper=*/true);
+        /*parts=*/1, /*upper=*/true);
   }
   if (!sum.is_same(cov)) cov.copy_(sum);
 }
@@ -55,6 +61,6 @@ void covariance(at::Tensor& cov, const at::Tensor& x, const std::optional<at::Te
 }
 
 }  // namespace
-}  // namespace ekfac_fast
+}  // namespace ekfac_fast::cpu
 
-TORCH_LIBRARY_IMPL(ekfac_fast, CPU, m) { m.impl("covariance", &ekfac_fast::covariance); }
+TORCH_LIBRARY_IMPL(ekfac_fast, CPU, m) { m.impl("covariance", &ekfac_fast::cpu::covariance); }

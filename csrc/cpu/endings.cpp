@@ -1,11 +1,8 @@
 #include "endings.h"
 
-// One symbol, three bodies, chosen when the library is loaded. Other compilers get the baseline.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define CLONES __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
-#else
-#define CLONES
-#endif
+#include <cstring>
+
+#include "clones.h"
 
 // Sums are split over independent lanes in source order, so that they vectorise without -ffast-math
 // and are the same in every run; LANES floats fill two AVX-512 registers.
@@ -49,51 +46,101 @@
     return sum;                                      \
   }
 
-// Sixteen running vectors: each loaded value meets four of the other side.
-#define DOT_4X4(T, V, W)                                                                     \
-  CLONES void dot_4x4(T* S, const T* const* X, int64_t ldx, const T* const* Y, int64_t ldy,  \
-                      int64_t m, int64_t n) {                                                \
-    typedef T V __attribute__((vector_size(64), aligned(sizeof(T))));                        \
-    V sum[4][4] = {};                                                                        \
-    for (int64_t r = 0; r < m; r++) {                                                        \
-      int64_t i = 0;                                                                         \
-      for (; i + W <= n; i += W) {                                                           \
-        V x[4], y[4];                                                                        \
-        for (int p = 0; p < 4; p++) x[p] = *reinterpret_cast<const V*>(X[p] + r * ldx + i);  \
-        for (int q = 0; q < 4; q++) y[q] = *reinterpret_cast<const V*>(Y[q] + r * ldy + i);  \
-        for (int p = 0; p < 4; p++)                                                          \
-          for (int q = 0; q < 4; q++) sum[p][q] += x[p] * y[q];                              \
-      }                                                                                      \
-      for (; i < n; i++)                                                                     \
-        for (int p = 0; p < 4; p++)                                                          \
-          for (int q = 0; q < 4; q++) S[4 * p + q] += X[p][r * ldx + i] * Y[q][r * ldy + i]; \
-    }                                                                                        \
-    for (int p = 0; p < 4; p++)                                                              \
-      for (int q = 0; q < 4; q++) {                                                          \
-        T total = 0;                                                                         \
-        for (int l = 0; l < W; l++) total += sum[p][q][l];                                   \
-        S[4 * p + q] += total;                                                               \
-      }                                                                                      \
+#define GROUP_SUMS(T)                                                                    \
+  CLONES void add_group_sums(T* y, int64_t ldy, const T* x, int64_t groups, int64_t K) { \
+    for (int64_t g = 0; g < groups; g++, x += K) {                                       \
+      T lanes[16] = {}, sum = 0;                                                         \
+      int64_t k = 0;                                                                     \
+      for (; k + 16 <= K; k += 16) {                                                     \
+        for (int l = 0; l < 16; l++) lanes[l] += x[k + l];                               \
+      }                                                                                  \
+      for (int l = 0; k && l < 16; l++) sum += lanes[l];                                 \
+      for (; k < K; k++) sum += x[k];                                                    \
+      y[g * ldy] += sum;                                                                 \
+    }                                                                                    \
   }
 
-namespace ekfac_fast {
+// P x Q running vectors: of 4 x 4, each loaded value meets four of the other side.
+#define BLOCK(T, W, P, Q)                                                           \
+  for (; p + P <= nx; p += P) {                                                     \
+    for (int64_t q = 0; q + Q <= ny; q += Q) {                                      \
+      typedef T V __attribute__((vector_size(W * sizeof(T)), aligned(sizeof(T))));  \
+      V sum[P][Q] = {};                                                             \
+      T rest[P][Q] = {};                                                            \
+      for (int64_t r = 0; r < m; r++) {                                             \
+        const T *x[P], *y[Q];                                                       \
+        for (int u = 0; u < P; u++) x[u] = X[p + u] + r * ldx;                      \
+        for (int v = 0; v < Q; v++) y[v] = Y[q + v] + r * ldy;                      \
+        int64_t i = 0;                                                              \
+        for (; i + W <= n; i += W) {                                                \
+          V a[P], b[Q];                                                             \
+          for (int u = 0; u < P; u++) a[u] = *reinterpret_cast<const V*>(x[u] + i); \
+          for (int v = 0; v < Q; v++) b[v] = *reinterpret_cast<const V*>(y[v] + i); \
+          for (int u = 0; u < P; u++)                                               \
+            for (int v = 0; v < Q; v++) sum[u][v] += a[u] * b[v];                   \
+        }                                                                           \
+        for (; i < n; i++)                                                          \
+          for (int u = 0; u < P; u++)                                               \
+            for (int v = 0; v < Q; v++) rest[u][v] += x[u][i] * y[v][i];            \
+      }                                                                             \
+      for (int u = 0; u < P; u++)                                                   \
+        for (int v = 0; v < Q; v++) {                                               \
+          for (int l = 0; l < W; l++) rest[u][v] += sum[u][v][l];                   \
+          S[(p + u) * sx + (q + v) * sy] += rest[u][v];                             \
+        }                                                                           \
+    }                                                                               \
+  }
+
+#define DOTS(T, W)                                                                           \
+  CLONES void dots(T* S, int64_t sx, int64_t sy, const T* const* X, int64_t nx, int64_t ldx, \
+                   const T* const* Y, int64_t ny, int64_t ldy, int64_t m, int64_t n) {       \
+    int64_t p = 0;                                                                           \
+    if (ny == 4) {                                                                           \
+      BLOCK(T, W, 4, 4)                                                                      \
+      BLOCK(T, W, 1, 4)                                                                      \
+    } else {                                                                                 \
+      BLOCK(T, W, 4, 1)                                                                      \
+      BLOCK(T, W, 1, 1)                                                                      \
+    }                                                                                        \
+  }
+
+namespace ekfac_fast::cpu {
 
 using c10::BFloat16;
 using c10::Half;
 
 CONVERT(float, float)
-CONVERT(float, BFloat16)
 CONVERT(float, Half)
-CONVERT(BFloat16, float)
-CONVERT(BFloat16, BFloat16)
 CONVERT(Half, float)
 CONVERT(double, double)
 
-CLONES void interleave(BFloat16* y, const BFloat16* even, const BFloat16* odd, int64_t n) {
+// bf16 as the bits it is: through its class none of these loops is vectorised.
+typedef uint16_t Short __attribute__((may_alias));
+typedef uint32_t Word __attribute__((may_alias));
+
+void convert(BFloat16* y, const BFloat16* x, int64_t n) { std::memcpy(y, x, n * sizeof(*y)); }
+
+CLONES void convert(float* y, const BFloat16* x, int64_t n) {
+  Word* to = reinterpret_cast<Word*>(y);
+  const Short* from = reinterpret_cast<const Short*>(x);
+  for (int64_t i = 0; i < n; i++) to[i] = static_cast<uint32_t>(from[i]) << 16;
+}
+
+// To the nearest, ties to even; a NaN stays one.
+CLONES void convert(BFloat16* y, const float* x, int64_t n) {
+  Short* to = reinterpret_cast<Short*>(y);
+  const Word* from = reinterpret_cast<const Word*>(x);
   for (int64_t i = 0; i < n; i++) {
-    y[2 * i] = even[i];
-    y[2 * i + 1] = odd[i];
+    const uint32_t bits = from[i], rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    to[i] = (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded;
   }
+}
+
+CLONES void interleave(BFloat16* y, const BFloat16* even, const BFloat16* odd, int64_t n) {
+  Word* __restrict to = reinterpret_cast<Word*>(y);
+  const Short* __restrict low = reinterpret_cast<const Short*>(even);
+  const Short* __restrict high = reinterpret_cast<const Short*>(odd);
+  for (int64_t i = 0; i < n; i++) to[i] = low[i] | static_cast<uint32_t>(high[i]) << 16;
 }
 
 ELEMENTWISE(float)
@@ -104,7 +151,9 @@ REDUCTION(double, damped_norm, (const double* x, const double* lam, double dampi
           x[k] * x[k] / (lam[k] + damping))
 REDUCTION(float, dot, (const float* x, const float* y, int64_t n), x[k] * y[k])
 REDUCTION(double, dot, (const double* x, const double* y, int64_t n), x[k] * y[k])
-DOT_4X4(float, v16, 16)
-DOT_4X4(double, v8, 8)
+GROUP_SUMS(float)
+GROUP_SUMS(double)
+DOTS(float, 16)
+DOTS(double, 8)
 
-}  // namespace ekfac_fast
+}  // namespace ekfac_fast::cpu

@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-namespace ekfac_fast {
+namespace ekfac_fast::cpu {
 
 // y[i] = x[i], converted
 void convert(float* y, const float* x, int64_t n);
@@ -18,6 +18,9 @@ void convert(c10::Half* y, const float* x, int64_t n);
 void convert(double* y, const double* x, int64_t n);
 // y[2 i], y[2 i + 1] = even[i], odd[i]
 void interleave(c10::BFloat16* y, const c10::BFloat16* even, const c10::BFloat16* odd, int64_t n);
+
+// y[j ldy + i] = x[i ldx + j] for i < m, j < n: words of 32 bits, whatever they hold
+void transpose(void* y, int64_t ldy, const void* x, int64_t ldx, int64_t m, int64_t n);
 
 // y += x
 void add(float* y, const float* x, int64_t n);
@@ -34,13 +37,16 @@ double damped_norm(const double* x, const double* lam, double damping, int64_t n
 // y += u (v + bias), elementwise
 void add_products(float* y, const float* u, const float* v, const float* bias, int64_t n);
 void add_products(double* y, const double* u, const double* v, const double* bias, int64_t n);
+// y[g ldy] += sum_k x[g K + k], for `groups` of K
+void add_group_sums(float* y, int64_t ldy, const float* x, int64_t groups, int64_t K);
+void add_group_sums(double* y, int64_t ldy, const double* x, int64_t groups, int64_t K);
 // sum x y
 float dot(const float* x, const float* y, int64_t n);
 double dot(const double* x, const double* y, int64_t n);
-// S[p,q] += sum_ri X_p[r,i] Y_q[r,i] for p, q < 4, over m rows of n
-void dot_4x4(float* S, const float* const* X, int64_t ldx, const float* const* Y, int64_t ldy,
-             int64_t m, int64_t n);
-void dot_4x4(double* S, const double* const* X, int64_t ldx, const double* const* Y, int64_t ldy,
-             int64_t m, int64_t n);
+// S[p sx + q sy] += sum_ri X_p[r,i] Y_q[r,i] for p < nx, q < ny, each at most 4; over m rows of n
+void dots(float* S, int64_t sx, int64_t sy, const float* const* X, int64_t nx, int64_t ldx,
+          const float* const* Y, int64_t ny, int64_t ldy, int64_t m, int64_t n);
+void dots(double* S, int64_t sx, int64_t sy, const double* const* X, int64_t nx, int64_t ldx,
+          const double* const* Y, int64_t ny, int64_t ldy, int64_t m, int64_t n);
 
-}  // namespace ekfac_fast
+}  // namespace ekfac_fast::cpu

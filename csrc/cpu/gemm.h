@@ -4,13 +4,15 @@
 //
 // Sums are fp32 whatever the operands are (fp64 for fp64).
 //
-// Operands are packed once into panels: contiguous, zero padded, converted to what this CPU
-// multiplies (bf16 stays bf16 where there are bf16 products, else 16-bit is widened here). Packing
-// is what makes any stride, any dtype, the implied ones column and the skipping of masked rows cost
-// one pass and nothing in the product. Only rows that lie as the product wants them are not packed:
-// that pass was a third of `low_rank_scores` for a few queries. The product itself is oneDNN's
-// batch-reduce GEMM through ATen, at 98 % of the arithmetic peak where it was measured (Zen 5);
-// MKL, which `torch.mm` calls, reached 43 % there.
+// The product itself is oneDNN's batch-reduce GEMM through ATen: 98 % of the arithmetic peak where
+// it was measured (Zen 4, Zen 5); MKL, which `torch.mm` calls, reached 80 % and 43 % there.
+//
+// Operands are cut into panels: contiguous, zero padded along k, converted to what this CPU
+// multiplies (bf16 stays bf16 where there are bf16 products, else 16-bit is widened). Packing is
+// what makes any stride, any dtype, the implied ones column and the skipping of masked rows cost
+// one pass and nothing in the product. What already lies as the product wants it stays in place:
+// rows always, columns if few rows meet them, since a strided operand costs 15 % of the rate but
+// packing a matrix that 16 rows meet costs more than the product.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -20,12 +22,13 @@
 #include <memory>
 #include <new>
 
-namespace ekfac_fast {
+namespace ekfac_fast::cpu {
 
 constexpr int64_t kTile = 128;   // rows and columns of a tile: 64 KiB of fp32
 constexpr int64_t kDepth = 256;  // k per chunk: two 128 KiB panels and the tile fit in 512 KiB
 constexpr int64_t kLanes = 16;   // panels are padded to whole vectors
 constexpr int64_t kBlock = 32;   // k packed at a time
+constexpr int64_t kFew = 256;    // rows that meet columns in place
 // Operands are packed in slabs of this size: larger ones leave the last-level cache and gain
 // nothing.
 constexpr int64_t kSlabBytes = int64_t{31} << 20;
@@ -36,11 +39,19 @@ inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 inline int64_t slab_lines(int64_t depth) {
   return round_up(std::max<int64_t>(1, kSlabBytes / (4 * std::max<int64_t>(1, depth))), kTile);
 }
+// How many units of so much work, in multiply-adds or bytes, are worth waking a thread for.
+inline int64_t grain(int64_t work) {
+  return ceil_div(int64_t{1} << 20, std::max<int64_t>(1, work));
+}
 
 // The dtype in which operands of `dtype` are multiplied: fp64, fp32 or bf16. fp32 goes through bf16
 // where the user allowed it, torch.set_float32_matmul_precision("medium"), and the CPU has such
 // products.
 at::ScalarType compute_dtype(at::ScalarType dtype);
+
+// Whether `rows` of bf16 are better multiplied by at::mm: pairing the k of a matrix that few rows
+// meet costs more than the product, and the library has no need to.
+bool library_multiplies(int64_t rows, at::ScalarType dtype);
 
 // A matrix in place: element (f, k) of the free and the summed dimension is data[f * sf + k * sk].
 struct Matrix {
@@ -48,6 +59,8 @@ struct Matrix {
   at::ScalarType dtype;
   int64_t sf, sk;
 
+  Matrix(const void* data, at::ScalarType dtype, int64_t sf, int64_t sk)
+      : data(static_cast<const char*>(data)), dtype(dtype), sf(sf), sk(sk) {}
   Matrix(const at::Tensor& x, int64_t free_dim, int64_t k_dim, int64_t b, int64_t from);
 };
 
@@ -57,40 +70,55 @@ struct Panels {
   bool columns;           // the right operand: k-major panels (pairs of k interleaved for bf16)
   int64_t batch;          // 1: the same matrix for every batch entry
   int64_t extent, depth;  // free and summed sizes
-  int64_t padded_depth;   // depth in whole vectors
-  int64_t width, count;   // width (padded) and number of panels
-  // Rows that are in place: elements from one to the next and from matrix to matrix; 0 if packed.
-  int64_t row_stride = 0, batch_stride = 0;
+  int64_t padded_depth;   // depth in whole vectors, if packed
+  int64_t width, count;   // lines of a panel but the last, and number of panels
+  int64_t line;           // width in whole vectors
+  // In place: elements from one row (of columns: one k) to the next, and from matrix to matrix; 0
+  // if packed.
+  int64_t stride = 0, batch_stride = 0;
 
-  // `extent` in panels of equal width, at most kTile unless `width` says so. Not filled.
+  // To be filled: `extent` in panels of equal width, at most kTile; or of the given one.
   Panels(bool columns, int64_t batch, int64_t extent, int64_t depth, at::ScalarType compute,
-         int64_t width = 0);
+         int64_t width);
 
-  // rows [batch, m, k] in place, k contiguous.
-  explicit Panels(const at::Tensor& rows);
+  // In place: rows [batch, m, k], or columns [batch, k, n], contiguous in the last dimension.
+  Panels(const at::Tensor& x, bool columns, int64_t width);
 
   int64_t begin(int64_t panel) const { return panel * width; }
   int64_t size(int64_t panel) const { return std::min(width, extent - panel * width); }
-  // Lines of a panel that are multiplied: past `size` there is nothing in place.
-  int64_t lines(int64_t panel) const { return row_stride ? size(panel) : width; }
   char* at(int64_t b, int64_t panel, int64_t chunk) const;
+  // Elements from line to line of a chunk.
+  int64_t ld(int64_t chunk) const {
+    if (stride) return stride;
+    return columns ? line : std::min(kDepth, padded_depth - chunk * kDepth);
+  }
 
-  // Writes lines [to, to + n) of one panel from x, after them a line of ones if `ones`, and zeroes
-  // what lies beyond if this is the `last` fill of the panel; for k in [k0, k1), inside one chunk
-  // and from a multiple of kBlock. `pick`: which k take part, in order.
-  void fill(int64_t b, int64_t panel, int64_t to, int64_t n, const Matrix& x, bool ones, bool last,
-            const int64_t* pick, int64_t k0, int64_t k1);
+  // Writes the first n lines of a panel from x, after them a line of ones if `ones`; for k in
+  // [k0, k1), inside one chunk and from a multiple of kBlock. `pick`: which k take part, in order.
+  void fill(int64_t b, int64_t panel, int64_t n, const Matrix& x, bool ones, const int64_t* pick,
+            int64_t k0, int64_t k1);
 };
 
-// x [batch, m, k] as the left operand; `ones` appends a row of ones. Left in place where its rows
-// can be multiplied as they are.
-Panels pack_rows(const at::Tensor& x, bool ones = false, const at::Tensor& pick = {});
-// x [batch, k, n] as the right operand; `ones` appends a column of ones.
-Panels pack_columns(const at::Tensor& x, bool ones = false, const at::Tensor& pick = {});
+// How operands are packed.
+struct Packing {
+  bool ones = false;     // append a line of ones
+  at::Tensor pick = {};  // which k take part, in order; undefined: all
+  int64_t width = 0;     // of a panel; 0: equal ones, at most kTile wide
+};
+// x [batch, m, k] as the left operand. Left in place where its rows can be multiplied as they are.
+Panels pack_rows(const at::Tensor& x, const Packing& how = {});
+// x [batch, k, n] as the right operand of `rows` rows. Left in place if those are few and its
+// columns can be multiplied as they are.
+Panels pack_columns(const at::Tensor& x, int64_t rows, const Packing& how = {});
 
-// C[A.width, B.width] = A panel i of matrix a, times B panel j of matrix b.
+// C [m,n], rows ldc apart, = A panel i of matrix a, times B panel j of matrix b.
 template <class Acc>
-void multiply(const Panels& A, int64_t a, int64_t i, const Panels& B, int64_t b, int64_t j, Acc* C);
+void multiply(const Panels& A, int64_t a, int64_t i, const Panels& B, int64_t b, int64_t j, Acc* C,
+              int64_t ldc);
+// C [M,N] += x [M,K] y [K,N], rows lda, ldb and ldc apart, operands fp32 or bf16; y of bf16 holds
+// pairs of k, as column panels do.
+void multiply_add(at::ScalarType dtype, int64_t M, int64_t N, int64_t K, const void* x, int64_t lda,
+                  const void* y, int64_t ldb, float* C, int64_t ldc, bool add = true);
 // Gives back per-thread matrix units (AMX); call once a thread has multiplied its last tile.
 void release(const Panels& A);
 
@@ -105,28 +133,34 @@ struct Tile {
   Acc* data;
 };
 
-// Every tile of every A_b B_b: ending(b, m0, m, n0, n, C, ldc, tile index). All b of one tile run
-// on one thread, in order, so an ending may accumulate over b without races and the result is
-// repeatable. `upper`: of a square, tiles strictly below the diagonal are left out.
+// Every tile of every A_b B_b: ending(b, m0, m, n0, n, C, ldc, index). The batch is cut into
+// `parts`: all b of one tile and part run on one thread, in order, so an ending may accumulate over
+// them without races and the result is repeatable; index = part x tiles + tile. `upper`: of a
+// square, tiles strictly below the diagonal are left out.
 template <class Acc, class Ending>
-void product(const Panels& A, const Panels& B, const Ending& ending, bool upper = false) {
+void product(const Panels& A, const Panels& B, const Ending& ending, int64_t parts = 1,
+             bool upper = false) {
   const int64_t batch = std::max(A.batch, B.batch);
+  parts = std::min(parts, batch);
+  const int64_t part = ceil_div(batch, parts);
   // Threads take equal shares of what is multiplied: of a triangle, too.
   const int64_t tiles = upper ? A.count * (A.count + 1) / 2 : A.count * B.count;
-  at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
-    Tile<Acc> C(A.width * B.width);
-    for (int64_t tile = begin; tile < end; tile++) {
+  const int64_t work = A.width * B.width * std::max(kLanes, A.depth) * part;
+  at::parallel_for(0, parts * tiles, grain(work), [&](int64_t begin, int64_t end) {
+    Tile<Acc> C(A.width * B.line);
+    for (int64_t unit = begin; unit < end; unit++) {
+      const int64_t tile = unit % tiles, first = unit / tiles * part;
       int64_t i = tile / B.count, j = tile % B.count;
       if (upper) {
         for (i = 0, j = tile; j >= B.count; i++) j -= B.count - i - 1;
       }
-      for (int64_t b = 0; b < batch; b++) {
-        multiply<Acc>(A, b, i, B, b, j, C.data);
-        ending(b, A.begin(i), A.size(i), B.begin(j), B.size(j), C.data, B.width, tile);
+      for (int64_t b = first; b < std::min(batch, first + part); b++) {
+        multiply<Acc>(A, b, i, B, b, j, C.data, B.line);
+        ending(b, A.begin(i), A.size(i), B.begin(j), B.size(j), C.data, B.line, unit);
       }
     }
     release(A);
   });
 }
 
-}  // namespace ekfac_fast
+}  // namespace ekfac_fast::cpu

@@ -1,45 +1,52 @@
 #include "gradients.h"
 
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/mm.h>
+
 #include "endings.h"
 #include "scratch.h"
 
-namespace ekfac_fast {
+namespace ekfac_fast::cpu {
 
-int64_t sequences_at_once(const Letters& size) {
+// Of gradients that are rotated whole: enough for layers so small that one is not worth its calls.
+constexpr int64_t kGradientBytes = int64_t{4} << 20;
+
+int64_t sequences_at_once(const Letters& size, bool whole) {
+  if (whole) return std::max<int64_t>(1, kGradientBytes / (4 * size.O * size.J));
   return std::max<int64_t>(
       1, kSlabBytes / (4 * std::max<int64_t>(1, size.T * std::max(size.O, size.J))));
 }
 
 namespace {
 
-// Writes a tile into y [batch, m, n], adding `bias` [n] to every row.
-template <class Out, class Acc>
-void store(Out* y, int64_t m, int64_t n, const Acc* C, int64_t ld, int64_t stride,
-           const Acc* bias) {
-  Acc row[kTile];
-  for (int64_t i = 0; i < m; i++) {
-    const Acc* from = C + i * ld;
-    if (bias) {
-      std::copy_n(from, n, row);
-      add(row, bias, n);
-      from = row;
-    }
-    convert(y + i * stride, from, n);
-  }
-}
-
-// Columns [at, at + B.extent) of y [batch, m, n] = A B + bias.
+// Columns [at, at + B.extent) of y [batch, m, n] = A B + bias [n].
 void multiply_into(at::Tensor& y, int64_t at, const Panels& A, const Panels& B,
                    const at::Tensor& bias) {
-  const int64_t M = A.extent, N = y.size(2);
+  const int64_t M = A.extent, N = y.size(2), batch = std::max(A.batch, B.batch);
   auto run = [&]<class Out, class Acc>(Out, Acc) {
     Out* data = y.mutable_data_ptr<Out>() + at;
     const Acc* row = bias.defined() ? bias.const_data_ptr<Acc>() + at : nullptr;
-    product<Acc>(A, B,
-                 [&](int64_t b, int64_t m0, int64_t m, int64_t n0, int64_t n, const Acc* C,
-                     int64_t ld, int64_t) {
-                   store(data + (b * M + m0) * N + n0, m, n, C, ld, N, row ? row + n0 : nullptr);
-                 });
+    const int64_t tiles = A.count * B.count;
+    at::parallel_for(
+        0, batch * tiles, grain(A.width * B.width * A.depth), [&](int64_t begin, int64_t end) {
+          Tile<Acc> room(std::is_same_v<Out, Acc> ? 0 : A.width * B.line);
+          for (int64_t unit = begin; unit < end; unit++) {
+            const int64_t b = unit / tiles, i = unit % tiles / B.count, j = unit % B.count;
+            Out* to = data + (b * M + A.begin(i)) * N + B.begin(j);
+            Acc* C = room.data;
+            int64_t ld = B.line;
+            if constexpr (std::is_same_v<Out, Acc>) {
+              C = to;
+              ld = N;
+            }
+            multiply<Acc>(A, b, i, B, b, j, C, ld);
+            for (int64_t r = 0; r < A.size(i); r++) {
+              if (row) add(C + r * ld, row + B.begin(j), B.size(j));
+              if constexpr (!std::is_same_v<Out, Acc>) convert(to + r * N, C + r * ld, B.size(j));
+            }
+          }
+          release(A);
+        });
   };
   switch (y.scalar_type()) {
     case at::kDouble: run(double{}, double{}); break;
@@ -55,21 +62,26 @@ at::Tensor rotate_tokens(const at::Tensor& x, const at::Tensor& Q, bool bias) {
   const at::Tensor rows = x.reshape({1, -1, F});
   const auto wide = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const at::Tensor last = bias ? Q.select(0, F).to(wide).contiguous() : at::Tensor();
+  if (library_multiplies(rows.size(1), x.scalar_type())) {
+    const at::Tensor x2 = rows.squeeze(0), head = Q.narrow(0, 0, F);
+    const at::Tensor y = bias ? at::addmm(Q.select(0, F), x2, head) : at::mm(x2, head);
+    return y.view({x.size(0), x.size(1), Q.size(1)});
+  }
   const Panels A = pack_rows(rows);
   at::Tensor y = scratch({1, A.extent, Q.size(1)}, A.storage.scalar_type());
   const int64_t step = slab_lines(F);
   for (int64_t n = 0; n < Q.size(1); n += step) {
     const at::Tensor slab = Q.narrow(0, 0, F).narrow(1, n, std::min(step, Q.size(1) - n));
-    multiply_into(y, n, A, pack_columns(slab.unsqueeze(0)), last);
+    multiply_into(y, n, A, pack_columns(slab.unsqueeze(0), A.extent), last);
   }
   return y.view({x.size(0), x.size(1), Q.size(1)});
 }
 
-at::Tensor one_gradient(const at::Tensor& g, const at::Tensor& a, bool bias) {
-  const Panels A = pack_rows(g.mT()), B = pack_columns(a, bias);
-  at::Tensor G = scratch({1, A.extent, B.extent}, A.storage.scalar_type());
+at::Tensor unrotated_gradients(const at::Tensor& g, const at::Tensor& a, bool bias) {
+  const Panels A = pack_rows(g.mT()), B = pack_columns(a, A.extent, {.ones = bias});
+  at::Tensor G = scratch({A.batch, A.extent, B.extent}, A.storage.scalar_type());
   multiply_into(G, 0, A, B, {});
   return G;
 }
 
-}  // namespace ekfac_fast
+}  // namespace ekfac_fast::cpu

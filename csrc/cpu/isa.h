@@ -2,7 +2,7 @@
 // operand is widened to fp32 when it is packed.
 #pragma once
 
-namespace ekfac_fast {
+namespace ekfac_fast::cpu {
 
 #if defined(__x86_64__)
 inline bool has_avx2() { return __builtin_cpu_supports("avx2"); }
@@ -14,4 +14,4 @@ inline bool has_avx512() { return false; }
 inline bool has_bf16_products() { return false; }
 #endif
 
-}  // namespace ekfac_fast
+}  // namespace ekfac_fast::cpu

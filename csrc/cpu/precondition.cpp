@@ -5,7 +5,7 @@
 #include "gradients.h"
 #include "scratch.h"
 
-namespace ekfac_fast {
+namespace ekfac_fast::cpu {
 namespace {
 
 at::Tensor precondition(const at::Tensor& g, const at::Tensor& a,
@@ -19,7 +19,7 @@ at::Tensor precondition(const at::Tensor& g, const at::Tensor& a,
   auto run = [&]<class Acc>(Acc) {
     Acc* out = P.mutable_data_ptr<Acc>();
     const Acc* lams = values.const_data_ptr<Acc>();
-    gradient_tiles<Acc>(g, a, Qg, Qa, bias, size, order,
+    gradient_tiles<Acc>(g, a, Qg, Qa, bias, size, order, size.B,
                         [&](int64_t b, int64_t o0, int64_t o, int64_t j0, int64_t j, const Acc* C,
                             int64_t ld, int64_t) {
                           for (int64_t i = 0; i < o; i++) {
@@ -34,6 +34,6 @@ at::Tensor precondition(const at::Tensor& g, const at::Tensor& a,
 }
 
 }  // namespace
-}  // namespace ekfac_fast
+}  // namespace ekfac_fast::cpu
 
-TORCH_LIBRARY_IMPL(ekfac_fast, CPU, m) { m.impl("precondition", &ekfac_fast::precondition); }
+TORCH_LIBRARY_IMPL(ekfac_fast, CPU, m) { m.impl("precondition", &ekfac_fast::cpu::precondition); }

@@ -4,13 +4,30 @@
 #include <ATen/ops/from_blob.h>
 #include <c10/core/impl/alloc_cpu.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <limits>
 #include <map>
 #include <mutex>
 
-namespace ekfac_fast {
+namespace ekfac_fast::cpu {
 namespace {
+
+// Pages of 2 MiB where the system gives them to those that ask: the first touch of a large result
+// in pages of 4 KiB took as long as a third of `precondition`.
+void* fresh(int64_t bytes) {
+  void* data = c10::alloc_cpu(bytes);
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kHuge = uintptr_t{2} << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHuge * kHuge;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+  return data;
+}
 
 class Pool {
  public:
@@ -18,7 +35,7 @@ class Pool {
   void* take(int64_t& bytes) {
     const std::lock_guard guard(mutex_);
     const auto block = free_.lower_bound(bytes);
-    if (block == free_.end() || block->first > 2 * bytes) return c10::alloc_cpu(bytes);
+    if (block == free_.end() || block->first > 2 * bytes) return fresh(bytes);
     void* data = block->second;
     bytes = block->first;
     kept_ -= bytes;
@@ -70,4 +87,4 @@ at::Tensor scratch(at::IntArrayRef sizes, at::ScalarType dtype) {
   return x;
 }
 
-}  // namespace ekfac_fast
+}  // namespace ekfac_fast::cpu

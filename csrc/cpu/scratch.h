@@ -4,7 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
-namespace ekfac_fast {
+namespace ekfac_fast::cpu {
 
 // An uninitialised CPU tensor whose memory is kept for the next call when the tensor is gone, up to
 // kKept bytes in all. malloc gives freed memory of this size back to the system, and faulting the
@@ -13,4 +13,4 @@ at::Tensor scratch(at::IntArrayRef sizes, at::ScalarType dtype);
 
 constexpr int64_t kKept = int64_t{192} << 20;
 
-}  // namespace ekfac_fast
+}  // namespace ekfac_fast::cpu

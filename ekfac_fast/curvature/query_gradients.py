@@ -7,6 +7,14 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from ..ops import dense_scores, low_rank_scores
+from ..ops.shapes import Shape
+from .choice import contraction
+from .memory import free_bytes
+
+# Of the free memory, what queries may take while they are dense for one batch.
+SHARE_OF_A_BATCH = 0.1
+
 
 @dataclass(frozen=True)
 class Dense:
@@ -35,6 +43,10 @@ class Dense:
             s = s.view(*s.shape, 1)
         torch.ops.ekfac_fast.dense_scores(s, self.P.to(g.dtype), g, a, bias)
 
+    def laid_out(self) -> Self:
+        """The same numbers as scoring wants them in memory: once a stage."""
+        return type(self)(dense_scores.laid_out(self.P))
+
     def against(self, G: Tensor) -> Tensor:
         """<P_q, G_b> of gradients that exist: G [B,O,J] -> [Q,B]."""
         return self.P.to(G.dtype).flatten(1) @ G.flatten(1).mT
@@ -59,9 +71,23 @@ class LowRank:
         return self.L @ self.R
 
     def add_scores(self, s: Tensor, g: Tensor, a: Tensor, bias: bool) -> None:
-        """s [Q,B] += <L_q R_q, G_b>, or per token, s [Q,B,T]."""
+        """s [Q,B] += <L_q R_q, G_b>, or per token, s [Q,B,T].
+
+        Multiplied out for this one batch where that costs less and there is room.
+        """
         L, R = self.L.to(g.dtype), self.R.to(g.dtype)
+        (B, T, O), I, (Q, K, J) = g.shape, a.shape[-1], R.shape
+        shape = Shape(B=B, T=T, I=I, O=O, Q=Q, K=K, bias=bias)
+        if contraction(shape, per_token=s.ndim == 3) == "dense":
+            size = Q * O * J * L.element_size()
+            if size < SHARE_OF_A_BATCH * free_bytes(g.device):
+                Dense(L @ R).add_scores(s, g, a, bias)
+                return
         torch.ops.ekfac_fast.low_rank_scores(s, L, R, g, a, bias)
+
+    def laid_out(self) -> Self:
+        """The same numbers as scoring wants them in memory: once a stage."""
+        return type(self)(*low_rank_scores.laid_out(self.L, self.R))
 
     def against(self, G: Tensor) -> Tensor:
         """<L_q R_q, G> of one gradient that exists: G [1,O,J] -> [Q,1]."""

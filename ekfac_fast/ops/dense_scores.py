@@ -6,6 +6,7 @@
 
 Per sequence, kernels contract each gradient tile with all queries while it is in cache; per token
 (Eq. 31) they contract g with P_q and close the sum with a. No [B,O,J] or [Q,B,T,O] tensor exists.
+Scans call `laid_out` on P once.
 """
 
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from .testing.sampling import Sample, draw, strided
 
 SCHEMA = "(Tensor(a!) s, Tensor P, Tensor g, Tensor a, bool bias=False) -> ()"
 SHAPES = "s[Q,B]|[Q,B,T] P[Q,O,J] g[B,T,O] a[B,T,I]"
+MANY = 12
 torch.library.define("ekfac_fast::dense_scores", SCHEMA)
 
 
@@ -38,6 +40,17 @@ def reference(s: Tensor, P: Tensor, g: Tensor, a: Tensor, bias: bool = False) ->
 torch.library.impl("ekfac_fast::dense_scores", "default", reference)
 
 
+def laid_out(P: Tensor, per_token: bool = False) -> Tensor:
+    """The same P as many calls want it: once per stage, as much memory as P.
+
+    On a CPU, for scores [Q,B] of `MANY` queries or more, queries are innermost, [O,J,Q] in memory:
+    a product that reads P once, in order and in place. Else contiguous. Any layout is right.
+    """
+    if P.device.type == "cpu" and len(P) >= MANY and not per_token:
+        return P.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    return P.contiguous()
+
+
 def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
     """Tile edges in every letter, per sequence and per token, strides, padding, empties."""
     for why, Q, B, T, I, O, bias in (
@@ -45,6 +58,7 @@ def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
         ("primes", 5, 3, 37, 67, 131, True),
         ("a tile and one more", 17, 9, 65, 129, 65, False),
         ("a tile less one", 7, 2, 127, 63, 127, True),
+        ("many queries of narrow layers", 21, 13, 6, 17, 9, True),
         ("no queries", 0, 2, 4, 5, 6, True),
         ("no sequences", 3, 0, 4, 5, 6, True),
     ):

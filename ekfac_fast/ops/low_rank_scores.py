@@ -6,7 +6,7 @@
     g, a  [B,T,O], [B,T,I]  operands     as in `eigenvalues`
 
 Two products and the reduction over rank and tokens in one pass: no [B,T,Q,K] tensor, and dense
-queries L_q R_q are never rebuilt.
+queries L_q R_q are never rebuilt. Scans call `laid_out` on their factors once.
 """
 
 from collections.abc import Iterator
@@ -35,6 +35,18 @@ def reference(s: Tensor, L: Tensor, R: Tensor, g: Tensor, a: Tensor, bias: bool 
 torch.library.impl("ekfac_fast::low_rank_scores", "default", reference)
 
 
+def laid_out(L: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
+    """The same L and R as many calls want them: once per stage, as much memory as they have.
+
+    On a CPU the queries' factors lie side by side, [O,QK] and [J,QK] in memory, and are multiplied
+    in place. Else contiguous. Any layout is right.
+    """
+    if L.device.type == "cpu":
+        left, right = L.permute(1, 0, 2).contiguous(), R.permute(2, 0, 1).contiguous()
+        return left.permute(1, 0, 2), right.permute(1, 2, 0)
+    return L.contiguous(), R.contiguous()
+
+
 def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
     """Tile edges in every letter, per sequence and per token, strides, padding, empties."""
     for why, Q, K, B, T, I, O, bias in (
@@ -43,6 +55,7 @@ def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
         ("a tile and one more", 17, 32, 3, 65, 129, 65, False),
         ("a tile less one", 3, 63, 2, 127, 63, 127, True),
         ("rank beyond a tile", 2, 150, 2, 33, 160, 170, True),
+        ("more rows than meet columns in place", 3, 5, 9, 30, 40, 50, True),
         ("no queries", 0, 2, 2, 4, 5, 6, True),
         ("no sequences", 3, 2, 0, 4, 5, 6, True),
     ):

@@ -84,11 +84,11 @@ def plan(
         for size, bias in ((x.I, x.bias), (x.O, False))
     )
     eigh = EIGH_FLOPS * sum(x.J**3 + x.O**3 for x in layers) / EIGH_SHARE
-    scan, room = 0.0, free_bytes(torch.device("cpu")) / max(1, len(layers))
+    scan = 0.0
     ways = []
     for x in layers:
         shape = Shape(B=sequences, T=tokens, I=x.I, O=x.O, Q=queries, K=rank or 0, bias=x.bias)
-        ways.append(contraction(shape, room=room))
+        ways.append(contraction(shape))
         card = ops.dense_scores if ways[-1] == "dense" else ops.low_rank_scores
         scan += card.cost(shape).flops
     work = {

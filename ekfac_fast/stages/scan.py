@@ -18,7 +18,7 @@ from ..curvature.basis import SharedRotation
 from ..curvature.choice import contraction
 from ..curvature.memory import free_bytes
 from ..curvature.offload import placed
-from ..curvature.query_gradients import Dense, LowRank, QueryGradients
+from ..curvature.query_gradients import Dense, QueryGradients
 from ..data.batches import Indexable
 from ..errors import ArgumentError, NotFiniteError
 from ..model.capture import LayerBatch
@@ -37,6 +37,8 @@ from .scores import HEAP, Scores
 # Top and lowest sequences of each query whose token and layer detail is worked out; `top_k` says
 # otherwise.
 DETAILED, LOWEST = 20, 5
+# Of the free memory, what queries may take while they are dense for all of a scan.
+SHARE_OF_A_STAGE = 0.5
 
 
 def score(
@@ -89,8 +91,8 @@ def score(
         if not store.finished:
             layers = [q.layer for q in queries.layers]
             chosen = None if ranked is None else [np.unique(indices) for indices in ranked]
-            gradients = _on_device(run, queries)
-            _scan(run, layers, len(queries), store, chosen, top_k, _adding(gradients))
+            gradients = on_device(run, queries)
+            _scan(run, layers, len(queries), store, chosen, top_k, adding(gradients))
             if per_token or per_layer:
                 order = ranked if isinstance(candidates, str) else None
                 counts = (top_k or DETAILED, 0 if top_k else LOWEST)
@@ -317,7 +319,7 @@ def _membership(chosen: list[np.ndarray], indices: Sequence[int]) -> Tensor:
     return torch.from_numpy(found)
 
 
-def _adding(gradients: dict[str, QueryGradients]) -> Callable[[Tensor, LayerBatch], None]:
+def adding(gradients: dict[str, QueryGradients]) -> Callable[[Tensor, LayerBatch], None]:
     """Scores of a layer's batch against the queries."""
 
     def add(s: Tensor, seen: LayerBatch) -> None:
@@ -326,21 +328,36 @@ def _adding(gradients: dict[str, QueryGradients]) -> Callable[[Tensor, LayerBatc
     return add
 
 
-def _on_device(run: Run, queries: Queries) -> dict[str, QueryGradients]:
-    """Every layer's queries where and as the model computes, in the form that scores cheapest."""
+def on_device(run: Run, queries: Queries) -> dict[str, QueryGradients]:
+    """Every layer's queries where and as the model computes, in the form that scores cheapest.
+
+    They are multiplied out once and for all where all of those that should be fit in half of the
+    free memory; else, where that still pays, for each batch.
+    """
     batches = run.batches
     tokens = round(sum(batches.lengths) / len(batches.lengths)) if batches.language else 1
 
-    def placed_queries(own: LayerQueries) -> QueryGradients:
-        kept, layer = own.gradients, own.layer
-        if isinstance(kept, LowRank):
-            K = kept.R.shape[1]
-            shape = Shape(
-                B=batches.size, T=tokens, I=layer.I, O=layer.O, Q=len(kept), K=K, bias=layer.bias
-            )
-            room = free_bytes(run.device) / len(queries.layers)
-            if contraction(shape, room=room, itemsize=run.dtype.itemsize) == "dense":
-                kept = Dense(kept.dense())
-        return kept.each(lambda x: x.to(run.device, run.dtype))
+    def pays(own: LayerQueries) -> bool:
+        K = 0 if own.R is None else own.R.shape[1]
+        shape = Shape(
+            B=batches.size,
+            T=tokens,
+            I=own.layer.I,
+            O=own.layer.O,
+            Q=len(queries),
+            K=K,
+            bias=own.layer.bias,
+        )
+        return bool(K) and contraction(shape) == "dense"
 
-    return {own.layer.name: placed_queries(own) for own in queries.layers}
+    gains = {own.layer.name for own in queries.layers if pays(own)}
+    size = sum(x.layer.O * x.layer.J for x in queries.layers if x.layer.name in gains)
+    fits = size * len(queries) * run.dtype.itemsize < SHARE_OF_A_STAGE * free_bytes(run.device)
+
+    def kept(own: LayerQueries) -> QueryGradients:
+        moved = own.gradients.each(lambda x: x.to(run.device, run.dtype))
+        if fits and own.layer.name in gains:
+            moved = Dense(moved.dense())
+        return moved.laid_out()
+
+    return {own.layer.name: kept(own) for own in queries.layers}

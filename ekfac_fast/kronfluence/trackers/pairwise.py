@@ -11,10 +11,8 @@ from kronfluence.utils.constants import (
 )
 from torch import Tensor
 
-from ...curvature.choice import contraction
-from ...curvature.memory import free_bytes
 from ...curvature.query_gradients import Dense, LowRank, QueryGradients
-from ...ops.shapes import Shape, wide
+from ...ops.shapes import wide
 from .base import TokenTracker
 from .queries import FastPreconditionTracker
 
@@ -38,24 +36,23 @@ class FastPairwiseScoreTracker(TokenTracker, PairwiseScoreTracker):
         queries = self.module._trackers[ModuleMode.PRECONDITION_GRADIENT]
         if isinstance(queries, FastPreconditionTracker):
             queries.join_held()
+        self.lay_out()
         super().register_hooks()
+
+    def lay_out(self) -> None:
+        """Put the held queries as scoring wants them, once a pass."""
+        storage, name = self.module.storage, ACCUMULATED_PRECONDITIONED_GRADIENT_NAME
+        if storage[name] is not None:
+            queries = held(storage[name]).laid_out()
+            storage[name] = [queries.L, queries.R] if isinstance(queries, LowRank) else queries.P
 
     def consume(self, g: Tensor, a: Tensor) -> None:
         """Score one batch (one use of a shared module)."""
         module = self.module
         queries = held(module.storage[ACCUMULATED_PRECONDITIONED_GRADIENT_NAME])
-        (B, T, O), I, Q = g.shape, a.shape[-1], len(queries)
+        (B, T, _), Q = g.shape, len(queries)
         per_token = module.score_args.compute_per_token_scores and self.input_ndim == 3
         s = g.new_zeros((Q, B, T) if per_token else (Q, B), dtype=wide(g.dtype))
-        if isinstance(queries, LowRank):
-            shape = Shape(B=B, T=T, I=I, O=O, Q=Q, K=queries.R.shape[1], bias=self.bias)
-            how = contraction(
-                shape,
-                room=free_bytes(g.device),
-                per_token=per_token,
-                itemsize=queries.L.element_size(),
-            )
-            queries = Dense(queries.dense()) if how == "dense" else queries
         queries.add_scores(s, g, a, self.bias)
         if module.gradient_scale != 1.0:
             s *= module.gradient_scale

@@ -1,0 +1,364 @@
+"""Every op on a few hundred shapes drawn from a seed, beside the best way in plain torch.
+
+    python bench/shapes_sweep.py --threads 2 --out bench/results/shapes_sweep.jsonl --plot sweep.svg
+
+A row is checked (ours against plain torch), then both are timed in turn and their best times
+compared: of many samples the best is what other programs on the machine disturb least. With one
+thread the clock is that of the thread. Prints the distribution of ratios per op and the worst rows.
+"""
+
+import argparse
+import json
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ekfac_fast import ops
+from ekfac_fast.ops.shapes import Shape
+from measure.environment import environment
+
+Call = Callable[[], Tensor]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Of one case; fp16 has no fast products in torch on most CPUs.
+MOST_FLOPS = {"float32": 5e9, "bfloat16": 5e9, "float16": 2e8}
+MOST_ELEMENTS = 1 << 25  # of what plain torch writes, and of P
+BUDGET_SECONDS = 0.1  # of a row
+SHORT_SECONDS = 1e-4  # below, microseconds count and not the ratio
+DAMPING = 0.1
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op on one shape; `masked` rows (covariance), `strided` inputs, scores `per_token`."""
+
+    op: str
+    B: int
+    T: int
+    I: int
+    O: int
+    Q: int
+    K: int
+    bias: bool
+    per_token: bool
+    masked: bool
+    strided: bool
+    dtype: str
+
+    @property
+    def shape(self) -> Shape:
+        """Sizes as the cards know them."""
+        if self.op == "covariance":
+            return Shape(B=self.B, T=self.T, I=self.I, bias=self.bias)
+        return Shape(B=self.B, T=self.T, I=self.I, O=self.O, Q=self.Q, K=self.K, bias=self.bias)
+
+    def fits(self) -> bool:
+        """Whether it runs in half a second or so, plain torch's intermediates included."""
+        s = self.shape
+        written = {
+            "covariance": s.N * s.J,
+            "dense_scores": s.Q * s.N * s.J if self.per_token else (s.B + s.Q) * s.O * s.J,
+            "low_rank_scores": s.N * s.Q * s.K,
+        }.get(self.op, s.B * s.O * s.J)
+        written = max(written, s.Q * s.O * s.J if self.op == "dense_scores" else 0, s.J * s.J)
+        flops = getattr(ops, self.op).cost(s).flops
+        return max(written, s.N * s.O, s.O * s.O) <= MOST_ELEMENTS and (
+            flops <= MOST_FLOPS[self.dtype]
+        )
+
+
+def draw(count: int, seed: int) -> list[Case]:
+    """`count` shapes, log-uniform in every letter, each with as many of the six ops as fit."""
+    chance, cases, shapes = random.Random(seed), [], 0
+
+    def size(low: int, high: int) -> int:
+        exact = math.exp(chance.uniform(math.log(low), math.log(high + 1)))
+        # Half of all sizes in nature are powers of two or nearly.
+        return 1 << round(math.log2(exact)) if chance.random() < 0.5 else int(exact)
+
+    while shapes < count:
+        sides = {"I": size(16, 8192), "O": size(16, 8192)}
+        tokens = {"B": size(1, 256), "T": size(1, 2048)}
+        factors = {"Q": size(1, 1024), "K": min(size(1, 128), *sides.values())}
+        dtype = chance.choices(list(DTYPES), [5, 3, 2])[0]
+        bias, masked, strided, per_token = (chance.random() < p for p in (0.5, 0.5, 0.15, 0.25))
+        drawn = [
+            Case(
+                op=ops.stem(card),
+                **sides,
+                **tokens,
+                **factors,
+                bias=bias,
+                per_token=per_token and "scores" in ops.stem(card),
+                masked=masked and card is ops.covariance,
+                strided=strided,
+                dtype=dtype,
+            )
+            for card in ops.ALL
+        ]
+        fitting = [case for case in drawn if case.fits()]
+        cases += fitting
+        shapes += len(fitting) >= 3
+    return cases
+
+
+def with_ones(x: Tensor, bias: bool) -> Tensor:
+    return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], -1) if bias else x
+
+
+def plain_gradients(g: Tensor, a: Tensor, Qg: Tensor, Qa: Tensor, bias: bool) -> Tensor:
+    """Qg^T G_b Qa of every sequence in fp32: each side rotated by tokens where that is cheaper."""
+    (B, T, O), J = g.shape, a.shape[-1] + bias
+    g_late, a_late = T >= J, T >= O
+    g = g if g_late else g @ Qg
+    if not a_late:
+        rows = a.flatten(0, 1)
+        a = (torch.addmm(Qa[-1], rows, Qa[:-1]) if bias else rows @ Qa).view(B, T, J)
+    G = torch.bmm(g.mT, with_ones(a, bias and a_late))
+    G = G @ Qa if a_late else G
+    return (Qg.mT @ G if g_late else G).float()
+
+
+def calls(case: Case) -> tuple[Call, Call]:
+    """Ours and plain torch's on the same tensors, queries laid out for each beforehand."""
+    s, dtype = case.shape, DTYPES[case.dtype]
+    draw = torch.randn
+
+    def operand(*sizes: int) -> Tensor:
+        if case.strided and len(sizes) == 3:
+            return draw(sizes[0], sizes[2], sizes[1]).to(dtype).mT
+        return draw(*sizes).to(dtype)
+
+    if case.op == "covariance":
+        x, cov, other = operand(s.B, s.T, s.I).reshape(s.N, s.I), *torch.zeros(2, s.J, s.J)
+        mask = torch.rand(s.N) < 0.8 if case.masked else None
+
+        def plain_covariance() -> Tensor:
+            rows = with_ones(x if mask is None else x[mask], s.bias)
+            if dtype == torch.float32:
+                return other.addmm_(rows.mT, rows)
+            return other.add_(rows.mT @ rows)
+
+        return _into(cov, lambda: ops.call(ops.covariance)(cov, x, mask, s.bias)), plain_covariance
+    g, a = operand(s.B, s.T, s.O), operand(s.B, s.T, s.I)
+    if case.op == "dense_scores":
+        return _dense(case, g, a, operand(s.Q, s.O, s.J).contiguous())
+    if case.op == "low_rank_scores":
+        return _low_rank(case, g, a, operand(s.Q, s.O, s.K), operand(s.Q, s.K, s.J))
+    Qg, Qa = (draw(n, n).div(n**0.5).to(dtype) for n in (s.O, s.J))
+    lam, call = torch.rand(s.O, s.J) + DAMPING, ops.call(getattr(ops, case.op))
+    if case.op == "precondition":
+        return (
+            lambda: call(g, a, Qg, Qa, lam, DAMPING, s.bias),
+            lambda: plain_gradients(g, a, Qg, Qa, s.bias).div_(lam + DAMPING),
+        )
+    if case.op == "eigenvalues":
+        into, other = torch.zeros(2, s.O, s.J)
+        return (
+            _into(into, lambda: call(into, g, a, Qg, Qa, s.bias)),
+            lambda: other.add_(plain_gradients(g, a, Qg, Qa, s.bias).square_().sum(0)),
+        )
+    into, other = torch.zeros(2, s.B)
+    return (
+        _into(into, lambda: call(into, g, a, Qg, Qa, lam, DAMPING, s.bias)),
+        lambda: other.add_(
+            plain_gradients(g, a, Qg, Qa, s.bias).square_().div_(lam + DAMPING).sum((1, 2))
+        ),
+    )
+
+
+def _into(out: Tensor, call: Callable[[], None]) -> Call:
+    def run() -> Tensor:
+        call()
+        return out
+
+    return run
+
+
+def _dense(case: Case, g: Tensor, a: Tensor, P: Tensor) -> tuple[Call, Call]:
+    s = case.shape
+    into, other = torch.zeros(2, *([s.Q, s.B, s.T] if case.per_token else [s.Q, s.B]))
+    laid = ops.dense_scores.laid_out(P, case.per_token)
+
+    def plain() -> Tensor:
+        x = with_ones(a, s.bias)
+        if not case.per_token:
+            return other.add_(P.flatten(1) @ torch.bmm(g.mT, x).flatten(1).mT)
+        products = (g.flatten(0, 1) @ P).view(s.Q, s.B, s.T, s.J)
+        return other.add_((products * x).sum(-1, dtype=other.dtype))
+
+    ours = _into(into, lambda: ops.call(ops.dense_scores)(into, laid, g, a, s.bias))
+    return ours, plain
+
+
+def _low_rank(case: Case, g: Tensor, a: Tensor, L: Tensor, R: Tensor) -> tuple[Call, Call]:
+    s = case.shape
+    into, other = torch.zeros(2, *([s.Q, s.B, s.T] if case.per_token else [s.Q, s.B]))
+    left, right = L.permute(1, 0, 2).reshape(s.O, -1), R.permute(2, 0, 1).reshape(s.J, -1)
+    laid = ops.low_rank_scores.laid_out(L, R)
+
+    def plain() -> Tensor:
+        rows = a.flatten(0, 1)
+        V = torch.addmm(right[-1], rows, right[:-1]) if s.bias else rows @ right
+        terms = (g.flatten(0, 1) @ left).mul_(V).view(s.B, s.T, s.Q, s.K)
+        if case.per_token:
+            return other.add_(terms.sum(3, dtype=other.dtype).permute(2, 0, 1))
+        return other.add_(terms.sum((1, 3), dtype=other.dtype).mT)
+
+    ours = _into(into, lambda: ops.call(ops.low_rank_scores)(into, *laid, g, a, s.bias))
+    return ours, plain
+
+
+def best(ways: tuple[Call, ...], clock: Callable[[], float]) -> list[float]:
+    """Seconds a call: the best of samples taken in turn; a sample is several short calls."""
+
+    def taken(call: Call, n: int) -> float:
+        start = clock()
+        for _ in range(n):
+            call()
+        return (clock() - start) / n
+
+    first = [taken(call, 1) for call in ways]
+    often = [max(1, min(50, int(2e-4 / max(s, 1e-7)))) for s in first]
+    rounds = max(3, min(100, int(BUDGET_SECONDS / sum(map(lambda s, n: s * n, first, often)))))
+    samples = [[taken(call, n) for call, n in zip(ways, often, strict=True)] for _ in range(rounds)]
+    return [min(column) for column in zip(*samples, strict=True)]
+
+
+def row(case: Case, clock: Callable[[], float], gemm: float) -> dict:
+    """Check, then time.
+
+    Raises:
+        AssertionError: ours and plain torch differ by more than rounding.
+    """
+    ours, plain = calls(case)
+    got, want = ours().clone(), plain().float()
+    error = ((got - want).norm() / want.norm().clamp(min=1e-20)).item()
+    # 16-bit scores are sums of both signs, rounded once more by plain torch.
+    allowed = 1e-3 if case.dtype == "float32" else 0.1
+    assert error < allowed, f"{case}: ours and plain torch differ by {error:.1e}"
+    seconds, theirs = best((ours, plain), clock)
+    flops = getattr(ops, case.op).cost(case.shape, DTYPES[case.dtype].itemsize).flops
+    return asdict(case) | {
+        "seconds": seconds,
+        "plain_seconds": theirs,
+        "ratio": theirs / seconds,
+        "flops": flops,
+        "of_roof": flops / seconds / gemm,
+    }
+
+
+def gemm_rate(dtype: torch.dtype, clock: Callable[[], float]) -> float:
+    """FLOP/s of the faster of torch.mm and oneDNN on squares of 1536; of fp16 that of fp32."""
+    dtype = torch.float32 if dtype == torch.float16 else dtype
+    x, y = (torch.randn(1536, 1536).to(dtype) for _ in range(2))
+    linear = torch.ops.mkldnn._linear_pointwise
+    ways = (lambda: torch.mm(x, y), lambda: linear(x, y, None, "none", [], ""))
+    return 2 * 1536**3 / min(best(ways, clock))
+
+
+def summary(rows: list[dict]) -> str:
+    """Per op the distribution of ratios; then the worst rows."""
+    lines = []
+    for op in dict.fromkeys(row["op"] for row in rows):
+        found = sorted(row["ratio"] for row in rows if row["op"] == op)
+        long = [r for r in rows if r["op"] == op and r["seconds"] >= SHORT_SECONDS]
+        least = min((r["ratio"] for r in long), default=math.nan)
+        lost = sum(r["ratio"] < 0.95 for r in long)
+        late = max(
+            (r["seconds"] - r["plain_seconds"] for r in rows if r["op"] == op and r not in long),
+            default=0.0,
+        )
+        roof = [r["of_roof"] for r in rows if r["op"] == op and r["flops"] > 1e9]
+        lines.append(
+            f"{op:16} {len(found):4} rows: worst {found[0]:.2f}x, "
+            f"tenth {found[len(found) // 10]:.2f}x, median {statistics.median(found):.2f}x, "
+            f"best {found[-1]:.1f}x | from 100 us on: "
+            f"worst {least:.2f}x, {lost} of {len(long)} below 0.95x | shorter: at most "
+            f"{late * 1e6:.0f} us over | of roof, > 1 GFLOP: "
+            + (f"worst {min(roof):.0%}, median {statistics.median(roof):.0%}" if roof else "none")
+        )
+    lines.append("worst twenty:")
+    for r in sorted(rows, key=lambda r: r["ratio"])[:20]:
+        flags = " ".join(k for k in ("bias", "per_token", "masked", "strided") if r[k])
+        lines.append(
+            f"  {r['ratio']:.2f}x {r['seconds'] * 1e6:9.0f} us  {r['op']} {r['dtype']} B={r['B']} "
+            f"T={r['T']} I={r['I']} O={r['O']} Q={r['Q']} K={r['K']} {flags}"
+        )
+    return "\n".join(lines)
+
+
+def heat_map(rows: list[dict]) -> str:
+    """SVG: ops and dtypes down, FLOPs across; a cell's colour and number are its median ratio."""
+    names = list(dict.fromkeys((r["op"], r["dtype"]) for r in sorted(rows, key=lambda r: r["op"])))
+    decades = range(4, 11)
+    cells = [
+        f'<text x="{230 + 64 * i}" y="16" text-anchor="middle">1e{d}</text>'
+        for i, d in enumerate(decades)
+    ]
+    for line, (op, dtype) in enumerate(names):
+        y = 24 + 22 * line
+        cells.append(f'<text x="4" y="{y + 15}">{op} {dtype}</text>')
+        for i, decade in enumerate(decades):
+            found = [
+                r["ratio"]
+                for r in rows
+                if (r["op"], r["dtype"]) == (op, dtype) and int(math.log10(r["flops"])) == decade
+            ]
+            if not found:
+                continue
+            median = statistics.median(found)
+            strength = min(1.0, abs(math.log2(median)) / 2)
+            hue = 140 if median >= 1 else 10
+            cells.append(
+                f'<rect x="{200 + 64 * i}" y="{y}" width="62" height="20" '
+                f'fill="hsl({hue},70%,{95 - 45 * strength:.0f}%)"/>'
+                f'<text x="{231 + 64 * i}" y="{y + 15}" text-anchor="middle">{median:.2f}</text>'
+            )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="660" height="{30 + 22 * len(names)}" '
+        f'font-family="sans-serif" font-size="12">\n' + "\n".join(cells) + "\n</svg>\n"
+    )
+
+
+def main(words: list[str] | None = None) -> None:
+    """Draw, check, time, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", type=int, default=330)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="stop after so many")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--op", nargs="+", choices=[ops.stem(card) for card in ops.ALL])
+    parser.add_argument("--out", type=Path, help="JSON lines")
+    parser.add_argument("--plot", type=Path, help="SVG")
+    chosen = parser.parse_args(words)
+    torch.set_num_threads(chosen.threads)
+    torch.manual_seed(chosen.seed)
+    # What else runs on the machine does not count where one thread does all the work.
+    clock = time.thread_time if chosen.threads == 1 else time.perf_counter
+    gemm = {name: gemm_rate(dtype, clock) for name, dtype in DTYPES.items()}
+    facts = environment(torch.device("cpu")) | {"gemm_rates": gemm}
+    rows: list[dict] = []
+    start = time.monotonic()
+    for case in draw(chosen.shapes, chosen.seed):
+        if time.monotonic() - start > chosen.seconds:
+            break
+        if not chosen.op or case.op in chosen.op:
+            rows.append(row(case, clock, gemm[case.dtype]))
+    if chosen.out:
+        chosen.out.write_text("".join(json.dumps(line) + "\n" for line in [facts, *rows]))
+    if chosen.plot:
+        chosen.plot.write_text(heat_map(rows))
+    print(" | ".join(f"{name} {value}" for name, value in facts.items()))
+    print(summary(rows))
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main()
