@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ekfac_fast import extras, report
+from ekfac_fast.cli.terminal import harmless
 from ekfac_fast.errors import MissingExtra
 from ekfac_fast.report import charts, text
 from ekfac_fast.report.contents import QueryResult, RankedSequence, RunFacts, StageTime
@@ -316,3 +317,12 @@ def test_disagreement_and_missing_jinja_are_refused(monkeypatch):
     monkeypatch.setattr(extras, "find_spec", lambda _: None)
     with pytest.raises(MissingExtra, match=r"pip install 'ekfac-fast\[report\]'"):
         report.render(facts(), ())
+
+
+def test_a_terminal_is_told_nothing_but_text():
+    """Control sequences of a corpus or a path do not reach it; brackets are no markup."""
+    assert harmless("a\x1b[31mb") == "a‹U+001B›[31mb"
+    assert harmless("one\ntwo\ttabs\r") == "one\ntwo⇥\ttabs‹U+000D›"
+    assert harmless("[bold]x[/bold] \u202e \ufe0f \u034f") == (
+        "[bold]x[/bold] ‹U+202E› ‹U+FE0F› ‹U+034F›"
+    )

@@ -41,7 +41,9 @@ Context = Annotated[int | None, typer.Option(help="tokens a sequence, at most; d
 SplitBy = Annotated[Split, typer.Option(help="a .txt record is a: file, paragraph or line")]
 TooLong = Annotated[OnLong, typer.Option(help="what becomes of a record over the context")]
 Layers = Annotated[list[str] | None, typer.Option(help="layer names or globs; default: MLPs")]
-BatchTokens = Annotated[int | None, typer.Option(help="tokens a batch; default 4096")]
+BatchTokens = Annotated[
+    int | None, typer.Option(help="tokens a batch; default 4096, on a CPU 1024")
+]
 Damping = Annotated[float | None, typer.Option(help="absolute; default 0.1 x mean eigenvalue")]
 Trust = Annotated[bool, typer.Option(help="run code that comes with the model")]
 Bf16 = Annotated[bool, typer.Option("--bf16", help="run the model in bf16 autocast")]

@@ -45,7 +45,7 @@ class RunArguments(TypedDict, total=False):
     """Settings of a pass of a model over data, the same in every stage.
 
     task           None for `LanguageModelTask`
-    batch_tokens   budget of a batch of a language model, with padding (default 4096)
+    batch_tokens   budget of a batch of a language model, with padding (default 4096, on a CPU 1024)
     batch_size     examples of a batch of any other model (default 16)
     on_long        what becomes of examples longer than the model has positions: "truncate" (the
                    end is cut off and counted) or "refuse"; queries are always refused
