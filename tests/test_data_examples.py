@@ -5,39 +5,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
 
 from ekfac_fast.data.batches import collate, divided, example
 from ekfac_fast.errors import DataError
-
-TEXT = "The quick brown fox jumps over the lazy dog. A context manager is used by with. " * 30
-
-
-def lengths(dataset) -> list[int]:
-    return [len(dataset[i]["input_ids"]) for i in range(len(dataset))]
-
-
-def bpe(bos: bool = False) -> PreTrainedTokenizerFast:
-    """A byte-level BPE trained here; with `bos` it begins every text with <s>, as Llama's does."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<s>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator([TEXT], trainer)
-    if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", 0)]
-        )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", model_max_length=8)
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    return bpe()
 
 
 def ids(values: list[int]) -> list[dict]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ekfac_fast.kronfluence as fast
+from ekfac_fast.kronfluence import options as switched
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.cuda.amp.GradScaler.*:FutureWarning")
 
@@ -254,6 +255,22 @@ class Pair:
                 overwrite_output_dir=True,
             )
         return self.analyzer.load_self_scores(name)
+
+
+@pytest.fixture(autouse=True)
+def switched_off() -> Iterator[None]:
+    """A test that imports this ends with the backend off."""
+    with quick_release():
+        yield
+    fast.disable()
+    assert switched.current() is None
+
+
+def small_pair(folder: Path, task: SumLoss | None = None, **choices) -> Pair:
+    torch.manual_seed(0)
+    model = Sequence((5, 6, 4), (True, False), inplace=False)
+    data = examples(9, (3, 5), (3, 4)), examples(7, (3, 5), (3, 4))
+    return Pair(model, task or SumLoss(), *data, folder, FactorArguments(**choices))
 
 
 def distance(x: Tensor, y: Tensor) -> float:

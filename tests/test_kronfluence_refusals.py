@@ -1,13 +1,11 @@
 """What the backend refuses: factors of another model, broken covariances and eigenvalues."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from kronfluence import FactorArguments, ScoreArguments
+from kronfluence import ScoreArguments
 from kronfluence.computer import factor_computer, score_computer
-from kronfluence.module import TrackedModule
 from test_kronfluence_cases import (
     Examples,
     NextToken,
@@ -17,7 +15,8 @@ from test_kronfluence_cases import (
     SumLoss,
     examples,
     pytestmark,  # noqa: F401
-    quick_release,
+    small_pair,
+    switched_off,  # noqa: F401
     texts,
 )
 from torch import nn
@@ -25,33 +24,10 @@ from transformers import OPTConfig, OPTForCausalLM
 
 import ekfac_fast.kronfluence as fast
 from ekfac_fast.errors import ModelError
-from ekfac_fast.kronfluence import options as switched
-from ekfac_fast.kronfluence import patches
-
-
-@pytest.fixture(autouse=True)
-def _off():
-    with quick_release():
-        yield
-    fast.disable()
-    assert switched.current() is None
-
-
-def pair(folder: Path, task: SumLoss | None = None, **choices) -> Pair:
-    torch.manual_seed(0)
-    model = Sequence((5, 6, 4), (True, False), inplace=False)
-    data = examples(9, (3, 5), (3, 4)), examples(7, (3, 5), (3, 4))
-    return Pair(model, task or SumLoss(), *data, folder, FactorArguments(**choices))
-
-
-def snapshot() -> list:
-    names = [(path, name) for path, name in patches.FUNCTIONS]
-    found = [getattr(sys.modules[f"kronfluence.{path}"], name) for path, name in names]
-    return [*found, *TrackedModule.SUPPORTED_MODULES.items()]
 
 
 def test_factors_of_another_model_are_refused(tmp_path: Path) -> None:
-    one = pair(tmp_path)
+    one = small_pair(tmp_path)
     one.fit(False, "stock")
     torch.manual_seed(0)
     data = examples(9, (3, 5), (3, 4)), examples(7, (3, 5), (3, 4))
@@ -78,7 +54,7 @@ def test_convolutions_of_another_model_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["nan", "count"])
 def test_broken_covariances_are_named(damage: str, tmp_path: Path) -> None:
-    one = pair(tmp_path)
+    one = small_pair(tmp_path)
     factors = one.covariances(True, "fast")
     if damage == "nan":
         factors["gradient_covariance"]["layers.1"][2, 1] = torch.nan
@@ -96,7 +72,7 @@ def test_broken_covariances_are_named(damage: str, tmp_path: Path) -> None:
 
 
 def test_broken_eigenvalues_are_named(tmp_path: Path) -> None:
-    one = pair(tmp_path)
+    one = small_pair(tmp_path)
     one.fit(True, "fast")
     factors = one.analyzer.load_all_factors("fast")
     factors["lambda_matrix"]["layers.0"][0, 0] = torch.inf

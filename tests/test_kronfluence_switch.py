@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kronfluence import FactorArguments, ScoreArguments
+from kronfluence import ScoreArguments
 from kronfluence.computer import factor_computer
 from kronfluence.module import TrackedModule
 from kronfluence.module.linear import TrackedLinear
@@ -20,14 +20,13 @@ from test_kronfluence_cases import (
     Halved,
     NextToken,
     Pair,
-    Sequence,
     Siblings,
     SumLoss,
     assert_close,
-    examples,
     language_model,
     pytestmark,  # noqa: F401
-    quick_release,
+    small_pair,
+    switched_off,  # noqa: F401
     texts,
 )
 from torch import Tensor, nn
@@ -38,21 +37,6 @@ from ekfac_fast.curvature.threads import eigh, spread
 from ekfac_fast.kronfluence import options as switched
 from ekfac_fast.kronfluence import patches, switch
 from ekfac_fast.kronfluence.modules import FastLinear
-
-
-@pytest.fixture(autouse=True)
-def _off():
-    with quick_release():
-        yield
-    fast.disable()
-    assert switched.current() is None
-
-
-def pair(folder: Path, task: SumLoss | None = None, **choices) -> Pair:
-    torch.manual_seed(0)
-    model = Sequence((5, 6, 4), (True, False), inplace=False)
-    data = examples(9, (3, 5), (3, 4)), examples(7, (3, 5), (3, 4))
-    return Pair(model, task or SumLoss(), *data, folder, FactorArguments(**choices))
 
 
 def snapshot() -> list:
@@ -129,7 +113,7 @@ class Toggling(SumLoss):
 
 @pytest.mark.parametrize("begins", ["on", "off"])
 def test_a_stage_ends_on_the_path_on_which_it_began(begins: str, tmp_path: Path) -> None:
-    one = pair(tmp_path, Toggling(), use_empirical_fisher=True)
+    one = small_pair(tmp_path, Toggling(), use_empirical_fisher=True)
     one.fit(False, "stock")
     layer = one.model.layers[0]
     low_rank = ScoreArguments(damping_factor=None, query_gradient_low_rank=2)
@@ -197,9 +181,9 @@ def test_options_are_checked(options: dict) -> None:
 
 
 def test_models_join_and_leave_whenever_they_were_prepared(tmp_path: Path) -> None:
-    before = pair(tmp_path / "before")
+    before = small_pair(tmp_path / "before")
     with fast.enabled():
-        during = pair(tmp_path / "during")
+        during = small_pair(tmp_path / "during")
     assert type(before.model.layers[0]) is TrackedLinear
     assert type(during.model.layers[0]) is FastLinear
     for one in (before, during):
@@ -272,7 +256,7 @@ def test_work_is_spread_in_order_and_threads_come_back() -> None:
 
 
 def test_batch_size_search_and_masks_of_any_kind(tmp_path: Path) -> None:
-    one = pair(tmp_path, SumLoss(masked=True))
+    one = small_pair(tmp_path, SumLoss(masked=True))
     one.batch = None
     for kind in (torch.bool, torch.int32):
         one.train.mask = one.train.mask.to(kind)
@@ -288,7 +272,7 @@ def test_batch_size_search_and_masks_of_any_kind(tmp_path: Path) -> None:
 
 
 def test_autocast_does_not_round_covariances(tmp_path: Path) -> None:
-    one = pair(tmp_path, amp_dtype=torch.bfloat16)
+    one = small_pair(tmp_path, amp_dtype=torch.bfloat16)
     expected, found = one.covariances(False, "stock"), one.covariances(True, "fast")
     for name in expected:
         assert_close(found[name], expected[name], 1e-5)
