@@ -107,7 +107,7 @@ class SharedRotation:
     """Rotated activations of layers that read the same tensor, computed once a batch."""
 
     def __init__(self) -> None:
-        self._held: dict[str, tuple[Tensor, int]] = {}
+        self._held: dict[str, tuple[Tensor | None, int]] = {}
 
     def __call__(
         self, basis: E, g: Tensor, a: Tensor, bias: bool, owner: str, readers: int
@@ -118,11 +118,16 @@ class SharedRotation:
         Args:
             owner: the same for all layers that share `a`; `readers` counts them.
         """
-        if readers == 1 or basis.Qa is None or a.shape[1] >= g.shape[-1]:
+        if readers == 1 or basis.Qa is None:
             return basis, a, bias
         rotated, left = self._held.pop(owner, (None, readers))
-        if rotated is None:
+        itself = a.shape[1] >= g.shape[-1]
+        if rotated is None and not itself:
             rotated = rotate_activations(a, basis.Qa.to(a.dtype), bias)
+        # Every reader counts, also one too narrow to want it: the next batch begins anew.
         if left > 1:
             self._held[owner] = (rotated, left - 1)
+        if itself:
+            return basis, a, bias
+        assert rotated is not None
         return replace(basis, Qa=None), rotated, False

@@ -88,7 +88,7 @@ class Capture:
             calls, value = self._forward(loss, consume, grid)
             calls.backward = True
             with self._hooked(calls):
-                value.backward()
+                _backward(value)
             for name in self.layers:
                 self._complete(calls, name)
         return value.detach()
@@ -279,9 +279,10 @@ class Capture:
         ]
         a = torch.cat([a for a, _ in uses], 1) if len(uses) > 1 else uses[0][0]
         g = torch.cat([g for _, g in uses], 1) if len(uses) > 1 else uses[0][1]
-        rows = Rows(a.shape[0], uses[0][0].shape[1], len(uses))
+        before = calls.grid.before if calls.grid else 0
+        rows = Rows(a.shape[0], uses[0][0].shape[1], len(uses), before)
         if a.shape[1] != rows.positions * rows.uses:
-            rows = Rows(a.shape[0], a.shape[1])
+            rows = Rows(a.shape[0], a.shape[1], 1, before)
         calls.release(name)
         shared, readers = calls.owner(name)
         # Under autocast a layer multiplies its input in the dtype of its output.
@@ -305,6 +306,20 @@ class Capture:
                 f"of {grid.positions} positions; which rows belong to which sequence cannot be told"
             )
         return layout.by_sequence(x, grid.sequences)
+
+
+def _backward(value: Tensor) -> None:
+    """A backward pass.
+
+    Raises:
+        ModelError: the model has one of its own, which asserts something else.
+    """
+    try:
+        value.backward()
+    except AssertionError as error:
+        raise ModelError(
+            f"the model's own backward pass does not run in evaluation mode: {error}"
+        ) from error
 
 
 class _Start(torch.autograd.Function):

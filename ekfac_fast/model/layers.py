@@ -13,8 +13,11 @@ from torch import nn
 from ..errors import ArgumentError, Notice
 
 # A component of an MLP's name, below a numbered block: GPT-2, GPT-NeoX, Llama, Qwen, Mistral,
-# OLMo, Gemma say `mlp`; OPT has fc1 and fc2 in the block itself.
-MLP = re.compile(r"\.\d+\.(?:.*\.)?(?:mlp|ffn|ff|feed_forward|feedforward)\.|\.\d+\.fc[12]$")
+# OLMo, Gemma say `mlp`; OPT and BERT have its matrices in the block itself, XLM a list of MLPs.
+MLP = re.compile(
+    r"\.\d+\.(?:(?:.*\.)?(?:mlp|mlp_block|ffn|ff|feed_forward|feedforward)\."
+    r"|(?:fc[12]|(?:intermediate|output)\.dense)$)|\.(?:mlps|ffns)\.\d+\."
+)
 # What a default leaves out: choices between experts, and what text does not run through.
 ROUTER = re.compile(r"(?:^|\.)(?:gate|router|wg|shared_expert_gate|router\.\w+|gate\.\w+)$")
 TOWER = re.compile(r"(?:^|[._])(?:vision|visual|image|audio|speech)(?:[._]|$)")
@@ -88,14 +91,23 @@ def select_layers(
         else:
             matched = set(fnmatch.filter(layers, pattern))
         if not matched:
-            near = difflib.get_close_matches(pattern, layers, n=3, cutoff=0.3) or list(layers)[:3]
-            raise ArgumentError(
-                f"layers: no linear layer matches {pattern!r}; "
-                + (f"the nearest are {', '.join(near)}" if near else "the model has none at all")
-            )
+            raise ArgumentError(_no_layer(pattern, list(layers)))
         names |= matched
     chosen = [layer for name, layer in layers.items() if name in names]
     return _distinct(model, chosen, shared, everything=patterns is not None and "all" in patterns)
+
+
+def _no_layer(pattern: str, names: list[str]) -> str:
+    """What to say where nothing matches."""
+    if not names:
+        return f"layers: no linear layer matches {pattern!r}; the model has none at all"
+    if pattern == "mlp":
+        return (
+            "layers: no linear layer of this model has a name of an MLP's matrices, which are the "
+            f"default. Name the layers you want, e.g. {', '.join(names[:3])}"
+        )
+    near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
+    return f"layers: no linear layer matches {pattern!r}; the nearest are {', '.join(near)}"
 
 
 def _mlps(model: nn.Module, layers: dict[str, Layer]) -> set[str]:
@@ -104,7 +116,11 @@ def _mlps(model: nn.Module, layers: dict[str, Layer]) -> set[str]:
     found = {name for name in found if not TOWER.search(name)} or found
     trained = {n for n in found if any(p.requires_grad for p in _own(model, n))}
     found = trained or found
-    fused = [(n, p) for n, p in model.named_parameters() if p.ndim == 3 and EXPERTS.search(n)]
+    fused = [
+        (n, p)
+        for n, p in model.named_parameters()
+        if p.ndim > 1 and EXPERTS.search(n) and n.rpartition(".")[0] not in layers
+    ]
     if fused:
         raise ArgumentError(
             f"layers: {sum(p.numel() for _, p in fused):,} parameters of this model's MLPs are "

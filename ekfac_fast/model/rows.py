@@ -17,10 +17,14 @@ from ..errors import ModelError
 
 @dataclass(frozen=True)
 class Grid:
-    """A batch: how many sequences, and of how many positions with padding (None: not known)."""
+    """A batch: how many sequences, and of how many positions with padding (None: not known).
+
+    `before`: positions that a model adds before the text (virtual tokens of prompt tuning).
+    """
 
     sequences: int
     positions: int | None = None
+    before: int = 0
 
 
 @dataclass(frozen=True)
@@ -28,11 +32,13 @@ class Rows:
     """Row t of sequence b in a [B, uses * positions, F] is position t % positions of b.
 
     A layer that runs several times in a pass has the rows of all its uses, one after the other.
+    `before` of the positions come before the text.
     """
 
     sequences: int
     positions: int
     uses: int = 1
+    before: int = 0
 
     def folded(self, s: Tensor) -> Tensor:
         """[..., uses * positions] -> [..., positions]: what is said of every row, by position."""
@@ -41,12 +47,18 @@ class Rows:
     def real(self, mask: Tensor) -> Tensor | None:
         """The real rows, flat [B * uses * positions], by a mask [B,T]; None where it has no say.
 
-        Positions beyond those of the mask come before it (virtual tokens) and are real.
+        Positions are those of the mask, or `before` more, which come before it and are real. Of
+        others (patches, further streams) only those of one sequence without padding are known.
         """
-        before = self.positions - mask.shape[-1]
-        if mask.ndim != 2 or len(mask) != self.sequences or before < 0:
+        if mask.ndim != 2 or len(mask) != self.sequences:
             return None
-        mask = torch.nn.functional.pad(mask.bool(), (before, 0), value=True)
+        mask, before = mask.bool(), self.positions - mask.shape[-1]
+        if before not in (0, self.before):
+            if self.sequences > 1 or not bool(mask.all()):
+                return None
+            mask = mask.new_ones(1, self.positions)
+        elif before:
+            mask = torch.nn.functional.pad(mask, (before, 0), value=True)
         return mask.repeat(1, self.uses).flatten()
 
 

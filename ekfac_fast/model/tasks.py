@@ -101,6 +101,11 @@ class LanguageModelTask:
         return batch["attention_mask"]
 
     def _logits(self, batch: Any, model: nn.Module) -> Tensor:
+        """[B,T,V]; of what a model adds before the text (prompt tuning) nothing is predicted."""
+        logits, T = self._all_logits(batch, model), batch["attention_mask"].shape[1]
+        return logits[:, -T:] if logits.shape[1] > T else logits
+
+    def _all_logits(self, batch: Any, model: nn.Module) -> Tensor:
         mask, takes = batch["attention_mask"], inspect.signature(model.forward).parameters
         inputs = {name: x for name, x in batch.items() if name not in ("labels", "index", "draw")}
         if "position_ids" in inputs:
@@ -115,21 +120,20 @@ class LanguageModelTask:
         if "use_cache" in takes:
             inputs["use_cache"] = False
         logits = model(**inputs).logits
-        if logits.shape[:2] != mask.shape:
-            if logits.ndim != 3 or logits.shape[1] < mask.shape[1]:
-                raise ModelError(
-                    f"the model's logits are {list(logits.shape)} for tokens {list(mask.shape)}: "
-                    "LanguageModelTask takes causal language models; write a Task for others"
-                )
-            # Virtual tokens before the text (prompt tuning) predict nothing.
-            logits = logits[:, -mask.shape[1] :]
+        if logits.ndim != 3 or len(logits) != len(mask) or logits.shape[1] < mask.shape[1]:
+            raise ModelError(
+                f"the model's logits are {list(logits.shape)} for tokens {list(mask.shape)}: "
+                "LanguageModelTask takes causal language models; write a Task for others"
+            )
         return logits
 
-    def check(self, batch: Any, model: nn.Module) -> None:
-        """Refuse a model whose prediction depends on what it predicts.
+    def check(self, batch: Any, model: nn.Module, padded: bool = False) -> int:
+        """Refuse a model whose prediction depends on what it predicts, or on padding.
+
+        Returns how many positions the model adds before the text.
 
         Raises:
-            ModelError: another last token changes the logits before it.
+            ModelError: another last token changes the logits before it, or (`padded`) padding does.
         """
         mask = batch["attention_mask"]
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
@@ -138,23 +142,35 @@ class LanguageModelTask:
                 "decoder: write a Task for it"
             )
         last = int(mask[0].nonzero()[-1])
-        if last == 0:
-            return
         one = {k: x[:1, : last + 1] if x.ndim == 2 else x[:1] for k, x in batch.items()}
         ids = one["input_ids"].clone()
         ids[0, -1] = ids[0, 0] if ids[0, 0] != ids[0, -1] else (ids[0, -1] + 1) % 2
         with torch.no_grad():
-            before, after = (
-                self._logits(one | {"input_ids": x}, model)[0, :last].float()
-                for x in (one["input_ids"], ids)
+            whole = self._all_logits(one, model)
+            logits = whole[0, whole.shape[1] - last - 1 :].float()
+            after = self._logits(one | {"input_ids": ids}, model)[0].float() if last else logits
+            behind = logits
+            if padded:
+                longer = {
+                    name: F.pad(x, (0, 1), value=IGNORED * (name == "labels")) if x.ndim == 2 else x
+                    for name, x in one.items()
+                }
+                behind = self._logits(longer, model)[0, : last + 1].float()
+        eps, size = torch.finfo(next(model.parameters()).dtype).eps, logits.abs().max()
+        tolerance = min(1000 * eps, 0.02)
+        # Another length is another rounding, and in few bits perhaps another expert.
+        if (behind - logits).abs().max() > (1e-4 if eps < 1e-6 else 0.1) * size:
+            raise ModelError(
+                "padding behind a sequence changes what the model computes of it: give "
+                "batch_tokens=1, so that every sequence is alone in its batch"
             )
-        tolerance = min(1000 * torch.finfo(next(model.parameters()).dtype).eps, 0.02)
-        if (before - after).abs().max() > tolerance * before.abs().max():
+        if last and (after - logits)[:last].abs().max() > tolerance * size:
             raise ModelError(
                 "the model sees the token that it predicts: it is bidirectional, not causal. "
                 "LanguageModelTask takes causal language models (BERT and its kin: with "
                 "is_decoder=True); write a Task for others"
             )
+        return whole.shape[1] - last - 1
 
     def _sampled(self, logits: Tensor, labels: Tensor, batch: Any) -> Tensor:
         draws = torch.zeros(labels.shape, dtype=torch.float64)

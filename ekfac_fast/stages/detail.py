@@ -14,6 +14,7 @@ from ..curvature.query_gradients import QueryGradients
 from ..data.batches import divided
 from ..model.capture import LayerBatch
 from ..model.layers import Layer
+from ..model.rows import Grid
 from ..store.folder import Pieces, Store
 from .run import Batch, Consumer, Run, Stage, accumulator
 from .scores import DETAIL, Scores
@@ -122,21 +123,21 @@ class Details(Consumer):
         for b, index in enumerate(batch.indices):
             T = self.run.batches.lengths[index]
             for q in self.wanted[index]:
-                rows = [by_position(x[row[q], b], T, batch.grid.positions) for x in layers]
+                rows = [by_position(x[row[q], b], T, batch.grid) for x in layers]
                 piece[f"{q} {index}"] = torch.stack(rows)
         self.pieces.write(batch.number, piece)
 
 
-def by_position(s: Tensor, T: int, positions: int | None) -> Tensor:
-    """A layer's rows of one sequence -> [T] real positions of `positions` with padding.
+def by_position(s: Tensor, T: int, grid: Grid) -> Tensor:
+    """A layer's rows of one sequence -> [T] real positions of those with padding.
 
-    What comes before the text (virtual tokens) counts with the first position; what a layer of one
-    row a sequence says, with the last.
+    What comes before the text (virtual tokens) counts with the first position; what a layer says
+    whose rows are no positions (one a sequence, patches), with the last.
     """
-    if positions is None:
+    if grid.positions is None:
         return s
-    before = len(s) - positions
-    if before < 0:
+    before = len(s) - grid.positions
+    if before not in (0, grid.before):
         return torch.nn.functional.pad(s.sum().reshape(1), (T - 1, 0))
     first = s[: before + 1].sum().reshape(1)
     return torch.cat([first, s[before + 1 : before + T]])

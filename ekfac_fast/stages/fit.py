@@ -172,8 +172,10 @@ class Covariances(_Sums):
         if real is None:
             raise ModelError(
                 f"layer {seen.layer.name} sees {seen.rows.positions} positions of "
-                f"{seen.rows.sequences} sequences but the attention mask is {list(mask.shape)}; "
-                "give a mapping from layer names to masks"
+                f"{seen.rows.sequences} sequences but the attention mask is {list(mask.shape)}: "
+                "which of them are padding cannot be told. Leave it out of `layers`; or give "
+                "batch_tokens=1, so that there is no padding; or a task whose get_attention_mask "
+                "returns a mapping from layer names to masks"
             )
         return real
 

@@ -126,11 +126,15 @@ class Run:
         # Of a layer's output, so of g: what bases and queries are kept in.
         self.dtype = self.autocast or next(model.parameters()).dtype
         self.seconds: dict[str, float] = {}
+        self.before = 0
         if isinstance(self.task, LanguageModelTask):
             self._check_causal()
 
     def _check_causal(self) -> None:
-        """Refuse data and models that the task for causal language models does not fit."""
+        """Refuse data and models that the task for causal language models does not fit.
+
+        Finds out how many positions the model adds before the text.
+        """
         if not self.batches.language:
             raise DataError(
                 "LanguageModelTask needs examples with 'input_ids' (and labels, one a token) and a "
@@ -139,8 +143,10 @@ class Run:
         assert isinstance(self.task, LanguageModelTask)
         lengths = self.batches.lengths
         shortest = min(range(len(lengths)), key=lambda i: (lengths[i] < 2, lengths[i]))
+        padded = any(len({lengths[i] for i in some}) > 1 for some in self.batches.divided())
         with alone(self.model), self.settings():
-            self.task.check(self.batches.load([shortest]), self.model)
+            one = self.batches.load([shortest])
+            self.before = self.task.check(one, self.model, padded)
 
     def facts(self) -> dict[str, Any]:
         """What tells this run from another: its inputs."""
@@ -252,7 +258,9 @@ class Run:
 
     def grid(self, inputs: Any, indices: Sequence[int]) -> Grid:
         """Sequences and positions of a batch."""
-        return Grid(len(indices), inputs["input_ids"].shape[1] if self.batches.language else None)
+        if not self.batches.language:
+            return Grid(len(indices))
+        return Grid(len(indices), inputs["input_ids"].shape[1], self.before)
 
     def _swap(self) -> tuple[Callable[[], Any], Callable[[], Any]]:
         """The training loss of two examples, in one order and in the other.
