@@ -1,7 +1,7 @@
 """The pages: tables of measured rows, the roofline, this machine's roofs; bounds for other GPUs.
 
     python bench/show.py tables [--check]
-    python bench/show.py roofline bench/results/*.jsonl [--plot roofline.svg]
+    python bench/show.py roofline bench/results/acceptance.jsonl [--plot roofline.svg]
     python bench/show.py roofs [--device cpu|cuda] [--out roofs.jsonl]
     python bench/show.py predict h200
 
