@@ -3,7 +3,7 @@
 Files have kronfluence's names and layout, so factors travel both ways.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..curvature.basis import Basis, heuristic_damping
+from ..curvature.offload import Travelling, placed
 from ..errors import ArgumentError, NotFiniteError, StoreError
 from ..model.layers import Layer, select_layers
 from ..ops.shapes import wide
@@ -30,6 +31,12 @@ EIGENVALUES = {
 }
 LAMBDA, LAMBDA_COUNT = "lambda_matrix.safetensors", "num_lambda_processed.safetensors"
 TOKEN_COUNT = "num_activation_covariance_processed.safetensors"
+
+
+def check_damping(absolute: float | None) -> None:
+    """ArgumentError for a damping that is no number >= 0; None is each layer's own."""
+    if absolute is not None and not 0 <= absolute < float("inf"):
+        raise ArgumentError(f"damping is {absolute}, expected a number >= 0")
 
 
 @dataclass(frozen=True)
@@ -154,6 +161,10 @@ class Factors(Mapping[str, LayerFactors]):
                 )
         return layers
 
+    def dampings(self, layers: Sequence[Layer], absolute: float | None) -> dict[str, float]:
+        """Each layer's damping: `absolute`, or a tenth of its mean eigenvalue."""
+        return {x.name: self[x.name].damping(absolute) for x in layers}
+
     def check_model(self, model: str, asked: str) -> None:
         """ArgumentError where they were fitted on other weights than `model`, a fingerprint."""
         if self.facts is not None and self.facts["model"] != model:
@@ -162,3 +173,17 @@ class Factors(Mapping[str, LayerFactors]):
                 f"{self.facts['model']}, this one's is {model}: other weights or another "
                 "configuration. Use the model that they were fitted on, or fit again"
             )
+
+
+def bases(
+    factors: Mapping[str, LayerFactors],
+    layers: Sequence[Layer],
+    damping: Mapping[str, float],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[str, Basis | Travelling[Basis]]:
+    """What preconditions each layer's gradients of `dtype`, on `device` or on its way there."""
+    return {
+        x.name: placed(factors[x.name].basis(damping[x.name], dtype), (x.O, x.J), device)
+        for x in layers
+    }

@@ -1,6 +1,6 @@
 """Query gradients: preconditioned, truncated in the eigenbasis, rotated back as thin factors."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ..curvature.basis import Basis, SharedRotation
 from ..curvature.low_rank import captured_energy, rotate_back, truncate
-from ..curvature.offload import placed
 from ..curvature.query_gradients import Dense, LowRank, QueryGradients
 from ..data.batches import Indexable
 from ..errors import ArgumentError, DataError, NotFiniteError, StoreError
@@ -20,7 +19,7 @@ from ..model.tasks import LanguageModelTask
 from ..store.files import load_json, load_tensors, save_json, save_tensors
 from ..store.fingerprint import fingerprint
 from ..store.folder import Store
-from .factors import Factors
+from .factors import Factors, LayerFactors, bases, check_damping
 from .run import Batch, Consumer, Run, RunArguments, Stage
 
 # Dense preconditioned gradients of this size exist at a time, before they are truncated.
@@ -171,8 +170,7 @@ def prepare_queries(
     """
     if rank is not None and rank < 1:
         raise ArgumentError(f"rank is {rank}, expected at least 1, or None for full rank")
-    if damping is not None and not 0 <= damping < float("inf"):
-        raise ArgumentError(f"damping is {damping}, expected a number >= 0")
+    check_damping(damping)
     layers = factors.layers(model)
     run = Run(model, queries, {**arguments, "on_long": "refuse"})
     facts = run.facts() | {
@@ -183,7 +181,7 @@ def prepare_queries(
     }
     factors.check_model(facts["model"], "prepare_queries")
     _check_targets(run)
-    dampings = {layer.name: factors[layer.name].damping(damping) for layer in layers}
+    dampings = factors.dampings(layers, damping)
     if out is None:
         held: dict[int, dict[str, Tensor]] = {}
         batches = run.batches.divided()
@@ -271,19 +269,14 @@ class Preconditioning(Consumer):
     def __init__(
         self,
         run: Run,
-        factors: Factors,
+        factors: Mapping[str, LayerFactors],
         layers: Sequence[Layer],
         damping: dict[str, float],
         rank: int | None,
         keep: Callable[[int, dict[str, Tensor]], None],
     ) -> None:
         self.run, self.rank, self.keep = run, rank, keep
-        self.bases = {
-            x.name: placed(
-                factors[x.name].basis(damping[x.name], run.dtype), (x.O, x.J), run.device
-            )
-            for x in layers
-        }
+        self.bases = bases(factors, layers, damping, run.dtype, run.device)
         self.rotate = SharedRotation()
         self.found: dict[str, Tensor] = {}
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from ..curvature.basis import SharedRotation
 from ..curvature.choice import contraction
 from ..curvature.memory import free_bytes
-from ..curvature.offload import placed
 from ..curvature.query_gradients import Dense, QueryGradients
 from ..data.batches import Indexable
 from ..errors import ArgumentError, NotFiniteError
@@ -28,7 +27,7 @@ from ..store.fingerprint import fingerprint
 from ..store.folder import Store
 from .candidates import top_candidates
 from .detail import explain
-from .factors import Factors
+from .factors import Factors, bases, check_damping
 from .heap import Heap
 from .queries import LayerQueries, Queries
 from .run import Batch, Consumer, Run, RunArguments, Stage, accumulator
@@ -117,8 +116,7 @@ def self_scores(
     Arguments and errors as in `score`; `damping` as in `prepare_queries`.
     """
     _check_counts(None, train_size)
-    if damping is not None and not 0 <= damping < float("inf"):
-        raise ArgumentError(f"damping is {damping}, expected a number >= 0")
+    check_damping(damping)
     layers = factors.layers(model)
     run = Run(model, dataset, arguments)
     facts = _facts(run, train_size) | {
@@ -130,20 +128,14 @@ def self_scores(
     factors.check_model(facts["model"], "self_scores")
     with Store.open(out, kind="self", facts=facts) as store:
         if not store.finished:
-            bases = {
-                x.name: placed(
-                    factors[x.name].basis(factors[x.name].damping(damping), run.dtype),
-                    (x.O, x.J),
-                    run.device,
-                )
-                for x in layers
-            }
+            dampings = factors.dampings(layers, damping)
+            placed = bases(factors, layers, dampings, run.dtype, run.device)
             rotate = SharedRotation()
 
             def add(s: Tensor, seen: LayerBatch) -> None:
                 layer = seen.layer
                 basis, a, bias = rotate(
-                    bases[layer.name].at(seen.g.device),
+                    placed[layer.name].at(seen.g.device),
                     seen.g,
                     seen.a,
                     layer.bias,
