@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..errors import ModelError, Notice
 from .calls import Calls
 from .layers import Layer
+from .products import Products
 from .rows import Grid, Layout, Rows, probed, trusted
 
 Loss = Callable[[], Tensor]
@@ -343,11 +344,12 @@ def _input(args: tuple, kwargs: dict) -> Tensor:
 def alone(model: nn.Module) -> Iterator[None]:
     """One pass at a time through a model, in evaluation mode, its parameters frozen.
 
-    Hooks and modes are the model's own: two threads would get each other's.
+    Hooks and modes are the model's own: two threads would get each other's. Linear layers run on the
+    fastest product, see `products`.
     """
     with _locks_lock:
         lock = _locks.setdefault(model, threading.RLock())
-    with lock, _frozen(model):
+    with lock, _frozen(model), Products():
         yield
 
 

@@ -16,22 +16,21 @@ log-probability.
 """
 
 import inspect
+from collections.abc import Sequence
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data.batches import IGNORED
 from ..errors import ArgumentError, DataError, ModelError
+from ..ops.shapes import wide
+from .head import inspect_head, states, token_losses
+from .sampling import inverted, uniforms
 
-# Draws this close to a step of the cumulative distribution may fall either way under other
-# rounding.
-EDGE = 1e-6
-# Rows of logits sampled at a time: 64 x 50k in fp64 is 26 MB.
+# Rows of logits sampled at a time, where logits are whole: 64 x 50k in fp32 is 13 MB.
 ROWS = 64
-
 
 class Task(Protocol):
     """The methods that `fit`, `prepare_queries` and `score` call; see the module."""
@@ -75,14 +74,24 @@ class LanguageModelTask:
         if not 0 <= seed < 2**64:
             raise ArgumentError(f"seed is {seed}, expected a number from 0 to 2^64 - 1")
         self.seed = seed
-        self.edge_draws = 0
+        self._edges: Tensor | int = 0  # a number of the model's device: read only when asked for
+
+    @property
+    def edge_draws(self) -> int:
+        """How many labels were drawn that rounding could flip."""
+        return int(self._edges)
 
     def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
         """Cross-entropy summed over the batch: scalar, nats."""
-        logits, labels = self._logits(batch, model), _targets(batch)
         if sample:
-            labels = self._sampled(logits.detach(), labels, batch)
-        return _cross_entropy(logits, labels).sum()
+            return self.sampled_losses(batch, model, [int(batch.get("draw", 0))])[0]
+        return self._losses(batch, model).sum()
+
+    def sampled_losses(self, batch: Any, model: nn.Module, draws: Sequence[int]) -> Tensor:
+        """The training loss with several draws of labels, in one pass: [len(draws)], nats."""
+        ids, mask = batch["index"], batch["attention_mask"]
+        uniform = torch.stack([uniforms(self.seed, ids, mask, draw) for draw in draws])
+        return self._losses(batch, model, uniform).sum((1, 2))
 
     def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
         """-log p(completion | prompt), summed over the batch: scalar, nats."""
@@ -90,7 +99,7 @@ class LanguageModelTask:
 
     def negative_log_likelihoods(self, batch: Any, model: nn.Module) -> Tensor:
         """-log p of every example's labelled tokens: [B], nats."""
-        return _cross_entropy(self._logits(batch, model), _targets(batch)).sum(1)
+        return self._losses(batch, model)[0].sum(1)
 
     def get_influence_tracked_modules(self) -> list[str] | None:
         """The default: MLP matrices."""
@@ -100,12 +109,28 @@ class LanguageModelTask:
         """Real positions [B,T]."""
         return batch["attention_mask"]
 
-    def _logits(self, batch: Any, model: nn.Module) -> Tensor:
-        """[B,T,V]; of what a model adds before the text (prompt tuning) nothing is predicted."""
-        logits, T = self._all_logits(batch, model), batch["attention_mask"].shape[1]
-        return logits[:, -T:] if logits.shape[1] > T else logits
+    def _losses(self, batch: Any, model: nn.Module, uniform: Tensor | None = None) -> Tensor:
+        """Of every position that predicts: [1,B,T], or [N,B,T] with N draws of labels, nats."""
+        labels, inputs = _targets(batch), self._inputs(batch, model)
+        read = states(model, inputs)
+        if read is None:
+            logits = self._logits(batch, model)
+            if uniform is None:
+                return _cross_entropy(logits, labels).unsqueeze(0)
+            drawn, edges = _drawn(logits.detach(), labels, uniform)
+            losses = torch.stack([_cross_entropy(logits, y) for y in drawn])
+        else:
+            head, h = read
+            losses, edges = token_losses(_text(h, batch), head, labels, uniform)
+        self._edges = self._edges + edges
+        return losses
 
-    def _all_logits(self, batch: Any, model: nn.Module) -> Tensor:
+    def _logits(self, batch: Any, model: nn.Module) -> Tensor:
+        """[B,T,V]"""
+        return _text(_all_logits(self._inputs(batch, model), model), batch)
+
+    def _inputs(self, batch: Any, model: nn.Module) -> dict[str, Any]:
+        """What the model is given of a batch."""
         mask, takes = batch["attention_mask"], inspect.signature(model.forward).parameters
         inputs = {name: x for name, x in batch.items() if name not in ("labels", "index", "draw")}
         if "position_ids" in inputs:
@@ -119,13 +144,7 @@ class LanguageModelTask:
             inputs["position_ids"] = _positions(mask, model)
         if "use_cache" in takes:
             inputs["use_cache"] = False
-        logits = model(**inputs).logits
-        if logits.ndim != 3 or len(logits) != len(mask) or logits.shape[1] < mask.shape[1]:
-            raise ModelError(
-                f"the model's logits are {list(logits.shape)} for tokens {list(mask.shape)}: "
-                "LanguageModelTask takes causal language models; write a Task for others"
-            )
-        return logits
+        return inputs
 
     def check(self, batch: Any, model: nn.Module, padded: bool = False) -> int:
         """Refuse a model whose prediction depends on what it predicts, or on padding.
@@ -146,10 +165,13 @@ class LanguageModelTask:
         ids = one["input_ids"].clone()
         ids[0, -1] = ids[0, 0] if ids[0, 0] != ids[0, -1] else (ids[0, -1] + 1) % 2
         with torch.no_grad():
-            whole = self._all_logits(one, model)
+            inputs = self._inputs(one, model)
+            whole = _all_logits(inputs, model)
+            inspect_head(model, inputs)
             logits = whole[0, whole.shape[1] - last - 1 :].float()
-            after = self._logits(one | {"input_ids": ids}, model)[0].float() if last else logits
-            behind = logits
+            behind = after = logits
+            if last:
+                after = self._logits(one | {"input_ids": ids}, model)[0].float()
             if padded:
                 longer = {
                     name: F.pad(x, (0, 1), value=IGNORED * (name == "labels")) if x.ndim == 2 else x
@@ -172,30 +194,36 @@ class LanguageModelTask:
             )
         return whole.shape[1] - last - 1
 
-    def _sampled(self, logits: Tensor, labels: Tensor, batch: Any) -> Tensor:
-        draws = torch.zeros(labels.shape, dtype=torch.float64)
-        mask, counter = batch["attention_mask"].cpu(), [0, 0, 0, int(batch.get("draw", 0))]
-        for row, example in enumerate(batch["index"].tolist()):
-            real = mask[row].nonzero().flatten()
-            philox = np.random.Philox(key=[self.seed, example % 2**64], counter=counter)
-            uniform = np.random.Generator(philox).random(len(real))
-            # The label of position t is the token after it, so the last real position has none.
-            draws[row, real[:-1]] = torch.from_numpy(uniform[:-1])
-        wanted = (labels != IGNORED).nonzero(as_tuple=True)
-        draws = draws.to(logits.device)[wanted]
-        sampled = torch.full_like(labels, IGNORED)
-        edges = torch.zeros((), dtype=torch.int64, device=logits.device)
-        some = (x.split(ROWS) for x in (*wanted, draws))
-        for b, t, uniform in zip(*some, strict=True):
-            cdf = logits[b, t].softmax(-1, dtype=torch.float64).cumsum_(-1)
-            # Rounding can leave the last step a little below 1.
-            label = torch.searchsorted(cdf, uniform.unsqueeze(-1), right=True)
-            label = label.clamp(max=cdf.shape[-1] - 1)
-            steps = cdf.gather(1, torch.cat([label, (label - 1).clamp(min=0)], 1))
-            edges += ((steps - uniform.unsqueeze(-1)).abs() < EDGE).any(1).sum()
-            sampled[b, t] = label.flatten()
-        self.edge_draws += int(edges)
-        return sampled
+
+def _text(x: Tensor, batch: Any) -> Tensor:
+    """[B,T,...] without what a model adds before the text (prompt tuning)."""
+    T = batch["attention_mask"].shape[1]
+    return x[:, -T:] if x.shape[1] > T else x
+
+
+def _all_logits(inputs: dict[str, Any], model: nn.Module) -> Tensor:
+    """[B,T,V], or more positions where the model adds some before the text."""
+    ids, logits = inputs["input_ids"], model(**inputs).logits
+    if logits.ndim != 3 or len(logits) != len(ids) or logits.shape[1] < ids.shape[1]:
+        raise ModelError(
+            f"the model's logits are {list(logits.shape)} for tokens {list(ids.shape)}: "
+            "LanguageModelTask takes causal language models; write a Task for others"
+        )
+    return logits
+
+
+def _drawn(logits: Tensor, labels: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels [N,B,T] drawn from whole logits where `labels` has any, and how many are edges."""
+    wanted = (labels != IGNORED).nonzero(as_tuple=True)
+    drawn = labels.repeat(len(uniform), 1, 1)
+    edges = torch.zeros((), dtype=torch.int64, device=logits.device)
+    draws = uniform.to(logits.device)[:, *wanted]
+    for at in range(0, draws.shape[1], ROWS):
+        b, t = (x[at : at + ROWS] for x in wanted)
+        p = logits[b, t].softmax(-1, dtype=wide(logits.dtype))
+        drawn[:, b, t], near = inverted(p, draws[:, at : at + ROWS])
+        edges += near
+    return drawn, edges
 
 
 def _positions(mask: Tensor, model: nn.Module) -> Tensor:

@@ -303,7 +303,7 @@ def task_state(task: Task) -> dict[str, str]:
     """A task's own values that can be told apart, but for what it counts itself."""
     state = {}
     for name, value in getattr(task, "__dict__", {}).items():
-        if name == "edge_draws":
+        if name == "_edges":
             continue
         try:
             state[name] = fingerprint(value)
