@@ -85,7 +85,9 @@ def softcapped():
 
 
 @pytest.mark.parametrize(
-    ("make", "whole_ones"), [(gpt2, False), (llama, False), (softcapped, True)], ids=["gpt2", "llama", "softcap"]
+    ("make", "whole_ones"),
+    [(gpt2, False), (llama, False), (softcapped, True)],
+    ids=["gpt2", "llama", "softcap"],
 )
 def test_logits_exist_whole_only_where_something_is_made_of_them(tmp_path, make, whole_ones):
     model, data, seen = make().eval(), corpus(4), []

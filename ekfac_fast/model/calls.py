@@ -16,6 +16,8 @@ class Calls:
 
     def __init__(self, consume: Callable[[Any], None], grid: Grid | None) -> None:
         self.consume, self.grid, self.backward = consume, grid, False
+        self.loss, self.losses = 0, 1
+        self._late: set[str] = set()
         self.inputs: dict[str, list[Tensor]] = {}
         self.gradients: dict[str, dict[int, Tensor]] = {}
         self.without_grad: set[str] = set()
@@ -83,6 +85,25 @@ class Calls:
         self._versions.clear()
         return changed
 
+    def begin(self, loss: int) -> None:
+        """The backward pass of one of the losses; nothing has arrived yet."""
+        if not self.backward:
+            # Layers that run in the backward pass only: once more in each.
+            self._late = self.without_grad - self.inputs.keys()
+        self.backward, self.loss = True, loss
+        self.consumed.clear()
+        self.gradients.clear()
+        for name in self._late:
+            for seen in (self.inputs, self._products, self._shared):
+                seen.pop(name, None)
+        self._first = {k: name for k, name in self._first.items() if name not in self._late}
+
+    @property
+    def last(self) -> bool:
+        """Whether no other loss follows."""
+        return self.loss == self.losses - 1
+
     def release(self, name: str) -> None:
-        """Drop what a layer has read."""
-        self.inputs[name] = []
+        """Drop what a layer has read, once no loss asks for it."""
+        if self.last:
+            self.inputs[name] = []

@@ -41,6 +41,7 @@ class LayerBatch:
     a: Tensor  # [B,T,I]
     g: Tensor  # [B,T,O], gradient of the summed loss
     rows: Rows  # what the rows B x T stand for
+    loss: int = 0  # of several losses of one pass, which it is the gradient of
 
 
 class Capture:
@@ -78,6 +79,7 @@ class Capture:
         A layer that runs but does not reach the loss has a gradient of zero, with a `Notice`.
 
         Args:
+            loss: a scalar; or several, [N], of one forward pass: as many backward passes.
             grid: sequences and positions of the batch; without it the first axis of every layer
                 holds the sequences.
 
@@ -87,11 +89,13 @@ class Capture:
         """
         with alone(self.model), _grad():
             calls, value = self._forward(loss, consume, grid)
-            calls.backward = True
+            calls.losses = value.numel()
             with self._hooked(calls):
-                _backward(value)
-            for name in self.layers:
-                self._complete(calls, name)
+                for number, one in enumerate(value.reshape(-1).unbind()):
+                    calls.begin(number)
+                    _backward(one, retain_graph=not calls.last)
+                    for name in self.layers:
+                        self._complete(calls, name)
         return value.detach()
 
     def _forward(
@@ -287,7 +291,7 @@ class Capture:
         calls.release(name)
         shared, readers = calls.owner(name)
         # Under autocast a layer multiplies its input in the dtype of its output.
-        calls.consume(LayerBatch(layer, shared, readers, a.to(g.dtype), g, rows))
+        calls.consume(LayerBatch(layer, shared, readers, a.to(g.dtype), g, rows, calls.loss))
 
     def _by_sequence(self, calls: "Calls", x: Tensor, features: int, name: str) -> Tensor:
         """[B,T,F] of a layer's input or gradient."""
@@ -309,14 +313,14 @@ class Capture:
         return layout.by_sequence(x, grid.sequences)
 
 
-def _backward(value: Tensor) -> None:
+def _backward(value: Tensor, retain_graph: bool) -> None:
     """A backward pass.
 
     Raises:
         ModelError: the model has one of its own, which asserts something else.
     """
     try:
-        value.backward()
+        value.backward(retain_graph=retain_graph)
     except AssertionError as error:
         raise ModelError(
             f"the model's own backward pass does not run in evaluation mode: {error}"
@@ -344,8 +348,8 @@ def _input(args: tuple, kwargs: dict) -> Tensor:
 def alone(model: nn.Module) -> Iterator[None]:
     """One pass at a time through a model, in evaluation mode, its parameters frozen.
 
-    Hooks and modes are the model's own: two threads would get each other's. Linear layers run on the
-    fastest product, see `products`.
+    Hooks and modes are the model's own: two threads would get each other's. Linear layers run on
+    the fastest product, see `products`.
     """
     with _locks_lock:
         lock = _locks.setdefault(model, threading.RLock())

@@ -1,6 +1,7 @@
 """The head and the loss of a causal language model as one piece: its logits never exist whole.
 
-z_t = W h_t + b        loss_t = logsumexp(z_t) - z_t[y_t]        dloss_t/dh_t = softmax(z_t) W - W[y_t]
+z_t = W h_t + b
+loss_t = logsumexp(z_t) - z_t[y_t]        d loss_t / d h_t = softmax(z_t) W - W[y_t]
 
 A batch's logits are its largest tensor by far (1024 tokens x 49152: 200 MB, of which a backward
 pass holds three); here they live a few rows at a time, only where a token is predicted, and the
@@ -105,11 +106,11 @@ def token_losses(
         Losses [N,B,T] in nats, fp32 or wider, 0 where nothing is predicted (N = 1 without draws),
         and how many drawn labels rounding could flip.
     """
-    wanted = (labels >= 0).nonzero(as_tuple=True)
-    draws = None if uniform is None else uniform.to(h.device)[:, *wanted]
-    losses, edges = _Losses.apply(h[wanted], head.weight, head.bias, labels[wanted], draws)
+    b, t = (labels >= 0).nonzero(as_tuple=True)
+    draws = None if uniform is None else uniform.to(h.device)[:, b, t]
+    losses, edges = _Losses.apply(h[b, t], head.weight, head.bias, labels[b, t], draws)
     whole = losses.new_zeros(len(losses), *labels.shape)
-    whole[:, *wanted] = losses
+    whole[:, b, t] = losses
     return whole, edges
 
 
@@ -123,7 +124,7 @@ class _Losses(torch.autograd.Function):
         dtype, device = h.dtype, h.device.type
         if torch.is_autocast_enabled(device):
             autocast = torch.get_autocast_dtype(device)
-            h, W, b = (x if x is None else x.to(autocast) for x in (h, W, b))
+            h, W, b = h.to(autocast), W.to(autocast), None if b is None else b.to(autocast)
         chosen = labels.repeat(1 if draws is None else len(draws), 1)
         losses = h.new_zeros(chosen.shape, dtype=wide(h.dtype))
         first = torch.empty_like(h)  # gradients of the first draw's losses

@@ -29,8 +29,11 @@ from ..ops.shapes import wide
 from .head import inspect_head, states, token_losses
 from .sampling import inverted, uniforms
 
+# Tokens on which a model is tried out before a run.
+PROBED = 16
 # Rows of logits sampled at a time, where logits are whole: 64 x 50k in fp32 is 13 MB.
 ROWS = 64
+
 
 class Task(Protocol):
     """The methods that `fit`, `prepare_queries` and `score` call; see the module."""
@@ -160,7 +163,7 @@ class LanguageModelTask:
                 "LanguageModelTask takes causal language models; this one has an encoder and a "
                 "decoder: write a Task for it"
             )
-        last = int(mask[0].nonzero()[-1])
+        last = min(int(mask[0].nonzero()[-1]), PROBED - 1)
         one = {k: x[:1, : last + 1] if x.ndim == 2 else x[:1] for k, x in batch.items()}
         ids = one["input_ids"].clone()
         ids[0, -1] = ids[0, 0] if ids[0, 0] != ids[0, -1] else (ids[0, -1] + 1) % 2
@@ -214,12 +217,12 @@ def _all_logits(inputs: dict[str, Any], model: nn.Module) -> Tensor:
 
 def _drawn(logits: Tensor, labels: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Labels [N,B,T] drawn from whole logits where `labels` has any, and how many are edges."""
-    wanted = (labels != IGNORED).nonzero(as_tuple=True)
+    rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
     drawn = labels.repeat(len(uniform), 1, 1)
     edges = torch.zeros((), dtype=torch.int64, device=logits.device)
-    draws = uniform.to(logits.device)[:, *wanted]
+    draws = uniform.to(logits.device)[:, rows, columns]
     for at in range(0, draws.shape[1], ROWS):
-        b, t = (x[at : at + ROWS] for x in wanted)
+        b, t = rows[at : at + ROWS], columns[at : at + ROWS]
         p = logits[b, t].softmax(-1, dtype=wide(logits.dtype))
         drawn[:, b, t], near = inverted(p, draws[:, at : at + ROWS])
         edges += near

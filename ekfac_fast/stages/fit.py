@@ -4,12 +4,16 @@ Two passes over the data with labels sampled from the model, each with draws of 
 of the very gradients that the eigenvectors come from would be too large. The first pass sums
 activation and gradient covariances per token; the second, in their eigenbasis, sums squared
 gradients per sequence.
+
+Of a language model one forward pass serves both: the second draw's (a, g) are kept in memory, as
+far as they fit, until the eigenbasis is there. What did not fit, or was lost in a kill, is passed
+again and comes out in the same bits.
 """
 
 from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, TypeGuard, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +25,12 @@ from ..data.batches import Indexable
 from ..errors import ArgumentError, ModelError, NotFiniteError
 from ..model.capture import LayerBatch
 from ..model.layers import Layer, select_layers
-from ..model.tasks import LanguageModelTask
+from ..model.tasks import LanguageModelTask, Task
 from ..store.files import load_tensors, save_json, save_tensors
 from ..store.folder import State, Store
 from .factors import EIGENVALUES, EIGENVECTORS, LAMBDA, LAMBDA_COUNT, Factors
 from .run import Batch, Consumer, Run, RunArguments, Stage, accumulator
+from .waiting import Waiting
 
 # Which draw of an example's labels each pass takes.
 COVARIANCE_DRAW, EIGENVALUE_DRAW = 1, 0
@@ -128,9 +133,9 @@ class Covariances(_Sums):
     padding is left out of the inputs; gradients are zero there, and counted like inputs.
     """
 
-    def __init__(self, run: Run, store: Store, layers: list[Layer]) -> None:
+    def __init__(self, run: Run, store: Store, layers: list[Layer], waiting: Waiting) -> None:
         super().__init__(run, store, Stage.COVARIANCE)
-        self.layers = layers
+        self.layers, self.waiting = layers, waiting
         self.owners: dict[str, str] = dict(store.state.get("shared", {}))
         found = {k: x.to(run.device) for k, x in self.state.tensors.items()}
         sides = ("activation", "gradient")
@@ -138,7 +143,10 @@ class Covariances(_Sums):
         self.count = {s: _part(found, f"{s} count ") for s in sides}
 
     def add(self, seen: LayerBatch, batch: Batch) -> None:
-        """cov += x^T diag(mask) x on both sides."""
+        """cov += x^T diag(mask) x on both sides; a second draw waits."""
+        if seen.loss:
+            self.waiting.keep(seen, batch)
+            return
         layer, mask = seen.layer, self._mask(seen, batch)
         # Which layers share an input is the same in every batch.
         if layer.name not in self.owners:
@@ -229,7 +237,7 @@ class _Fit:
 
     def __init__(self, run: Run, layers: list[Layer], store: Store) -> None:
         self.passes, self.layers, self.store = run, layers, store
-        self.folder = store.folder
+        self.folder, self.waiting = store.folder, Waiting(run, layers)
 
     def run(self) -> None:
         batches = self.store.batches(self.passes.batches.divided)
@@ -241,7 +249,7 @@ class _Fit:
             self.store.update(seconds=self.passes.seconds)
         self.passes.seconds.update(self.store.state["seconds"])
         consumer = Eigenvalues(self.passes, self.store, self.layers, self._bases())
-        self._pass(Stage.EIGENVALUE, batches, consumer, EIGENVALUE_DRAW)
+        self._pass(Stage.EIGENVALUE, batches, consumer)
         save_tensors(self.folder / LAMBDA, {name: x.cpu() for name, x in consumer.lam.items()})
         count = torch.tensor([self.passes.batches.size])
         save_tensors(self.folder / LAMBDA_COUNT, {x.name: count.clone() for x in self.layers})
@@ -255,14 +263,37 @@ class _Fit:
             seconds=self.passes.seconds,
         )
 
-    def _pass(self, stage: Stage, batches: list[list[int]], consumer: _Sums, draw: int) -> None:
-        loss = partial(self.passes.train_loss, draw=draw)
-        self.passes.each(stage, self.layers, batches, consumer, done=consumer.state.done, loss=loss)
+    def _pass(self, stage: Stage, batches: list[list[int]], consumer: _Sums) -> None:
+        self.passes.each(
+            stage,
+            self.layers,
+            batches,
+            consumer,
+            done=consumer.state.done,
+            kept=self.waiting,
+            loss=partial(self._loss, stage),
+        )
+
+    def _loss(self, stage: Stage, batch: Batch) -> Tensor:
+        """The loss with a stage's draw of labels; with the covariances' the next stage's as well,
+        where that can wait.
+
+        Both draws are made either way, so that either way gives the same bits.
+        """
+        task = self.passes.task
+        if not draws_several(task):
+            draw = COVARIANCE_DRAW if stage is Stage.COVARIANCE else EIGENVALUE_DRAW
+            return self.passes.train_loss(batch, draw)
+        draws = [COVARIANCE_DRAW, EIGENVALUE_DRAW]
+        losses = task.sampled_losses(batch.inputs, self.passes.model, draws)
+        if stage is Stage.EIGENVALUE:
+            return losses[1]
+        return losses if self.waiting.takes(batch) else losses[0]
 
     def _covariances(self, batches: list[list[int]]) -> int:
         """The first pass and its files; how many of its labels rounding could flip."""
-        consumer = Covariances(self.passes, self.store, self.layers)
-        self._pass(Stage.COVARIANCE, batches, consumer, COVARIANCE_DRAW)
+        consumer = Covariances(self.passes, self.store, self.layers, self.waiting)
+        self._pass(Stage.COVARIANCE, batches, consumer)
         for side in consumer.cov:
             owner = {
                 x.name: consumer.owners[x.name] if side == "activation" else x.name
@@ -324,6 +355,12 @@ class _Fit:
         return {
             x.name: Eigenvectors(Qg[x.name].to(dtype), own[owners[x.name]]) for x in self.layers
         }
+
+
+def draws_several(task: Task) -> TypeGuard[LanguageModelTask]:
+    """Whether the sampled loss is `LanguageModelTask`'s, and not a class's own."""
+    own = LanguageModelTask.compute_train_loss
+    return isinstance(task, LanguageModelTask) and type(task).compute_train_loss is own
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ processes would slice it here, and partitions pass it some of the layers.
 """
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
@@ -28,6 +28,7 @@ from ..store.fingerprint import fingerprint
 
 Progress = Callable[[str, int, int], None]
 Loss = Callable[["Batch"], Tensor]
+Kept = MutableMapping[int, list[LayerBatch]]
 
 
 class Stage(StrEnum):
@@ -196,6 +197,7 @@ class Run:
         consumer: Consumer,
         *,
         done: Collection[int] = (),
+        kept: Kept | None = None,
         loss: Loss | None = None,
         what: str = "training loss",
     ) -> None:
@@ -205,6 +207,7 @@ class Run:
             layers: those to capture; others cost nothing.
             batches: indices of the examples of each; an empty one only counts as done.
             done: numbers of batches that are.
+            kept: layers of batches that another pass has kept; they take no pass.
             loss: of a batch; None for the training loss with the data's own labels.
 
         Raises:
@@ -219,7 +222,9 @@ class Run:
         for place, number in enumerate(mine, 1):
             indices = batches[number]
             with self.timed(stage):
-                if indices:
+                if kept and number in kept:
+                    self._again(kept.pop(number), number, indices, consumer)
+                elif indices:
                     self._one(capture, number, indices, consumer, loss, what)
             finished.add(number)
             if consumer.due() or place == len(mine):
@@ -248,12 +253,23 @@ class Run:
                 return loss(batch)
 
         found = capture(value, lambda seen: consumer.add(seen, batch), batch.grid)
-        if not torch.isfinite(found):
+        if not bool(torch.isfinite(found).all()):
             shown = ", ".join(map(str, indices[:8])) + ("..." if len(indices) > 8 else "")
+            first = found[~found.isfinite()][0].item()
             raise NotFiniteError(
-                f"the {what} is {found.item()} for examples {shown}; look at them, or at the "
-                "model's weights"
+                f"the {what} is {first} for examples {shown}; look at them, or at the model's "
+                "weights"
             )
+        consumer.end(batch)
+
+    def _again(
+        self, layers: list[LayerBatch], number: int, indices: Sequence[int], consumer: Consumer
+    ) -> None:
+        """One batch whose layers have been kept."""
+        batch = Batch(number, indices, None, Grid(len(indices)))
+        consumer.begin(batch)
+        while layers:
+            consumer.add(layers.pop(0), batch)
         consumer.end(batch)
 
     def grid(self, inputs: Any, indices: Sequence[int]) -> Grid:

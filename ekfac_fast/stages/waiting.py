@@ -1,0 +1,45 @@
+"""(a, g) of one pass that wait in memory for the next stage."""
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from ..curvature.memory import free_bytes
+from ..model.capture import LayerBatch
+from ..model.layers import Layer
+from .run import Batch, Run
+
+# Of the free memory, what may wait.
+SHARE = 0.25
+
+
+class Waiting(dict[int, list[LayerBatch]]):
+    """(a, g) of the eigenvalue pass by batch, until there is an eigenbasis."""
+
+    def __init__(self, run: Run, layers: list[Layer]) -> None:
+        super().__init__()
+        self.run, self.layers = run, layers
+        self._room = int(SHARE * free_bytes(run.device))
+        self._taken: set[int] = set()
+        self._token = run.dtype.itemsize * sum(layer.I + layer.O for layer in layers)
+
+    def takes(self, batch: Batch) -> bool:
+        """Whether a batch fits; its room is then taken."""
+        if batch.number in self._taken:
+            return True
+        tokens = batch.grid.sequences * ((batch.grid.positions or 1) + batch.grid.before)
+        if tokens * self._token > self._room:
+            return False
+        self._taken.add(batch.number)
+        self._room -= tokens * self._token
+        return True
+
+    def keep(self, seen: LayerBatch, batch: Batch) -> None:
+        """One layer of a batch; views of larger tensors are copied."""
+        own = replace(seen, a=_alone(seen.a), g=_alone(seen.g))
+        self.setdefault(batch.number, []).append(own)
+
+
+def _alone(x: Tensor) -> Tensor:
+    """`x` with a storage of its own."""
+    return x if x.numel() * x.element_size() == x.untyped_storage().nbytes() else x.clone()
