@@ -187,3 +187,27 @@ def bases(
         x.name: placed(factors[x.name].basis(damping[x.name], dtype), (x.O, x.J), device)
         for x in layers
     }
+
+
+def kronfluence_arguments(eigendecomposition: torch.dtype) -> dict[str, Any]:
+    """`factor_arguments.json` as kronfluence writes it for these factors."""
+    return {
+        "strategy": "ekfac",
+        "use_empirical_fisher": False,
+        "amp_dtype": None,
+        "amp_scale": 2.0**16,
+        "has_shared_parameters": False,
+        "covariance_max_examples": None,
+        "covariance_data_partitions": 1,
+        "covariance_module_partitions": 1,
+        "activation_covariance_dtype": "torch.float32",
+        "gradient_covariance_dtype": "torch.float32",
+        "eigendecomposition_dtype": str(eigendecomposition),
+        "lambda_max_examples": None,
+        "lambda_data_partitions": 1,
+        "lambda_module_partitions": 1,
+        "use_iterative_lambda_aggregation": False,
+        "offload_activations_to_cpu": False,
+        "per_sample_gradient_dtype": "torch.float32",
+        "lambda_dtype": "torch.float32",
+    }

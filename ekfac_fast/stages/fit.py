@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..curvature.basis import Eigenvectors, SharedRotation
-from ..curvature.eigen import Job, eigendecompositions, largest_first
+from ..curvature.eigen import FP32_FROM, Job, eigendecompositions, largest_first
 from ..curvature.offload import placed
 from ..data.batches import Indexable
 from ..errors import ArgumentError, ModelError, NotFiniteError
@@ -28,7 +28,14 @@ from ..model.layers import Layer, select_layers
 from ..model.tasks import LanguageModelTask, Task
 from ..store.files import load_tensors, save_json, save_tensors
 from ..store.folder import State, Store
-from .factors import EIGENVALUES, EIGENVECTORS, LAMBDA, LAMBDA_COUNT, Factors
+from .factors import (
+    EIGENVALUES,
+    EIGENVECTORS,
+    LAMBDA,
+    LAMBDA_COUNT,
+    Factors,
+    kronfluence_arguments,
+)
 from .run import Batch, Consumer, Run, RunArguments, Stage, accumulator
 from .waiting import Waiting
 
@@ -254,7 +261,7 @@ class _Fit:
         count = torch.tensor([self.passes.batches.size])
         save_tensors(self.folder / LAMBDA_COUNT, {x.name: count.clone() for x in self.layers})
         # kronfluence reads it as its own dataclass: no further key.
-        save_json(self.folder / "factor_arguments.json", kronfluence_arguments(), checksum=False)
+        save_json(self.folder / "factor_arguments.json", self._arguments(), checksum=False)
         self.store.finish(
             sequences=self.passes.batches.size,
             truncated=self.passes.batches.truncated,
@@ -328,9 +335,10 @@ class _Fit:
                     jobs[-1].check()
         order = [i for i in largest_first(jobs) if i not in done.done]
         total = sum(len(job.sum) ** 3 for job in jobs)
-        solved = eigendecompositions([jobs[i] for i in order], self.passes.device)
-        count = sum(len(jobs[i].sum) ** 3 for i in done.done)
         dtype = accumulator(self.passes.model)
+        precision = torch.float64 if dtype == torch.float64 else None
+        solved = eigendecompositions([jobs[i] for i in order], self.passes.device, precision)
+        count = sum(len(jobs[i].sum) ** 3 for i in done.done)
         with self.passes.timed(Stage.EIGENDECOMPOSITION):
             for i, (values, vectors) in zip(order, solved, strict=True):
                 done.write(i, {"values": values.to(dtype), "vectors": vectors.to(dtype)})
@@ -346,6 +354,12 @@ class _Fit:
                     self.folder / files[side],
                     {name: found[side, o][part].clone() for name, o in owner.items()},
                 )
+
+    def _arguments(self) -> dict[str, Any]:
+        """`factor_arguments.json`; the largest eigendecompositions say in which dtype they are."""
+        largest = max(max(x.O, x.J) for x in self.layers)
+        fp32 = accumulator(self.passes.model) == torch.float32 and largest >= FP32_FROM
+        return kronfluence_arguments(torch.float32 if fp32 else torch.float64)
 
     def _bases(self) -> dict[str, Eigenvectors]:
         """Eigenvectors of every layer as its gradients are; one copy of what is shared."""
@@ -366,27 +380,3 @@ def draws_several(task: Task) -> TypeGuard[LanguageModelTask]:
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Those whose name has a prefix, without it."""
     return {k.removeprefix(prefix): x for k, x in tensors.items() if k.startswith(prefix)}
-
-
-def kronfluence_arguments() -> dict[str, Any]:
-    """`factor_arguments.json` as kronfluence writes it for these factors."""
-    return {
-        "strategy": "ekfac",
-        "use_empirical_fisher": False,
-        "amp_dtype": None,
-        "amp_scale": 2.0**16,
-        "has_shared_parameters": False,
-        "covariance_max_examples": None,
-        "covariance_data_partitions": 1,
-        "covariance_module_partitions": 1,
-        "activation_covariance_dtype": "torch.float32",
-        "gradient_covariance_dtype": "torch.float32",
-        "eigendecomposition_dtype": "torch.float64",
-        "lambda_max_examples": None,
-        "lambda_data_partitions": 1,
-        "lambda_module_partitions": 1,
-        "use_iterative_lambda_aggregation": False,
-        "offload_activations_to_cpu": False,
-        "per_sample_gradient_dtype": "torch.float32",
-        "lambda_dtype": "torch.float32",
-    }
