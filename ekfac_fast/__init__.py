@@ -8,14 +8,19 @@ scores.top(0, 10)
 
 __version__ = "0.1.0"
 
-from . import ops
+from typing import TYPE_CHECKING
+
 from .errors import Error, Notice
-from .model.tasks import LanguageModelTask, Task
-from .stages.factors import Factors, LayerFactors
-from .stages.fit import fit
-from .stages.queries import Queries, prepare_queries
-from .stages.scan import score, self_scores
-from .stages.scores import Scores
+from .lazy import loader
+
+if TYPE_CHECKING:
+    from . import data, ops
+    from .model.tasks import LanguageModelTask, Task
+    from .stages.factors import Factors, LayerFactors
+    from .stages.fit import fit
+    from .stages.queries import Queries, prepare_queries
+    from .stages.scan import score, self_scores
+    from .stages.scores import Scores
 
 __all__ = [
     "Error",
@@ -27,9 +32,31 @@ __all__ = [
     "Scores",
     "Task",
     "__version__",
+    "data",
     "fit",
     "ops",
     "prepare_queries",
     "score",
     "self_scores",
 ]
+
+__getattr__ = loader(
+    __name__,
+    {
+        "Factors": "stages.factors",
+        "LanguageModelTask": "model.tasks",
+        "LayerFactors": "stages.factors",
+        "Queries": "stages.queries",
+        "Scores": "stages.scores",
+        "Task": "model.tasks",
+        "fit": "stages.fit",
+        "prepare_queries": "stages.queries",
+        "score": "stages.scan",
+        "self_scores": "stages.scan",
+    },
+    rooms=("data", "ops"),
+)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -18,8 +18,8 @@ PACKAGE = ROOT / "ekfac_fast"
 # The floors, from the ground: a room may import from its own and from those before it. The drop-in
 # backend stands beside the driver, on the ops and the mathematics.
 FLOORS = (
-    "errors", "extras", "ops", "store", "data", "model", "curvature", "stages", "validation",
-    "report", "cli",
+    "errors", "extras", "lazy", "ops", "store", "data", "model", "curvature", "stages",
+    "validation", "report", "cli",
 )  # fmt: skip
 BESIDE = {"kronfluence": {"errors", "ops", "curvature", "kronfluence"}}
 # On the ground floor of the mathematics: tensors in, tensors out.
@@ -170,7 +170,7 @@ def test_one_kernel_per_op_and_device(card):
 
 def test_a_second_kernel_would_be_seen():
     program = """
-import torch, ekfac_fast
+import torch, ekfac_fast.ops
 torch.library.impl("ekfac_fast::covariance", "default", lambda *args: None)
 print(torch._C._dispatch_dump("ekfac_fast::covariance"))
 """

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import ekfac_fast
 from ekfac_fast import ops
 
 ROOT = Path(__file__).parents[1]
@@ -114,7 +115,7 @@ print(ekfac_fast.__file__)
 def test_a_broken_extension_raises(installed, tmp_path):
     shutil.copytree(installed, tmp_path / "broken")
     (tmp_path / "broken" / "ekfac_fast" / "_C.abi3.so").write_bytes(b"not a library")
-    done = python("import ekfac_fast", tmp_path / "broken")
+    done = python("import ekfac_fast.ops", tmp_path / "broken")
     assert done.returncode
     assert "ImportError" in done.stderr
     assert "_C.abi3.so" in done.stderr
@@ -162,3 +163,21 @@ def test_every_requirement_is_pinned():
     for requirement in chain(project["dependencies"], *project["optional-dependencies"].values()):
         name = re.match(r"[\w-]+", requirement)[0]
         assert metadata.version(name).partition("+")[0] == pins[name]
+
+
+def test_help_waits_for_nothing():
+    program = """
+import sys
+import ekfac_fast.cli
+print(*{"torch", "numpy", "transformers"} & sys.modules.keys())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
+
+
+def test_every_public_name_is_there():
+    for module in (ekfac_fast, ekfac_fast.data):
+        for name in module.__all__:
+            assert getattr(module, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        ekfac_fast.nothing  # noqa: B018

@@ -1,4 +1,7 @@
-"""The command line: `ekfac-fast` or `python -m ekfac_fast`."""
+"""The command line: `ekfac-fast` or `python -m ekfac_fast`.
+
+Commands import what they need when they run: `--help` waits for nothing.
+"""
 
 import sys
 import time
@@ -6,47 +9,35 @@ import warnings
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
-from rich.table import Table
 
-from .. import ops
-from ..data.records import Split
-from ..data.tokens import OnLong, Tokens
 from ..errors import Error, Notice
-from ..extras import optional
-from ..model.layers import select_layers
-from ..stages import plan as planning
-from ..stages.factors import Factors
-from ..stages.queries import Queries
-from ..stages.run import floor_seconds
-from ..validation.one_step import step_check
-from . import demo as demonstration
-from . import inputs, runs
-from .doctor import environment
-from .progress import showing
+from .options import (
+    BatchTokens,
+    Context,
+    Damping,
+    Data,
+    Dtype,
+    FactorFolder,
+    Layers,
+    Model,
+    Out,
+    Precision,
+    SplitBy,
+    TooLong,
+    Trust,
+)
 from .terminal import Terminal
+
+if TYPE_CHECKING:
+    from ..data.choices import OnLong, Split
+    from ..data.tokens import Tokens
+    from . import inputs
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 console = Terminal()
-
-
-Model = Annotated[str, typer.Argument(help="Hugging Face model folder or name")]
-Data = Annotated[Path, typer.Argument(help=".jsonl, .txt or .parquet, or a folder of them")]
-Out = Annotated[Path, typer.Option(help="folder of the results; a run that was killed continues")]
-FactorFolder = Annotated[Path, typer.Argument(help="folder written by fit (or by kronfluence)")]
-Context = Annotated[int | None, typer.Option(help="tokens a sequence, at most; default 512")]
-SplitBy = Annotated[Split, typer.Option(help="a .txt record is a: file, paragraph or line")]
-TooLong = Annotated[OnLong, typer.Option(help="what becomes of a record over the context")]
-Layers = Annotated[list[str] | None, typer.Option(help="layer names or globs; default: MLPs")]
-BatchTokens = Annotated[
-    int | None, typer.Option(help="tokens a batch; default 4096, on a CPU 1024")
-]
-Damping = Annotated[float | None, typer.Option(help="absolute; default 0.1 x mean eigenvalue")]
-Trust = Annotated[bool, typer.Option(help="run code that comes with the model")]
-Bf16 = Annotated[bool, typer.Option("--bf16", help="run the model in bf16 autocast")]
 
 
 def reported(command: Callable[..., None]) -> Callable[..., None]:
@@ -81,6 +72,11 @@ def main() -> None:
 @app.command()
 def doctor() -> None:
     """Print versions, instruction sets, CUDA, threads, and which tier runs each op."""
+    from rich.table import Table
+
+    from .. import ops
+    from .doctor import environment
+
     facts = Table(box=None, show_header=False, pad_edge=False)
     for name, value in environment().items():
         facts.add_row(name, value)
@@ -103,14 +99,16 @@ def fit(
     batch_tokens: BatchTokens = None,
     max_examples: Annotated[int | None, typer.Option(help="use the first so many")] = None,
     seed: Annotated[int, typer.Option(help="of the sampled labels")] = 0,
-    bf16: Bf16 = False,
+    dtype: Precision = "float32",
     trust_remote_code: Trust = False,
 ) -> None:
     """Fit the EK-FAC factors of a model on a corpus."""
-    source, _, corpus = _loaded(model, data, context, split, on_long, trust_remote_code)
+    from . import runs
+
+    source, _, corpus = _loaded(model, data, context, split, on_long, dtype, trust_remote_code)
     runs.fit_job(
         source, corpus, out, console, layers=layers, batch_tokens=batch_tokens,
-        max_examples=max_examples, seed=seed, autocast=torch.bfloat16 if bf16 else None,
+        max_examples=max_examples, seed=seed, autocast=source.autocast,
     )  # fmt: skip
 
 
@@ -129,19 +127,27 @@ def score(
     train_size: Annotated[
         int | None, typer.Option(help="N that displayed scores divide by")
     ] = None,
+    detail: Annotated[
+        bool, typer.Option(help="a second pass over the top sequences: layers and tokens")
+    ] = True,
     context: Context = None,
     split: SplitBy = "file",
     on_long: TooLong = "chunk",
     batch_tokens: BatchTokens = None,
-    bf16: Bf16 = False,
+    dtype: Precision = "float32",
     trust_remote_code: Trust = False,
 ) -> None:
     """Rank the sequences of a corpus by their influence on completions."""
-    source, cutting, corpus = _loaded(model, data, context, split, on_long, trust_remote_code)
+    from ..stages.factors import Factors
+    from . import runs
+
+    source, cutting, corpus = _loaded(
+        model, data, context, split, on_long, dtype, trust_remote_code
+    )
     runs.score_job(
         source, Factors(factors), queries, corpus, cutting, out, console, rank=rank or None,
         damping=damping, top_k=top_k, candidates=candidates, train_size=train_size,
-        batch_tokens=batch_tokens, autocast=torch.bfloat16 if bf16 else None,
+        batch_tokens=batch_tokens, autocast=source.autocast, detail=detail,
     )  # fmt: skip
     runs.print_top(console, out, corpus, source.tokenizer)
 
@@ -158,14 +164,17 @@ def self_influence(
     split: SplitBy = "file",
     on_long: TooLong = "chunk",
     batch_tokens: BatchTokens = None,
-    bf16: Bf16 = False,
+    dtype: Precision = "float32",
     trust_remote_code: Trust = False,
 ) -> None:
     """Rank the sequences of a corpus by their influence on themselves."""
-    source, _, corpus = _loaded(model, data, context, split, on_long, trust_remote_code)
+    from ..stages.factors import Factors
+    from . import runs
+
+    source, _, corpus = _loaded(model, data, context, split, on_long, dtype, trust_remote_code)
     scores = runs.self_job(
         source, Factors(factors), corpus, out, console, damping=damping,
-        batch_tokens=batch_tokens, autocast=torch.bfloat16 if bf16 else None,
+        batch_tokens=batch_tokens, autocast=source.autocast,
     )  # fmt: skip
     for index, value in scores.top(0, 10):
         console.say(f"{value / scores.train_size:.4f}  {corpus.source(index)}")
@@ -181,6 +190,8 @@ def report(
     trust_remote_code: Trust = False,
 ) -> None:
     """Write one self-contained HTML file about a scan."""
+    from . import inputs, runs
+
     run = runs.load_run(scores)
     tokenizer = inputs.load_tokenizer(run["model"], trust_remote_code)
     corpus = inputs.read_data(data, tokenizer, inputs.Cutting(**run["cutting"]), console)
@@ -200,6 +211,13 @@ def plan(
     trust_remote_code: Trust = False,
 ) -> None:
     """Print what a run would cost, from shapes alone: no weights are loaded."""
+    import torch
+    from rich.table import Table
+
+    from ..extras import optional
+    from ..model.layers import select_layers
+    from ..stages import plan as planning
+
     transformers = optional("transformers", "hf")
     config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
@@ -231,16 +249,27 @@ def plan(
 @reported
 def demo(
     folder: Annotated[Path, typer.Option(help="everything is made here")] = Path("demo"),
-    steps: Annotated[int, typer.Option(help="of training")] = demonstration.STEPS,
+    steps: Annotated[int | None, typer.Option(help="of training; default 1000")] = None,
     topics: Annotated[int | None, typer.Option(help="use so many of them; default: all")] = None,
 ) -> None:
     """Train a small GPT-2 on Python's reference, and ask it where its answers come from."""
     start = time.perf_counter()
+    from ..model.layers import select_layers
+    from ..stages.queries import Queries
+    from ..stages.run import floor_seconds
+    from ..validation.one_step import step_check
+    from . import demo as demonstration
+    from . import inputs, runs
+    from .progress import showing
+
     with showing(console) as progress:
         demonstration.prepare(
-            folder, steps, topics, lambda done, total, _: progress("training", done, total)
+            folder,
+            steps or demonstration.STEPS,
+            topics,
+            lambda done, total, _: progress("training", done, total),
         )
-    source = inputs.load(str(folder / "model"), False, "cpu")
+    source = inputs.load(str(folder / "model"), False, device="cpu")
     cutting = inputs.Cutting(demonstration.CONTEXT)
     corpus = inputs.read_data(folder / "corpus", source.tokenizer, cutting, console)
     factors = runs.fit_job(source, corpus, folder / "factors", console)
@@ -269,12 +298,16 @@ def _loaded(
     model: str,
     data: Path,
     context: int | None,
-    split: Split,
-    on_long: OnLong,
+    split: "Split",
+    on_long: "OnLong",
+    dtype: "Dtype",
     trust_remote_code: bool,
-) -> tuple[inputs.Source, inputs.Cutting, Tokens]:
+) -> tuple["inputs.Source", "inputs.Cutting", "Tokens"]:
     """A model, and a corpus cut for it as the command line asks."""
-    source = inputs.load(model, trust_remote_code)
+    from . import inputs
+
+    source = inputs.load(model, trust_remote_code, dtype)
+    console.say(f"passes in {'float32' if source.autocast is None else 'bfloat16'}")
     cutting = inputs.Cutting(source.context(context), split, on_long)
     return source, cutting, inputs.read_data(data, source.tokenizer, cutting, console)
 

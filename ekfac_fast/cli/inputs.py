@@ -8,10 +8,12 @@ import torch
 from torch import nn
 
 from ..data.batches import positions
-from ..data.records import Split, read
-from ..data.tokens import OnLong, Tokens, tokenize
+from ..data.choices import OnLong, Split
+from ..data.records import read
+from ..data.tokens import Tokens, tokenize
 from ..errors import ArgumentError
 from ..extras import optional
+from .options import Dtype
 from .terminal import Terminal
 
 CONTEXT = 512
@@ -30,11 +32,12 @@ class Cutting:
 
 @dataclass(frozen=True)
 class Source:
-    """A model folder or name, and its tokenizer."""
+    """A model folder or name, its tokenizer, and the dtype that its passes are autocast to."""
 
     path: str
     model: nn.Module
     tokenizer: Any
+    autocast: torch.dtype | None = None
 
     def context(self, wanted: int | None) -> int:
         """Tokens a sequence: as wanted (512), but no more than the model has positions for."""
@@ -44,14 +47,29 @@ class Source:
         return min(wanted or CONTEXT, limit) if limit else wanted or CONTEXT
 
 
-def load(path: str, trust_remote_code: bool, device: str | None = None) -> Source:
+def load(
+    path: str, trust_remote_code: bool, dtype: Dtype = "float32", device: str | None = None
+) -> Source:
     """A Hugging Face causal language model in evaluation mode, on a GPU if there is one."""
     transformers = optional("transformers", "hf")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = transformers.AutoModelForCausalLM.from_pretrained(
         path, trust_remote_code=trust_remote_code
     )
-    return Source(path, model.to(device).eval(), load_tokenizer(path, trust_remote_code))
+    tokenizer = load_tokenizer(path, trust_remote_code)
+    return Source(path, model.to(device).eval(), tokenizer, autocast(dtype, torch.device(device)))
+
+
+def autocast(dtype: Dtype, device: torch.device) -> torch.dtype | None:
+    """What passes are autocast to; "auto" is bf16 where the device multiplies it."""
+    if dtype == "auto":
+        multiplies = (
+            torch.cuda.is_bf16_supported(including_emulation=False)
+            if device.type == "cuda"
+            else torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        )
+        dtype = "bfloat16" if multiplies else "float32"
+    return torch.bfloat16 if dtype == "bfloat16" else None
 
 
 def load_tokenizer(path: str, trust_remote_code: bool) -> Any:

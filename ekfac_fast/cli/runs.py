@@ -71,6 +71,7 @@ def score_job(
     damping: float | None,
     batch_tokens: int | None = None,
     autocast: torch.dtype | None = None,
+    detail: bool = True,
     **settings: Any,
 ) -> Scores:
     """Queries prepared, the corpus scanned, everything that `report_job` needs kept in `out`."""
@@ -84,7 +85,9 @@ def score_job(
         prepared = prepare_queries(
             source.model, factors, asked, rank=rank, damping=damping, out=out / QUERIES, **passes
         )
-        scores = score(source.model, prepared, data, out=out, per_token=True, **passes, **settings)
+        scores = score(
+            source.model, prepared, data, out=out, per_token=detail, **passes, **settings
+        )
     prepared.save(out)
     seconds = factors.seconds | Store.load(out / QUERIES).state["seconds"] | scores.stages
     run = {

@@ -4,11 +4,11 @@ from typing import Any
 
 from rich.console import Console
 
-from ..report.text import pieces
-
 
 def harmless(text: str) -> str:
     """Text with a visible name for every character that would move, hide or colour something."""
+    from ..report.text import pieces  # not for --help: its room needs numpy
+
     lines = text.split("\n")
     return "\n".join("".join(pieces(line)) if line else "" for line in lines)
 

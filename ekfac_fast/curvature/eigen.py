@@ -71,12 +71,12 @@ def eigendecompositions(
 
     Args:
         dtype: of the computation and the results; None for whichever is fast and good enough, see
-            `checked`, and results in fp64.
+            `cheap_eigendecomposition`, and results in fp64.
     """
     if not jobs:
         return
     each = _one_by_one if device.type == "cpu" else _in_batches
-    how = eigendecomposition if dtype else checked
+    how = eigendecomposition if dtype else cheap_eigendecomposition
     for values, vectors in each(jobs, device, dtype or torch.float64, how):
         yield values.clamp(min=0).cpu(), vectors.cpu().contiguous()
 
@@ -95,7 +95,7 @@ def eigendecomposition(matrix: Tensor) -> Solved:
     return values, vectors
 
 
-def checked(matrix: Tensor) -> Solved:
+def cheap_eigendecomposition(matrix: Tensor) -> Solved:
     """`eigendecomposition` of fp64 matrices [...,n,n]: large ones in fp32, where its error allows.
 
     Error: ||C Q - Q diag(values)||_F / ||C||_F and ||Q^T Q - 1||_F / sqrt(n), both estimated in

@@ -21,13 +21,13 @@ from torch.utils.data import default_collate
 
 from ..errors import ArgumentError, DataError
 from ..store.fingerprint import Digest
+from .choices import OnLongExample
 
 IGNORED = -100
 # On a CPU activations and logits of more leave the caches: slower, and three times the memory.
 BATCH_TOKENS = {"cpu": 1024}
 DEVICE_BATCH_TOKENS = 4096
 BATCH_SIZE = 16
-OnLongExample = Literal["truncate", "refuse"]
 
 
 class Indexable(Protocol):

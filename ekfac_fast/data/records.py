@@ -17,15 +17,15 @@ from array import array
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import numpy as np
 from torch.utils.data import ConcatDataset, Dataset
 
 from ..errors import DataError, Notice
 from ..extras import optional
+from .choices import Split
 
-Split = Literal["file", "paragraph", "line"]
 SUFFIXES = (".jsonl", ".json", ".txt", ".parquet")
 COMPRESSED = (".gz", ".zst")
 BOM = b"\xef\xbb\xbf"

@@ -14,9 +14,9 @@ from torch.utils.data import Dataset
 
 from ..errors import ArgumentError, DataError
 from .batches import IGNORED, Indexable
+from .choices import OnLong
 from .records import checked, read
 
-OnLong = Literal["chunk", "truncate", "refuse"]
 TOKENIZED_AT_ONCE = 256
 
 

@@ -17,7 +17,8 @@ from typing import Any, TypedDict, Unpack
 import torch
 from torch import Tensor, nn
 
-from ..data.batches import Batches, Indexable, OnLongExample, collate
+from ..data.batches import Batches, Indexable, collate
+from ..data.choices import OnLongExample
 from ..errors import ArgumentError, DataError, NotFiniteError
 from ..model.capture import Capture, LayerBatch, alone
 from ..model.layers import Layer

@@ -1,0 +1,27 @@
+"""What the commands can be told."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from ..data.choices import OnLong, Split
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+Model = Annotated[str, typer.Argument(help="Hugging Face model folder or name")]
+Data = Annotated[Path, typer.Argument(help=".jsonl, .txt or .parquet, or a folder of them")]
+Out = Annotated[Path, typer.Option(help="folder of the results; a run that was killed continues")]
+FactorFolder = Annotated[Path, typer.Argument(help="folder written by fit (or by kronfluence)")]
+Context = Annotated[int | None, typer.Option(help="tokens a sequence, at most; default 512")]
+SplitBy = Annotated[Split, typer.Option(help="a .txt record is a: file, paragraph or line")]
+TooLong = Annotated[OnLong, typer.Option(help="what becomes of a record over the context")]
+Layers = Annotated[list[str] | None, typer.Option(help="layer names or globs; default: MLPs")]
+BatchTokens = Annotated[
+    int | None, typer.Option(help="tokens a batch; default 4096, on a CPU 1024")
+]
+Damping = Annotated[float | None, typer.Option(help="absolute; default 0.1 x mean eigenvalue")]
+Trust = Annotated[bool, typer.Option(help="run code that comes with the model")]
+Precision = Annotated[
+    Dtype, typer.Option(help="of the model's passes; auto: bfloat16 where it is fast")
+]
