@@ -37,6 +37,7 @@ from ekfac_fast.curvature.threads import eigh, spread
 from ekfac_fast.kronfluence import options as switched
 from ekfac_fast.kronfluence import patches, switch
 from ekfac_fast.kronfluence.modules import FastLinear
+from ekfac_fast.ops import products
 
 
 def snapshot() -> list:
@@ -341,3 +342,17 @@ def test_the_command_names_a_missing_script(tmp_path: Path) -> None:
     result = run("-m", "ekfac_fast.kronfluence", "absent.py", cwd=tmp_path)
     assert result.returncode == 1
     assert "no script 'absent.py'" in result.stderr
+
+
+@pytest.mark.skipif(not products.available(), reason="no AVX-512 or no oneDNN")
+def test_linear_layers_run_on_the_fastest_product(tmp_path: Path, monkeypatch) -> None:
+    calls, own = [], products.onednn
+    monkeypatch.setattr(products, "WORTHWHILE", 1)
+    monkeypatch.setattr(products, "onednn", lambda *args: (calls.append(1), own(*args))[1])
+    pair = small_pair(tmp_path)
+    plain = pair.covariances(False, "plain")
+    assert not calls
+    ours = pair.covariances(True, "ours")
+    assert calls
+    for name, expected in plain.items():
+        assert_close(ours[name], expected, 1e-5)

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ekfac_fast.model import products
-from ekfac_fast.model.products import Products
+from ekfac_fast.ops import products
+from ekfac_fast.ops.products import Products
 
 pytestmark = pytest.mark.skipif(not products.available(), reason="no AVX-512 or no oneDNN")
 

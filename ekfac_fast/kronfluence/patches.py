@@ -6,6 +6,7 @@ other modules import by name, so they are replaced where they are looked up. No 
 
 import importlib
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 from kronfluence.module.conv2d import TrackedConv2d
@@ -26,8 +27,9 @@ def _instead(replacement: Callable) -> Callable[[Callable], Callable]:
     return lambda _: replacement
 
 
-def _both(outer: Callable, inner: Callable) -> Callable[[Callable], Callable]:
-    return lambda function: outer(inner(function))
+def _all(*wrappers: Callable) -> Callable[[Callable], Callable]:
+    """The first is the outermost."""
+    return lambda function: reduce(lambda inner, outer: outer(inner), reversed(wrappers), function)
 
 
 # (module of kronfluence, name) -> what makes our function out of kronfluence's.
@@ -47,16 +49,19 @@ FUNCTIONS: dict[tuple[str, str], Callable[[Callable], Callable]] = {
     ("computer.factor_computer", "perform_eigendecomposition"): _instead(
         eigendecomposition.perform_eigendecomposition
     ),
-    ("computer.score_computer", "compute_pairwise_scores_with_loaders"): _both(
-        wrappers.in_score_dtype, query_batches.holding_queries
+    ("computer.factor_computer", "fit_covariance_matrices_with_loader"): wrappers.on_products,
+    ("computer.factor_computer", "fit_lambda_matrices_with_loader"): wrappers.on_products,
+    ("computer.score_computer", "compute_pairwise_scores_with_loaders"): _all(
+        wrappers.on_products, wrappers.in_score_dtype, query_batches.holding_queries
     ),
-    (
-        "computer.score_computer",
-        "compute_pairwise_query_aggregated_scores_with_loaders",
-    ): wrappers.in_score_dtype,
-    ("computer.score_computer", "compute_self_scores_with_loaders"): wrappers.in_score_dtype,
-    ("computer.score_computer", "compute_self_measurement_scores_with_loaders"): _both(
-        wrappers.in_score_dtype, wrappers.measuring
+    ("computer.score_computer", "compute_pairwise_query_aggregated_scores_with_loaders"): _all(
+        wrappers.on_products, wrappers.in_score_dtype
+    ),
+    ("computer.score_computer", "compute_self_scores_with_loaders"): _all(
+        wrappers.on_products, wrappers.in_score_dtype
+    ),
+    ("computer.score_computer", "compute_self_measurement_scores_with_loaders"): _all(
+        wrappers.on_products, wrappers.in_score_dtype, wrappers.measuring
     ),
 }
 

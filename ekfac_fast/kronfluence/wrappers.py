@@ -11,6 +11,7 @@ from kronfluence.arguments import ScoreArguments
 from kronfluence.module.tracked_module import TrackedModule
 from torch import Tensor, nn
 
+from ..ops.products import Products
 from .eigendecomposition import check_sizes
 from .modules import Backed, FastLinear, adopt
 
@@ -46,6 +47,17 @@ def set_factors(
                 and module.obstacle(module.current_mode) is None
             )
             module.set_factor(factor_name, factor.clone() if clone and not reads_only else factor)
+
+
+def on_products(loop: Callable[..., Any]) -> Callable[..., Any]:
+    """A loop over batches, its frozen linear layers on the fastest product."""
+
+    @functools.wraps(loop)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        with Products():
+            return loop(*args, **kwargs)
+
+    return wrapper
 
 
 def in_score_dtype(compute: Callable[..., Scores]) -> Callable[..., Scores]:

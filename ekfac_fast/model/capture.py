@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError, Notice
+from ..ops.products import Products
 from .calls import Calls
 from .layers import Layer
-from .products import Products
 from .rows import Grid, Layout, Rows, probed, trusted
 
 Loss = Callable[[], Tensor]

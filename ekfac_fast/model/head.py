@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.products import linear
 from ..ops.shapes import wide
-from .products import linear
 from .sampling import inverted
 
 # Logits that exist at a time, in bytes; on a CPU they stay in its last cache between their steps.
