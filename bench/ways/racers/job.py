@@ -49,7 +49,7 @@ def write(path: Path, model: Path, *, fit: int, scan: int, queries: int, blocks:
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     texts = [part for text in topics.values() for part in text.split("\n\n\n") if part.strip()]
-    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    ids = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
     pieces = [x[at : at + TOKENS] for x in ids for at in range(0, len(x), TOKENS)]
     pieces = [x for x in pieces if len(x) >= PROMPT + COMPLETION]
     random.Random(0).shuffle(pieces)

@@ -22,13 +22,20 @@ with stage("start"):
     from torch.nn import functional as F
     from torch.nn.utils.rnn import pad_sequence
     from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
 
     from ways.racers.job import mlps
 
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
 job = json.loads(Path(job_file).read_text())
-BATCH = 32
 names = mlps(model, job["blocks"])
+for name, module in list(model.named_modules()):
+    if isinstance(module, Conv1D):  # kronfluence knows only nn.Linear
+        linear = torch.nn.Linear(*module.weight.shape)
+        linear.weight.data = module.weight.data.mT.contiguous()
+        linear.bias.data = module.bias.data
+        model.set_submodule(name, linear)
+BATCH = 32
 
 
 class Rows(torch.utils.data.Dataset):
