@@ -9,6 +9,7 @@ import random
 import shutil
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ import pytest
 import torch
 from dense_ekfac import asked, corpus, gpt2
 
-from ekfac_fast import Error, Factors, Scores, fit, prepare_queries, score
+from ekfac_fast import Error, Factors, Scores, fit, prepare_queries, score, self_scores
 from ekfac_fast.cli.runs import load_run
 from ekfac_fast.data import read
 from ekfac_fast.stages.queries import Queries
@@ -77,6 +78,7 @@ def results(folder: Path) -> dict[Path, object]:
     prepared = prepare_queries(model, factors, asked(), rank=4)
     score(model, prepared, data, out=folder / "s", per_token=True)
     score(model, prepared, data, out=folder / "h", top_k=3)
+    self_scores(model, factors, data, out=folder / "i")
     prepared.save(folder / "s")
     run = {
         "model": "m",
@@ -95,8 +97,14 @@ def results(folder: Path) -> dict[Path, object]:
         found = Scores(folder / "s")
         return found.matrix[:], [found.top(q, 3) for q in range(3)]
 
-    def details():
-        return [(d.index, d.per_layer_token) for d in Scores(folder / "s").details(0)]
+    def details(q):
+        return [(d.index, d.per_layer_token) for d in Scores(folder / "s").details(q)]
+
+    def heap():
+        return Scores(folder / "h").top(0, 3)
+
+    def selves():
+        return Scores(folder / "i").matrix[:]
 
     def queries():
         found = Queries.load(folder / "s")
@@ -106,16 +114,23 @@ def results(folder: Path) -> dict[Path, object]:
         folder / "f/manifest.json": eigen,
         folder / "f/lambda_matrix.safetensors": eigen,
         folder / "f/activation_eigenvectors.safetensors": eigen,
+        folder / "f/gradient_eigenvectors.safetensors": eigen,
         folder / "f/num_lambda_processed.safetensors": eigen,
+        folder / "f/num_activation_covariance_processed.safetensors": eigen,
         folder / "s/manifest.json": scores,
         folder / "s/scores.npy": scores,
         folder / "s/scores.done": scores,
         folder / "s/plan.safetensors": scores,
-        folder / "s/shard_000000.safetensors": details,
+        **{folder / f"s/shard_{q:06d}.safetensors": partial(details, q) for q in range(3)},
         folder / "s/queries.json": queries,
         folder / "s/queries.safetensors": queries,
         folder / "s/run.json": lambda: load_run(folder / "s"),
-        folder / "h/heap.safetensors": lambda: Scores(folder / "h").top(0, 3),
+        folder / "h/manifest.json": heap,
+        folder / "h/heap.safetensors": heap,
+        folder / "i/manifest.json": selves,
+        folder / "i/scores.npy": selves,
+        folder / "i/scores.done": selves,
+        folder / "i/plan.safetensors": selves,
     }
 
 

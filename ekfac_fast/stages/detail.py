@@ -80,7 +80,6 @@ def explain(
             shard |= {f"{side}.{name}": x for name, x in zip(DETAIL, columns, strict=True)}
             shard |= {f"{index}": detail[f"{q} {index}"] for index in own}
         shards.write(q, shard)
-    pieces.remove()
 
 
 class Details(Consumer):

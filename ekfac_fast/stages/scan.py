@@ -26,7 +26,7 @@ from ..ops.shapes import Shape
 from ..store.fingerprint import fingerprint
 from ..store.folder import Store
 from .candidates import top_candidates
-from .detail import explain
+from .detail import PIECES, explain
 from .factors import Factors, bases, check_damping
 from .heap import Heap
 from .queries import LayerQueries, Queries
@@ -97,6 +97,8 @@ def score(
                 counts = (top_k or DETAILED, 0 if top_k else LOWEST)
                 explain(run, layers, gradients, store, counts, order)
             _finish(store, run)
+        # Not before: a kill between would have them worked out again.
+        store.pieces(PIECES).remove()
     return Scores(out)
 
 

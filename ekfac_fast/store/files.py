@@ -152,6 +152,8 @@ def load_noted(path: str | Path, *, ours: bool = False) -> tuple[dict[str, Tenso
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata = dict(file.metadata() or {})
     if METADATA not in metadata and not ours:
+        if any(CHECKSUM in note for note in metadata.values()):
+            raise StoreError(f"{path}: the name of its checksum is damaged: {BROKEN}")
         return tensors, metadata
     with _reading(path):
         metadata = json.loads(metadata.get(METADATA, "{}"))
@@ -165,9 +167,13 @@ def save_json(path: str | Path, value: Any, *, checksum: bool = True) -> None:
     """Write JSON atomically, an object with its checksum; NaN is refused (ValueError): no JSON."""
     if checksum and isinstance(value, dict):
         value = value | {CHECKSUM: _json_checksum(value)}
-    text = (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    text = _json_text(value)
     with replacing(Path(path), len(text)) as partial:
         partial.write_bytes(text)
+
+
+def _json_text(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def _json_checksum(value: dict[str, Any]) -> str:
@@ -179,7 +185,8 @@ def load_json(path: str | Path, *, ours: bool = False) -> Any:
     """The value of a JSON file, compared with its checksum where it has one, or must as `ours`."""
     path = Path(path)
     try:
-        value = json.loads(path.read_bytes())
+        text = path.read_bytes()
+        value = json.loads(text)
     except FileNotFoundError:
         raise missing(path) from None
     except json.JSONDecodeError as error:
@@ -189,10 +196,12 @@ def load_json(path: str | Path, *, ours: bool = False) -> Any:
         ) from error
     except UnicodeDecodeError as error:
         raise StoreError(f"{path}: not UTF-8 ({error}): {BROKEN}") from error
-    except (OSError, MemoryError, RecursionError) as error:
+    except (OSError, MemoryError, RecursionError, ValueError) as error:  # too many digits
         raise StoreError(f"{path}: cannot be read ({error})") from error
     if isinstance(value, dict) and (ours or CHECKSUM in value):
         stored, found = value.pop(CHECKSUM, None), _json_checksum(value)
         if stored != found:
             raise StoreError(f"{path}: its checksum is {stored}, its content's {found}: {BROKEN}")
+        if text != _json_text(value | {CHECKSUM: stored}):
+            raise StoreError(f"{path}: the same values, but not as they were written: {BROKEN}")
     return value

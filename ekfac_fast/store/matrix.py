@@ -1,6 +1,7 @@
 """A [Q,N] matrix in a .npy file that is written by batches of columns, in any order."""
 
 import errno
+import io
 import os
 import re
 import zlib
@@ -61,6 +62,9 @@ class Matrix:
             found = np.load(self.path, mmap_mode="r")
             if self.path.stat().st_size != found.offset + found.nbytes:
                 raise ValueError("its size is not that of its shape")
+            with self.path.open("rb") as file:
+                if file.read(found.offset) != _header(found.shape, found.dtype):
+                    raise ValueError("its header is not as it was written")
             return np.load(self.path, mmap_mode="r+") if self.writable else found
         except FileNotFoundError:
             raise missing(self.path) from None
@@ -76,14 +80,9 @@ class Matrix:
         self.journal.unlink(missing_ok=True)  # it would speak of a matrix that is gone
         count = shape[0] * shape[1]
         block = np.full(min(count, 1 << 20), np.nan, dtype)
-        header = {
-            "descr": np.lib.format.dtype_to_descr(dtype),
-            "fortran_order": True,
-            "shape": tuple(shape),
-        }
         # written out in full, never sparse: a full disk is an error here, not a SIGBUS in the map
         with replacing(self.path, count * dtype.itemsize) as partial, partial.open("wb") as file:
-            np.lib.format.write_array_header_1_0(file, header)
+            file.write(_header(shape, dtype))
             for start in range(0, count, len(block) or 1):
                 file.write(block[: count - start].data)
 
@@ -159,3 +158,15 @@ class Matrix:
         if self.writable:
             self.commit()
         self.writable = False
+
+
+def _header(shape: Sequence[int], dtype: np.dtype) -> bytes:
+    """What a .npy file begins with."""
+    told = {
+        "descr": np.lib.format.dtype_to_descr(dtype),
+        "fortran_order": True,
+        "shape": tuple(shape),
+    }
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, told)
+    return header.getvalue()
