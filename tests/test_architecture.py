@@ -18,7 +18,7 @@ PACKAGE = ROOT / "ekfac_fast"
 # The floors, from the ground: a room may import from its own and from those before it. The drop-in
 # backend stands beside the driver, on the ops and the mathematics.
 FLOORS = (
-    "errors", "extras", "lazy", "ops", "store", "data", "model", "curvature", "stages",
+    "errors", "extras", "lazy", "checks", "ops", "store", "data", "model", "curvature", "stages",
     "validation", "report", "cli",
 )  # fmt: skip
 BESIDE = {"kronfluence": {"errors", "ops", "curvature", "kronfluence"}}

@@ -148,7 +148,7 @@ if __name__ == "__main__":
     shutil.rmtree(folder)
     print("\n".join(bad))
     print(
-        f"{flips} flipped bits in {len(files)} files: {flips - mended - len(bad)} noticed, {mended} "
-        f"written over before anybody read them, {len(bad)} missed"
+        f"{flips} flipped bits in {len(files)} files: {flips - mended - len(bad)} noticed, "
+        f"{mended} written over before anybody read them, {len(bad)} missed"
     )
     sys.exit(bool(bad))

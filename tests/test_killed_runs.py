@@ -1,11 +1,12 @@
 """Every stage, by the API and by the command line, survives kill -9 at any moment.
 
 A run that was killed continues, half of the time under another number of threads, perhaps to be
-killed again, and its files end bitwise as those of a run that nobody disturbed. One thing is exempt:
-some matrix products of the library round otherwise under another number of threads, here those of
-the queries' factors L and R, and with them scores; after a switch these may differ by `ROUNDING`,
-and how many did is said. Progress is made durable after every batch here, so no batch that was reported is ever worked on again: a kill
-repeats the one that was under way. `python tests/test_killed_runs.py 200` is the long leg.
+killed again, and its files end bitwise as those of a run that nobody disturbed. One thing is
+exempt: some matrix products of the library round otherwise under another number of threads, here
+those of the queries' factors L and R, and with them scores; after a switch these may differ by
+`ROUNDING`, and how many did is said. Progress is made durable after every batch here, so no batch
+that was reported is ever worked on again: a kill repeats the one that was under way.
+`python tests/test_killed_runs.py 200` is the long leg.
 """
 
 import json
@@ -217,9 +218,9 @@ def killed(runs: Runs, count: int) -> str:
         assert len(worked) == len({*worked}), f"{job}: a batch that was kept was worked on again"
         shutil.rmtree(out)
     return (
-        f"{kills} kills in {jobs} runs, {switched} times continued under another number of threads: "
-        f"no batch twice, {jobs - rounded} bitwise equal, {rounded} (after such a switch) within "
-        f"{ROUNDING}"
+        f"{kills} kills in {jobs} runs, {switched} times continued under another number of "
+        f"threads: no batch twice, {jobs - rounded} bitwise equal, {rounded} (after such a switch) "
+        f"within {ROUNDING}"
     )
 
 
@@ -239,9 +240,10 @@ def test_killed_before_it_is_marked_finished_repeats_no_detail(tmp_path, monkeyp
     def killed(*_, **__):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(Store, "finish", killed)
-        score(model, queries, data, out=tmp_path / "s", per_token=True)
+        with pytest.raises(KeyboardInterrupt):
+            score(model, queries, data, out=tmp_path / "s", per_token=True)
     told = []
     scores = score(
         model, queries, data, out=tmp_path / "s", per_token=True, progress=lambda *x: told.append(x)

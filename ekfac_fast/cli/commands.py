@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..checks import whole
 from ..errors import Error, Notice
 from .options import (
     BatchTokens,
@@ -192,6 +193,7 @@ def report(
     """Write one self-contained HTML file about a scan."""
     from . import inputs, runs
 
+    whole("top", top)
     run = runs.load_run(scores)
     tokenizer = inputs.load_tokenizer(run["model"], trust_remote_code)
     corpus = inputs.read_data(data, tokenizer, inputs.Cutting(**run["cutting"]), console)
@@ -219,7 +221,8 @@ def plan(
     from ..stages import plan as planning
 
     transformers = optional("transformers", "hf")
-    config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    with inputs.loading(model):
+        config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         shape = transformers.AutoModelForCausalLM.from_config(
             config, trust_remote_code=trust_remote_code
@@ -227,7 +230,8 @@ def plan(
     parameters = sum(p.numel() for p in shape.parameters())
     costs = planning.plan(
         select_layers(shape, layers), parameters=parameters, sequences=sequences, tokens=tokens,
-        fit_sequences=fit_sequences or sequences, queries=queries, rank=rank or None,
+        fit_sequences=sequences if fit_sequences is None else fit_sequences, queries=queries,
+        rank=rank or None,
     )  # fmt: skip
     chosen = Table("layer", "I", "O", "bias", "scored by", box=None, pad_edge=False)
     for x, how in zip(costs.layers, costs.scored_by, strict=True):
@@ -253,6 +257,9 @@ def demo(
     topics: Annotated[int | None, typer.Option(help="use so many of them; default: all")] = None,
 ) -> None:
     """Train a small GPT-2 on Python's reference, and ask it where its answers come from."""
+    for name, count in (("steps", steps), ("topics", topics)):
+        if count is not None:
+            whole(name, count)
     start = time.perf_counter()
     from ..model.layers import select_layers
     from ..stages.queries import Queries

@@ -1,5 +1,7 @@
 """What a command is given: a model and its tokenizer, text cut into sequences."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checks import whole
 from ..data.batches import positions
 from ..data.choices import OnLong, Split
 from ..data.records import read
 from ..data.tokens import Tokens, tokenize
-from ..errors import ArgumentError
+from ..errors import ArgumentError, Error
 from ..extras import optional
 from .options import Dtype
 from .terminal import Terminal
@@ -41,8 +44,8 @@ class Source:
 
     def context(self, wanted: int | None) -> int:
         """Tokens a sequence: as wanted (512), but no more than the model has positions for."""
-        if wanted is not None and wanted < 2:
-            raise ArgumentError(f"context is {wanted}, expected at least 2 tokens")
+        if wanted is not None:
+            whole("context", wanted, 2)
         limit = positions(self.model)
         return min(wanted or CONTEXT, limit) if limit else wanted or CONTEXT
 
@@ -53,9 +56,10 @@ def load(
     """A Hugging Face causal language model in evaluation mode, on a GPU if there is one."""
     transformers = optional("transformers", "hf")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        path, trust_remote_code=trust_remote_code
-    )
+    with loading(path):
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            path, trust_remote_code=trust_remote_code
+        )
     tokenizer = load_tokenizer(path, trust_remote_code)
     return Source(path, model.to(device).eval(), tokenizer, autocast(dtype, torch.device(device)))
 
@@ -75,7 +79,19 @@ def autocast(dtype: Dtype, device: torch.device) -> torch.dtype | None:
 def load_tokenizer(path: str, trust_remote_code: bool) -> Any:
     """The tokenizer beside a model."""
     transformers = optional("transformers", "hf")
-    return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    with loading(path):
+        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+
+
+@contextmanager
+def loading(path: str) -> Iterator[None]:
+    """ArgumentError where transformers finds no model of its own under a name."""
+    try:
+        yield
+    except Error:
+        raise
+    except Exception as error:  # of any kind: a folder holds whatever files it holds
+        raise ArgumentError(f"model {path!r} cannot be loaded: {error}") from error
 
 
 def read_data(path: Path, tokenizer: Any, cutting: Cutting, console: Terminal) -> Tokens:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import default_collate
 
-from ..errors import ArgumentError, DataError
+from ..checks import choice, shown, sized, whole
+from ..errors import DataError
 from ..store.fingerprint import Digest
 from .choices import OnLongExample
 
@@ -78,9 +79,11 @@ def example(
     beside = {
         name: _beside(ids, value, f"{where}: {name}")
         for name, value in record.items()
-        if name not in ("input_ids", "id") and _is_sequence(value)
+        if name not in ("input_ids", "id") and _is_sequence(name, value, where)
     }
     labels, mask = beside.pop("labels", None), beside.pop("attention_mask", None)
+    if mask is not None and not np.isin(mask, (0, 1)).all():
+        raise DataError(f"{where}: attention_mask holds other values than 0 (padding) and 1")
     if labels is None:
         # Where positions start again, another document begins: nothing before predicts it.
         starts = beside.get("position_ids", np.ones(1)) == 0
@@ -116,11 +119,15 @@ def named(dataset: Indexable, index: int) -> str:
     return f"example {index}" + (f" ({source(index)})" if callable(source) else "")
 
 
-def _is_sequence(value: Any) -> bool:
+def _is_sequence(name: str, value: Any, where: str) -> bool:
     """Whether a field is one number a token; text and single values are about the example."""
     if isinstance(value, Tensor | np.ndarray):
-        return value.ndim > 0
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+        found = value.ndim > 0
+    else:
+        found = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    if name in ("labels", "attention_mask", "position_ids") and not found and value is not None:
+        raise DataError(f"{where}: {name} is {shown(value)}, not one number a token")
+    return found
 
 
 def _integers(values: Any, what: str) -> np.ndarray:
@@ -222,14 +229,13 @@ class Batches:
         budget = BATCH_TOKENS.get(self.device.type, DEVICE_BATCH_TOKENS)
         self.batch_tokens = _positive("batch_tokens", batch_tokens, budget)
         self.batch_size = _positive("batch_size", batch_size, BATCH_SIZE)
-        if on_long not in ("truncate", "refuse"):
-            raise ArgumentError(f"on_long is {on_long!r}, expected 'truncate' or 'refuse'")
-        whole = getattr(model, "module", model)  # DataParallel and its kind
-        self.context, self.vocabulary = positions(whole), vocabulary(whole)
-        self._takes = inspect.signature(whole.forward).parameters
+        choice("on_long", on_long, ("truncate", "refuse"))
+        inner = getattr(model, "module", model)  # DataParallel and its kind
+        self.context, self.vocabulary = positions(inner), vocabulary(inner)
+        self._takes = inspect.signature(inner.forward).parameters
         first = dataset[0]
         mapping = isinstance(first, Mapping) and "input_ids" in first
-        config = getattr(whole, "config", None)
+        config = getattr(inner, "config", None)
         self.two_sided = mapping and bool(getattr(config, "is_encoder_decoder", False))
         self.language = mapping and not self.two_sided
         if self.language and (labels := first.get("labels")) is not None:
@@ -288,6 +294,11 @@ class Batches:
         """Example `index` of a language-model data set, checked against the model."""
         return example(self.dataset, index, self.vocabulary, self.context)
 
+    def takes(self, name: str) -> bool:
+        """Whether the model's forward has an argument of that name, or takes any."""
+        every = any(p.kind is p.VAR_KEYWORD for p in self._takes.values())
+        return every or name in self._takes
+
     def fingerprint(self) -> str:
         """Identifies the data: every value of every example."""
         return self._digest.hex()
@@ -332,18 +343,9 @@ def vocabulary(model: nn.Module) -> int | None:
 
 def _size(dataset: Indexable, most: int | None) -> int:
     """How many examples are taken."""
-    kind = type(dataset).__name__
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        raise DataError(
-            f"the data set is a {kind}, which cannot be indexed: give a list or a data set with "
-            "__len__ and __getitem__ (of a DataLoader its .dataset, of a stream list(stream))"
-        )
-    try:
-        length = len(dataset)
-    except TypeError as error:
-        raise DataError(f"the data set is a {kind} without a length ({error})") from error
-    if most is not None and most < 1:
-        raise ArgumentError(f"max_examples is {most}, expected at least 1")
+    length = sized(dataset)
+    if most is not None:
+        whole("max_examples", most)
     if length == 0:
         raise DataError("the data set is empty")
     return length if most is None else min(length, most)
@@ -352,9 +354,7 @@ def _size(dataset: Indexable, most: int | None) -> int:
 def _positive(name: str, value: int | None, default: int) -> int:
     if value is None:
         return default
-    if value < 1:
-        raise ArgumentError(f"{name} is {value}, expected at least 1")
-    return value
+    return whole(name, value)
 
 
 def _plain(value: Any) -> Any:

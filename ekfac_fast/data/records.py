@@ -17,11 +17,13 @@ from array import array
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, get_args
 
 import numpy as np
 from torch.utils.data import ConcatDataset, Dataset
 
+from ..checks import choice, require
+from ..checks import path as argument_path
 from ..errors import DataError, Notice
 from ..extras import optional
 from .choices import Split
@@ -229,9 +231,13 @@ def read(
     a .txt file is; `field` is the text's name in the others, where `prompt` and `completion` may
     stand instead (field=None: must). Raises DataError.
     """
-    path = Path(path)
-    if not path.exists():
-        raise DataError(f"{path}: no such file or folder")
+    path = argument_path("path", path)
+    choice("split", split, get_args(Split))
+    require(field is None or isinstance(field, str), "field", field, "a name, or None")
+    try:
+        path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: no such file or folder ({error.strerror})") from error
     supported = ", ".join((*SUFFIXES, *(f".jsonl{ending}" for ending in COMPRESSED)))
     if path.is_dir():
         every = sorted(_files(path))

@@ -5,13 +5,14 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..checks import choice, require, shown, sized, told, whole
 from ..errors import ArgumentError, DataError
 from .batches import IGNORED, Indexable
 from .choices import OnLong
@@ -74,6 +75,12 @@ def tokenize(
     predict is refused or skipped.
     `progress` is called with the number of records done. Raises DataError, naming the source.
     """
+    whole("context", context)
+    choice("on_long", on_long, get_args(OnLong))
+    choice("on_empty", on_empty, ("refuse", "skip"))
+    told("progress", progress)
+    require(callable(tokenizer), "tokenizer", tokenizer, "a tokenizer of transformers' kind")
+    sized(records)
     bos = _bos(tokenizer)
     if context < len(bos) + 2:
         raise ArgumentError(f"tokenize: a context of {context} tokens is too short")
@@ -113,9 +120,13 @@ def tokenize(
 
 def _bos(tokenizer: Callable[..., Any]) -> list[int]:
     """The token that the tokenizer puts before a text, as a list; empty if it puts none."""
-    return [
-        i for i in tokenizer("")["input_ids"][:1] if i == getattr(tokenizer, "bos_token_id", None)
-    ]
+    try:
+        first = list(tokenizer("")["input_ids"][:1])
+    except Exception as error:  # whatever was given
+        raise ArgumentError(
+            f"tokenizer is {shown(tokenizer)}, which makes no 'input_ids' of a text ({error!r})"
+        ) from error
+    return [i for i in first if i == getattr(tokenizer, "bos_token_id", None)]
 
 
 def _encoded(

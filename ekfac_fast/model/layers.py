@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..checks import flag, instance, require
 from ..errors import ArgumentError, Notice
 
 # A component of an MLP's name, below a numbered block: GPT-2, GPT-NeoX, Llama, Qwen, Mistral,
@@ -73,10 +74,14 @@ def select_layers(
         ArgumentError: there are no patterns, one matches no layer (names the nearest ones), the
             default would leave out most of what it stands for, or parameters are shared.
     """
+    instance("model", model, nn.Module, "a torch module")
+    flag("shared", shared)
     layers = linear_layers(model)
     if isinstance(patterns, str):
         patterns = [patterns]
-    elif patterns is not None and not patterns:
+    named = isinstance(patterns, list | tuple) and all(isinstance(x, str) for x in patterns)
+    require(patterns is None or named, "layers", patterns, "names or globs, or None for the MLPs")
+    if patterns is not None and not patterns:
         raise ArgumentError(
             "layers: the list is empty; give names or globs, or None for the MLPs of every block"
         )

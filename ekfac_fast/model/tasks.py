@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..checks import whole
 from ..data.batches import IGNORED
-from ..errors import ArgumentError, DataError, ModelError
+from ..errors import DataError, ModelError
 from ..ops.shapes import wide
 from .head import inspect_head, states, token_losses
 from .sampling import inverted, uniforms
@@ -74,9 +75,7 @@ class LanguageModelTask:
     """
 
     def __init__(self, seed: int = 0):
-        if not 0 <= seed < 2**64:
-            raise ArgumentError(f"seed is {seed}, expected a number from 0 to 2^64 - 1")
-        self.seed = seed
+        self.seed = whole("seed", seed, 0, 2**64 - 1)
         self._edges: Tensor | int = 0  # a number of the model's device: read only when asked for
 
     @property

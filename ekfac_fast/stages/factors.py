@@ -3,6 +3,7 @@
 Files have kronfluence's names and layout, so factors travel both ways.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import is_number, path, require
 from ..curvature.basis import Basis, heuristic_damping
 from ..curvature.offload import Travelling, placed
 from ..errors import ArgumentError, NotFiniteError, StoreError
@@ -33,10 +35,11 @@ LAMBDA, LAMBDA_COUNT = "lambda_matrix.safetensors", "num_lambda_processed.safete
 TOKEN_COUNT = "num_activation_covariance_processed.safetensors"
 
 
-def check_damping(absolute: float | None) -> None:
-    """ArgumentError for a damping that is no number >= 0; None is each layer's own."""
-    if absolute is not None and not 0 <= absolute < float("inf"):
-        raise ArgumentError(f"damping is {absolute}, expected a number >= 0")
+def check_damping(absolute: float | None) -> float | None:
+    """A damping as a float; ArgumentError where it is no number >= 0; None is each layer's own."""
+    right = absolute is None or (is_number(absolute) and absolute >= 0)
+    require(right, "damping", absolute, "a number >= 0, or None for each layer's own")
+    return None if absolute is None else float(absolute)
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class Factors(Mapping[str, LayerFactors]):
         Raises:
             StoreError: a file is missing or damaged, or the fit is not finished; names it.
         """
-        self.folder = Path(folder)
+        self.folder = path("folder", folder)
         # kronfluence's folders have no manifest, ours of format 1 no checksums.
         self._store = Store.load(folder, kind="factors") if self._is_ours() else None
         if self._store and not self._store.finished:
@@ -97,7 +100,7 @@ class Factors(Mapping[str, LayerFactors]):
         self.tokens = max(int(x) for x in self._load(TOKEN_COUNT).values())
 
     def _is_ours(self) -> bool:
-        return (self.folder / MANIFEST).exists()
+        return os.path.exists(self.folder / MANIFEST)  # whatever the path: no error
 
     def _load(self, name: str) -> dict[str, Tensor]:
         # Each may have been replaced by one of kronfluence's, which has no checksum.

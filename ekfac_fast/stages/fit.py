@@ -18,6 +18,7 @@ from typing import Any, TypeGuard, Unpack
 import torch
 from torch import Tensor, nn
 
+from ..checks import flag, instance, path, whole
 from ..curvature.basis import Eigenvectors, SharedRotation
 from ..curvature.eigen import FP32_FROM, Job, eigendecompositions, largest_first
 from ..curvature.offload import placed
@@ -36,7 +37,7 @@ from .factors import (
     Factors,
     kronfluence_arguments,
 )
-from .run import Batch, Consumer, Run, RunArguments, Stage, accumulator
+from .run import Batch, Consumer, Run, RunArguments, Stage, accumulator, checked_task
 from .waiting import Waiting
 
 # Which draw of an example's labels each pass takes.
@@ -73,7 +74,12 @@ def fit(
         NotFiniteError: a loss or a sum is not finite; names the examples or the layer.
         Error: a layer, an example or an argument is wrong.
     """
-    task = arguments["task"] = arguments.get("task") or LanguageModelTask(seed or 0)
+    out = path("out", out)
+    instance("model", model, nn.Module, "a torch module")
+    flag("shared_parameters", shared_parameters)
+    if seed is not None:
+        whole("seed", seed, 0, 2**64 - 1)
+    task = arguments["task"] = checked_task(arguments.get("task")) or LanguageModelTask(seed or 0)
     own = getattr(task, "seed", None)
     if seed is not None and own not in (None, seed):
         raise ArgumentError(f"seed is {seed}, but the task has a seed of its own, {own}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from .. import ops
+from ..checks import whole
 from ..curvature.choice import Contraction, contraction
 from ..curvature.memory import free_bytes
 from ..model.layers import Layer
@@ -71,6 +72,9 @@ def plan(
             gradient to activations.
         rate: FLOP/s; measured here if None.
     """
+    counts = {"sequences": sequences, "tokens": tokens, "fit_sequences": fit_sequences}
+    for name, count in (counts | {"queries": queries, "rank": rank or 1}).items():
+        whole(name, count)
     rate = rate or gemm_rate()
     one_pass = 4 * parameters * tokens
 

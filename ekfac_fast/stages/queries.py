@@ -3,15 +3,16 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Unpack, get_args
 
 import torch
 from torch import Tensor, nn
 
+from ..checks import choice, instance, path, whole
 from ..curvature.basis import Basis, SharedRotation
 from ..curvature.low_rank import captured_energy, rotate_back, truncate
 from ..curvature.query_gradients import Dense, LowRank, QueryGradients
-from ..data.batches import Indexable
+from ..data.batches import Indexable, OnLongExample
 from ..errors import ArgumentError, DataError, NotFiniteError, StoreError
 from ..model.capture import LayerBatch
 from ..model.layers import Layer
@@ -168,10 +169,12 @@ def prepare_queries(
         DataError: a query is longer than the model has positions, or has nothing to measure.
         NotFiniteError: a measurement or a gradient is not finite.
     """
-    if rank is not None and rank < 1:
-        raise ArgumentError(f"rank is {rank}, expected at least 1, or None for full rank")
-    check_damping(damping)
+    rank = None if rank is None else whole("rank", rank)
+    damping = check_damping(damping)
+    instance("factors", factors, Factors, "what fit returns, or Factors(folder)")
+    out = None if out is None else path("out", out)
     layers = factors.layers(model)
+    choice("on_long", arguments.get("on_long", "refuse"), get_args(OnLongExample))
     run = Run(model, queries, {**arguments, "on_long": "refuse"})
     facts = run.facts() | {
         "factors": factors.identity,

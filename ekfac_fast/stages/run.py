@@ -17,6 +17,7 @@ from typing import Any, TypedDict, Unpack
 import torch
 from torch import Tensor, nn
 
+from ..checks import instance, require, shown, told
 from ..data.batches import Batches, Indexable, collate
 from ..data.choices import OnLongExample
 from ..errors import ArgumentError, DataError, NotFiniteError
@@ -113,8 +114,12 @@ class Run:
         if unknown := sorted(set(arguments) - RunArguments.__annotations__.keys()):
             raise TypeError(f"unexpected keyword argument {unknown[0]!r}")
         self.model, self.rank, self.ranks = model, rank, ranks
-        self.task: Task = arguments.get("task") or LanguageModelTask()
+        instance("model", model, nn.Module, "a torch module")
+        self.task: Task = checked_task(arguments.get("task")) or LanguageModelTask()
         self.autocast, self.progress = arguments.get("autocast"), arguments.get("progress")
+        lowered = any(self.autocast is x for x in (None, torch.bfloat16, torch.float16))
+        require(lowered, "autocast", self.autocast, "torch.bfloat16, torch.float16 or None")
+        told("progress", self.progress)
         _check_weights(model)
         self.batches = Batches(
             dataset,
@@ -143,6 +148,8 @@ class Run:
                 "causal language model; give a task of your own for others"
             )
         assert isinstance(self.task, LanguageModelTask)
+        if not self.batches.takes("input_ids"):
+            raise ArgumentError(f"model is a {type(self.model).__name__} that takes no 'input_ids'")
         lengths = self.batches.lengths
         shortest = min(range(len(lengths)), key=lambda i: (lengths[i] < 2, lengths[i]))
         padded = any(len({lengths[i] for i in some}) > 1 for some in self.batches.divided())
@@ -316,6 +323,20 @@ class Run:
             return self.task.compute_train_loss(batch=inputs, model=self.model, sample=False)
 
 
+def checked_task(task: Any) -> Any:
+    """`task`, or None; ArgumentError where it lacks a method."""
+    lacking = [name for name in TASK_METHODS if not callable(getattr(task, name, None))]
+    if task is not None and lacking:
+        raise ArgumentError(f"task is {shown(task)}, which has no method {lacking[0]}")
+    return task
+
+
+TASK_METHODS = (
+    "compute_train_loss", "compute_measurement", "get_influence_tracked_modules",
+    "get_attention_mask",
+)  # fmt: skip
+
+
 def task_state(task: Task) -> dict[str, str]:
     """A task's own values that can be told apart, but for what it counts itself."""
     state = {}
@@ -352,7 +373,9 @@ UNTOLD = frozenset({"_name_or_path", "transformers_version", "_commit_hash", "us
 
 
 def _check_weights(model: nn.Module) -> None:
-    """Refuse a model whose weights are not in memory."""
+    """Refuse a model without weights, or whose weights are not in memory."""
+    if next(model.parameters(), None) is None:
+        raise ArgumentError(f"model is a {type(model).__name__} without parameters")
     for name, weight in model.named_parameters():
         if weight.is_meta:
             raise ArgumentError(

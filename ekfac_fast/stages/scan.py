@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..checks import flag, instance, path, require, whole
 from ..curvature.basis import SharedRotation
 from ..curvature.choice import contraction
 from ..curvature.memory import free_bytes
@@ -75,7 +76,11 @@ def score(
         ArgumentError: the queries belong to another model, or candidates do not fit.
         NotFiniteError: a loss or a score is not finite; names the examples.
     """
-    _check_counts(top_k, train_size)
+    top_k = None if top_k is None else whole("top_k", top_k)
+    out = path("out", out)
+    instance("queries", queries, Queries, "what prepare_queries returns")
+    for name, value in (("per_token", per_token), ("per_layer", per_layer)):
+        flag(name, value)
     run = Run(model, dataset, arguments)
     ranked = _candidates(candidates, queries, run)
     facts = _facts(run, train_size) | {
@@ -117,8 +122,9 @@ def self_scores(
 
     Arguments and errors as in `score`; `damping` as in `prepare_queries`.
     """
-    _check_counts(None, train_size)
-    check_damping(damping)
+    damping = check_damping(damping)
+    out = path("out", out)
+    instance("factors", factors, Factors, "what fit returns, or Factors(folder)")
     layers = factors.layers(model)
     run = Run(model, dataset, arguments)
     facts = _facts(run, train_size) | {
@@ -151,14 +157,9 @@ def self_scores(
     return Scores(out)
 
 
-def _check_counts(top_k: int | None, train_size: int | None) -> None:
-    for name, value in (("top_k", top_k), ("train_size", train_size)):
-        if value is not None and value < 1:
-            raise ArgumentError(f"{name} is {value}, expected at least 1")
-
-
 def _facts(run: Run, train_size: int | None) -> dict[str, Any]:
-    return run.facts() | {"train_size": train_size or run.batches.size}
+    size = run.batches.size if train_size is None else whole("train_size", train_size)
+    return run.facts() | {"train_size": size}
 
 
 def _finish(store: Store, run: Run) -> None:
@@ -178,7 +179,7 @@ def _candidates(
     batches = run.batches
     if isinstance(wanted, str):
         kind, _, count = wanted.partition(":")
-        if kind != "tfidf" or not count.isdigit() or not int(count):
+        if kind != "tfidf" or not count.isdecimal() or len(count) > 18 or not int(count):
             raise ArgumentError(
                 f"candidates is {wanted!r}, expected 'tfidf:COUNT' or indices per query"
             )
@@ -189,6 +190,9 @@ def _candidates(
             tokens, batches.dataset, int(count), batches.vocabulary, context=batches.context
         )[0]
         wanted = best.tolist()
+    listed = isinstance(wanted, Sequence) or (isinstance(wanted, np.ndarray) and wanted.ndim)
+    listed = bool(listed) and all(map(_are_indices, wanted))
+    require(listed, "candidates", wanted, "'tfidf:COUNT' or indices per query")
     if len(wanted) != len(queries):
         raise ArgumentError(f"candidates for {len(wanted)} queries, but there are {len(queries)}")
     found = [np.asarray(indices, dtype=np.int64) for indices in wanted]
@@ -196,6 +200,14 @@ def _candidates(
         if len(indices) and not 0 <= indices.min() <= indices.max() < batches.size:
             raise ArgumentError(f"query {q}: a candidate is outside the data set of {batches.size}")
     return found
+
+
+def _are_indices(values: Any) -> bool:
+    try:
+        array = np.asarray(values)
+    except (ValueError, TypeError, RuntimeError):
+        return False
+    return array.ndim == 1 and (array.dtype.kind in "iu" or not len(array))
 
 
 def _scan(
@@ -239,7 +251,7 @@ class Scan(Consumer):
         )
         dtype = accumulator(run.model)
         self.s = torch.zeros(Q, 0, dtype=dtype)
-        self.matrix, self.heap = None, Heap.empty(Q, top_k or 0, dtype)
+        self.matrix, self.heap = None, Heap.empty(Q, min(top_k or 0, run.batches.size), dtype)
         if top_k is None:
             kind = "float64" if dtype == torch.float64 else "float32"
             self.matrix = store.matrix((Q, run.batches.size), kind)

@@ -34,7 +34,7 @@ def writing(path: Path, size: int) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        folder = next(p for p in path.absolute().parents if p.exists())
+        folder = next(p for p in path.absolute().parents if os.path.exists(p))
         free = shutil.disk_usage(folder).free
         raise StoreError(
             f"{path}: cannot be written ({error}). It needs {size:,} bytes, {free:,} are free in "

@@ -319,7 +319,7 @@ def _now() -> str:
 def _manifest(folder: Path, kind: str | None) -> dict[str, Any]:
     """Read and check a manifest; raises StoreError."""
     path = folder / MANIFEST
-    if not path.exists():
+    if not os.path.exists(path):  # of a path that cannot be, too
         raise StoreError(f"{folder}: no {MANIFEST} there, so no result of ours. Check the path")
     manifest = load_json(path)
     version = manifest.get("format") if isinstance(manifest, dict) else None
