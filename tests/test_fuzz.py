@@ -1,14 +1,16 @@
 """Damaged files of every kind: an error of ours, or the right answer; never a traceback.
 
-`python tests/test_fuzz.py 2000` runs a longer leg of the same.
+`python tests/test_fuzz.py 2000` runs a longer leg of the same, with odd calls and commands.
 """
 
 import gzip
 import json
+import os
 import random
 import shutil
 import sys
 import tempfile
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import test_absurd_arguments
+import test_absurd_commands
 import torch
 from dense_ekfac import asked, corpus, gpt2
 
@@ -168,10 +172,29 @@ def test_damage_is_noticed(tmp_path, make):
     assert not fuzz(make(tmp_path), 40, strict=make is results)
 
 
+def main(count: int) -> list[str]:
+    """Half of `count` damaged files, a quarter each calls and commands: what went wrong."""
+    folder, home = Path(tempfile.mkdtemp()), os.getcwd()
+    try:
+        brought, written = inputs(folder), results(folder)
+        each = count // 2 // (len(brought) + len(written))
+        bad = fuzz(brought, each, strict=False) + fuzz(written, each, strict=True)
+        (folder / "work").mkdir()
+        os.chdir(folder / "work")
+        bad += test_absurd_arguments.called(test_absurd_arguments.Calls(folder), count // 4)
+        bad += test_absurd_commands.called(test_absurd_commands.inputs(folder), count // 4)
+    finally:
+        os.chdir(home)
+        shutil.rmtree(folder)
+    files = len(brought) + len(written)
+    print(
+        f"{each} damaged copies of each of {files} files, {count // 4} calls, {count // 4} commands"
+    )
+    return bad
+
+
 if __name__ == "__main__":
-    each = int(sys.argv[1]) // 18
-    folder = Path(tempfile.mkdtemp())
-    bad = fuzz(inputs(folder), each, strict=False) + fuzz(results(folder), each, strict=True)
-    shutil.rmtree(folder)
-    print("\n".join(bad) or f"{each} damaged copies of each of 18 files: all noticed")
+    warnings.simplefilter("ignore")
+    bad = main(int(sys.argv[1]))
+    print("\n".join(bad) or "each an error of ours, or the right answer")
     sys.exit(bool(bad))

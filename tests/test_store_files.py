@@ -187,3 +187,10 @@ def test_an_example_that_stands_twice_is_refused(tmp_path: Path) -> None:
     save_tensors(tmp_path / "plan.safetensors", twice)
     with pytest.raises(StoreError, match=r"plan\.safetensors: an example stands in two batches"):
         Store.load(tmp_path).batches()
+
+
+def test_no_file_is_put_in_the_place_of_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(StoreError, match="is there and no file"):
+        save_json(tmp_path / "pipe", {})
+    assert (tmp_path / "pipe").is_fifo()

@@ -264,11 +264,14 @@ def demo(
     from ..model.layers import select_layers
     from ..stages.queries import Queries
     from ..stages.run import floor_seconds
+    from ..store.files import writing
     from ..validation.one_step import step_check
     from . import demo as demonstration
     from . import inputs, runs
     from .progress import showing
 
+    with writing(folder, 4096):
+        folder.mkdir(parents=True, exist_ok=True)
     with showing(console) as progress:
         demonstration.prepare(
             folder,

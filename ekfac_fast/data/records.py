@@ -9,6 +9,7 @@ import gzip
 import json
 import os
 import shutil
+import stat
 import tempfile
 import warnings
 import weakref
@@ -235,9 +236,11 @@ def read(
     choice("split", split, get_args(Split))
     require(field is None or isinstance(field, str), "field", field, "a name, or None")
     try:
-        path.stat()
+        mode = path.stat().st_mode
     except OSError as error:
         raise DataError(f"{path}: no such file or folder ({error.strerror})") from error
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise DataError(f"{path}: a pipe or a device, not a file: it is read more than once")
     supported = ", ".join((*SUFFIXES, *(f".jsonl{ending}" for ending in COMPRESSED)))
     if path.is_dir():
         every = sorted(_files(path))
@@ -271,7 +274,8 @@ def _files(folder: Path) -> Iterator[Path]:
             continue
         seen.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(root) / name for name in names if not name.startswith("."))
+        paths = (Path(root) / name for name in names if not name.startswith("."))
+        yield from (path for path in paths if path.is_file())
 
 
 def _kind(path: Path) -> str | None:

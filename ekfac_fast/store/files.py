@@ -57,6 +57,9 @@ def replacing(path: Path, size: int) -> Iterator[Path]:
     The name stands in a folder of its own, which nobody else can have made before, because
     safetensors writes temporary files too.
     """
+    if os.path.exists(path) and not path.is_file():
+        # A rename would put a file in the place of a device or a pipe.
+        raise StoreError(f"{path}: is there and no file: nothing is written. Choose another name")
     scratch = path.with_name(f"{PARTIAL}{os.getpid()}-{threading.get_ident()}-{path.name}")
     with writing(path, size):
         path.parent.mkdir(parents=True, exist_ok=True)
