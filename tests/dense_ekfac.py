@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import default_collate
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from ekfac_fast.model.tasks import LanguageModelTask
@@ -48,9 +49,12 @@ def asked(n=3, seed=1):
 
 def batch_of(examples, draw=0):
     """One example alone, without padding; sampled labels are the `draw`-th of it."""
+    if "input_ids" not in examples:
+        return default_collate([{k: x for k, x in examples.items() if k != "id"}])
     ids = torch.tensor([examples["input_ids"]])
     labels = torch.tensor([examples.get("labels", examples["input_ids"])])
-    return {
+    fields = {k: torch.tensor([examples[k]]) for k in ("position_ids",) if k in examples}
+    return fields | {
         "input_ids": ids,
         "labels": labels,
         "attention_mask": torch.ones_like(ids),
@@ -69,34 +73,41 @@ def weight_gradient(model, name, loss):
 
 
 def moments(model, names, batch, task):
-    """Inputs [T,J] and output gradients [T,O] of one sequence's sampled loss, by plain hooks."""
-    seen, handles = {}, []
-    for name in names:
+    """Inputs [T,J] and output gradients [T,O] of one sequence's sampled loss, by plain hooks.
+
+    `names` may map each name to those of all modules with its parameters.
+    """
+    seen, handles = {name: [] for name in names}, []
+    modules = names if isinstance(names, dict) else {name: (name,) for name in names}
+    for name, module in ((n, m) for n, every in modules.items() for m in every):
 
         def hook(module, args, output, name=name):
             output.retain_grad()
-            seen[name] = (args[0].detach(), output, module.bias is not None)
+            seen[name].append((args[0].detach(), output, module.bias is not None))
 
-        handles.append(model.get_submodule(name).register_forward_hook(hook))
+        handles.append(model.get_submodule(module).register_forward_hook(hook))
     loss = task.compute_train_loss(batch, model, sample=True)
     loss.backward()
     for handle in handles:
         handle.remove()
     rows = {}
-    for name, (a, output, bias) in seen.items():
-        a, g = (x.reshape(-1, x.shape[-1]) for x in (a, output.grad))
-        a = torch.cat([a, torch.ones(len(a), 1, dtype=a.dtype)], 1) if bias else a
+    for name, uses in seen.items():
+        a, g = (
+            torch.cat([x.reshape(-1, x.shape[-1]) for x in side])
+            for side in ([a for a, _, _ in uses], [output.grad for _, output, _ in uses])
+        )
+        a = torch.cat([a, torch.ones(len(a), 1, dtype=a.dtype)], 1) if uses[0][2] else a
         rows[name] = (a, g)
     return loss, rows
 
 
-def dense_ekfac(model, names, data, queries, damping=None):
+def dense_ekfac(model, names, data, queries, damping=None, task=None):
     """Scores [Q,N], self scores [N] and lam by the definitions, one sequence at a time."""
     model = model.double()
-    task = LanguageModelTask()
+    task = task or LanguageModelTask()
     data = [example | {"id": i} for i, example in enumerate(data)]
     A, S, lam = ({} for _ in range(3))
-    tokens = sum(len(e["input_ids"]) for e in data)
+    tokens = sum(len(e.get("input_ids", "1")) for e in data)
     for example in data:
         _, rows = moments(model, names, batch_of(example, draw=1), task)
         for name, (a, g) in rows.items():

@@ -5,7 +5,6 @@ argument: an answer to anything else is as wrong as a traceback. `tests/test_fuz
 runs many more.
 """
 
-import os
 import random
 import shutil
 import warnings
@@ -21,7 +20,6 @@ from torch import nn
 from ekfac_fast import Error, Factors, fit, prepare_queries, score, self_scores
 from ekfac_fast.data import read, read_queries, tokenize
 
-os.environ["HF_HUB_OFFLINE"] = "1"
 VALUES = [
     None, True, False, -1, 0, 1, 2, 3, 7, 1.5, -0.5, 0.1, 2**31, 2**63 - 1, 2**63, 2**64, -(2**70),
     10**400, float("nan"), float("inf"), -float("inf"), 1e-320, 1j, "", "0", "3", "mlp", "refuse",
@@ -155,6 +153,9 @@ EXAMPLE = {
 
 def whole_ids(x: object) -> bool:
     return bool(len(x)) and all(isinstance(i, int) and 0 <= i < 61 for i in x)
+
+
+inputs = Calls
 
 
 def called(calls: Calls, count: int, seed: int = 0) -> list[str]:

@@ -179,10 +179,11 @@ def main(count: int) -> list[str]:
         brought, written = inputs(folder), results(folder)
         each = count // 2 // (len(brought) + len(written))
         bad = fuzz(brought, each, strict=False) + fuzz(written, each, strict=True)
-        (folder / "work").mkdir()
-        os.chdir(folder / "work")
-        bad += test_absurd_arguments.called(test_absurd_arguments.Calls(folder), count // 4)
-        bad += test_absurd_commands.called(test_absurd_commands.inputs(folder), count // 4)
+        for module in (test_absurd_arguments, test_absurd_commands):
+            own = folder / module.__name__
+            (own / "work").mkdir(parents=True)
+            os.chdir(own / "work")
+            bad += module.called(module.inputs(own), count // 4)
     finally:
         os.chdir(home)
         shutil.rmtree(folder)
