@@ -1,5 +1,7 @@
 """Harness: tiny models and corpora; dense EK-FAC by the definitions, from per-sample gradients."""
 
+import copy
+
 import numpy as np
 import torch
 from torch import nn
@@ -101,8 +103,12 @@ def moments(model, names, batch, task):
     return loss, rows
 
 
-def dense_ekfac(model, names, data, queries, damping=None, task=None):
-    """Scores [Q,N], self scores [N] and lam by the definitions, one sequence at a time."""
+def dense_ekfac(model, names, data, queries, damping=None, task=None, autocast=None):
+    """Scores [Q,N], self scores [N] and lam by the definitions, one sequence at a time.
+
+    All in fp64; with `autocast`, the gradients that are scored are of passes in that dtype.
+    """
+    passes = copy.deepcopy(model).float() if autocast else model.double()
     model = model.double()
     task = task or LanguageModelTask()
     data = [example | {"id": i} for i, example in enumerate(data)]
@@ -120,15 +126,17 @@ def dense_ekfac(model, names, data, queries, damping=None, task=None):
         for n in names:
             rotated = Q[n][1].T @ weight_gradient(model, n, loss) @ Q[n][0]
             lam[n] = lam.get(n, 0) + rotated**2 / len(data)
-    size = {n: 0.1 * lam[n].mean() if damping is None else damping for n in names}
+    # As kronfluence's, the damping of a layer is at least 1e-8.
+    size = {n: (0.1 * lam[n].mean()).clamp(min=1e-8) if damping is None else damping for n in names}
 
     def inverse(n, G):
         Qa, Qg = Q[n]
         return Qg @ ((Qg.T @ G @ Qa) / (lam[n] + size[n])) @ Qa.T
 
     def gradients(example, measure):
-        loss = measure(batch_of(example), model)
-        return {n: weight_gradient(model, n, loss) for n in names}
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            loss = measure(batch_of(example), passes)
+        return {n: weight_gradient(passes, n, loss).double() for n in names}
 
     train = [gradients(e, task.compute_train_loss) for e in data]
     ask = [gradients(e | {"id": 0}, task.compute_measurement) for e in queries]

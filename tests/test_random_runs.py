@@ -6,6 +6,7 @@
 import sys
 import tempfile
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -89,8 +90,6 @@ class Margins(LanguageModelTask):
 
 
 MODELS = (gpt2, llama, opt, neox, shared)
-# In bf16 autocast, of the largest score: eight bits, through a pass there and back.
-ROUNDED = 0.05
 
 
 def vectors(rng, dtype):
@@ -152,8 +151,16 @@ def some_layers(rng, model):
     return None if rng.random() < 0.5 else rng.choice(linear, min(3, len(linear)), False).tolist()
 
 
+def largest(found, wanted):
+    """The largest error of scores and self scores, relative to the largest of each."""
+    pairs = zip(found, wanted, strict=True)
+    return max(float((x.double() - y).abs().max() / y.abs().max()) for x, y in pairs)
+
+
 def largest_error(seed, out):
-    """Of scores and self scores of one random run, relative to the largest score; its tolerance."""
+    """Of one random run, and what it may be: 1e-4; or, of passes in bf16 autocast, twice as much as
+    that of the definitions with passes in bf16, and 0.01.
+    """
     rng = np.random.default_rng(seed)
     dtype = (torch.float32, torch.float64)[rng.integers(2)]
     make, task, pairs, asked = drawn(rng, dtype)
@@ -164,7 +171,8 @@ def largest_error(seed, out):
     names = {layer.name: (layer.name, *layer.also) for layer in layers}
     plain, given = ([pair[side] for pair in pairs] for side in range(2))
     damping = None if rng.random() < 0.5 else float(rng.uniform(0.01, 1))
-    want, own, _ = dense_ekfac(make(), names, plain, [x for x, _ in asked], damping, task)
+    defined = partial(dense_ekfac, make(), names, plain, [x for x, _ in asked], damping, task)
+    want = defined()[:2]
     lowered = dtype == torch.float32 and rng.random() < 0.25
     sizes = [
         {"batch_tokens": int(rng.integers(20, 200)), "batch_size": int(rng.integers(1, 20))}
@@ -184,11 +192,10 @@ def largest_error(seed, out):
     selves = self_scores(
         model, factors, given, out=out / "i", damping=damping, **sizes[2], **more
     ).matrix[0]
-    error = max(
-        float((torch.tensor(x[:]).double() - y).abs().max() / y.abs().max())
-        for x, y in ((got, want), (selves, own))
-    )
-    return error, ROUNDED if lowered else 1e-4
+    error = largest([torch.tensor(x[:]) for x in (got, selves)], want)
+    if not lowered:
+        return error, 1e-4
+    return error, 2 * largest(defined(autocast=torch.bfloat16)[:2], want) + 0.01
 
 
 @pytest.mark.parametrize("seed", range(24))
@@ -203,9 +210,9 @@ if __name__ == "__main__":
     for seed in range(int(sys.argv[1])):
         with tempfile.TemporaryDirectory() as out:
             found[seed] = largest_error(seed, Path(out))
-    for tolerance in (1e-4, ROUNDED):
-        errors = {seed: error for seed, (error, most) in found.items() if most == tolerance}
-        worst = sorted(errors, key=lambda seed: -errors[seed])[:5]
-        print(f"{len(errors)} runs held to {tolerance}; the largest errors, by seed:")
+    for name, lowered in (("fp32 and fp64", False), ("bf16 autocast", True)):
+        errors = {seed: x for seed, x in found.items() if (x[1] > 1e-4) == lowered}
+        worst = sorted(errors, key=lambda seed: -errors[seed][0] / errors[seed][1])[:5]
+        print(f"{len(errors)} runs in {name}; the worst seeds, their errors and what these may be:")
         print({seed: errors[seed] for seed in worst})
-    sys.exit(any(error >= tolerance for error, tolerance in found.values()))
+    sys.exit(any(error >= most for error, most in found.values()))

@@ -15,6 +15,7 @@ import warnings
 import weakref
 import zlib
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -111,9 +112,14 @@ class Lines(Dataset):
     def __len__(self) -> int:
         return len(self.starts)
 
+    def source(self, index: int) -> str:
+        """File and line of a record."""
+        if self.split == "file":
+            return str(self.path)
+        return f"{self.path}, line {self.lines[index]}"
+
     def __getitem__(self, index: int) -> dict[str, str]:
-        line = self.lines[index]
-        source = str(self.path) if self.split == "file" else f"{self.path}, line {line}"
+        line, source = self.lines[index], self.source(index)
         with self._opened() as file:
             file.seek(self.starts[index])
             data = file.read(self.stops[index] - self.starts[index])
@@ -143,8 +149,12 @@ class Objects(Dataset):
     def __len__(self) -> int:
         return len(self.values)
 
+    def source(self, index: int) -> str:
+        """File and place of a record."""
+        return f"{self.path}, item {index + 1}"
+
     def __getitem__(self, index: int) -> dict[str, str]:
-        return checked(self.values[index], f"{self.path}, item {index + 1}", self.field)
+        return checked(self.values[index], self.source(index), self.field)
 
 
 def _parsed(text: str, source: str) -> Any:
@@ -208,13 +218,17 @@ class Rows(Dataset):
     def __len__(self) -> int:
         return int(self.starts[-1])
 
+    def source(self, index: int) -> str:
+        """File and row of a record."""
+        return f"{self.path}, row {index + 1}"
+
     def __getitem__(self, index: int) -> dict[str, str]:
         index = range(len(self))[index]
         group = int(np.searchsorted(self.starts, index, side="right")) - 1
         if self.held[0] != group:
             with self._file() as file:
                 self.held = (group, file.read_row_group(group, columns=self.fields))
-        source = f"{self.path}, row {index + 1}"
+        source = self.source(index)
         try:
             (row,) = self.held[1].slice(index - int(self.starts[group]), 1).to_pylist()
         except ValueError as error:  # not UTF-8, or fewer rows than the file says
@@ -222,9 +236,18 @@ class Rows(Dataset):
         return checked(row, source, self.field)
 
 
-def read(
-    path: str | Path, *, split: Split = "file", field: str | None = "text"
-) -> "ConcatDataset[dict[str, str]]":
+class Records(ConcatDataset):
+    """The records of several files, one after the other."""
+
+    def source(self, index: int) -> str:
+        """Where a record stands, without reading it."""
+        part = bisect_right(self.cumulative_sizes, index)
+        before = self.cumulative_sizes[part - 1] if part else 0
+        records: Any = self.datasets[part]
+        return records.source(index - before)
+
+
+def read(path: str | Path, *, split: Split = "file", field: str | None = "text") -> Records:
     """The records of a file of JSON lines, JSON, text or parquet, or of all in a folder, by name.
 
     Endings count in any case, `.gz` and `.zst` may follow (not on parquet), folders may be links;
@@ -261,7 +284,7 @@ def read(
     parts = [_records(file, split, field) for file in files]
     if not any(len(part) for part in parts):
         raise DataError(f"{path}: holds no record")
-    return ConcatDataset(parts)
+    return Records(parts)
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -16,6 +16,7 @@ from ..checks import choice, require, shown, sized, told, whole
 from ..errors import ArgumentError, DataError
 from .batches import IGNORED, Indexable
 from .choices import OnLong
+from .encoding import PIECE, encoded
 from .records import checked, read
 
 TOKENIZED_AT_ONCE = 256
@@ -52,7 +53,9 @@ class Tokens(Dataset):
     def source(self, index: int) -> str:
         """Where example `index` was read: file, line and, from the second on, the chunk of it."""
         record, chunk = (int(n) for n in self.rows[index, 2:])
-        source = _source(self.records[record], record)
+        # Where a record came from is known without reading it again: it may be long.
+        find = getattr(self.records, "source", None)
+        source = find(record) if callable(find) else _source(self.records[record], record)
         return f"{source}, chunk {chunk + 1}" if chunk else source
 
 
@@ -86,9 +89,10 @@ def tokenize(
         raise ArgumentError(f"tokenize: a context of {context} tokens is too short")
     rows, end, truncated, dropped, skipped = array("q"), 0, 0, 0, 0
     with tempfile.TemporaryFile() as file:
-        for index, record, prompt, text in _encoded(records, tokenizer):
+        for index, (record, prompt, text) in enumerate(_encoded(records, tokenizer)):
             # A text may bring its BOS token along.
-            start = [] if (prompt + text)[: len(bos)] == bos else bos
+            begins = (prompt[: len(bos)] or text[: len(bos)]) == bos
+            start = bos[:0] if begins else bos
             total = len(start) + len(prompt) + len(text)
             if total > context and on_long == "refuse":
                 raise DataError(f"{record['source']}: {total} tokens, but the context is {context}")
@@ -104,9 +108,8 @@ def tokenize(
             else:
                 raise DataError(_nothing(record, prompt, text, context))
             for chunk, piece in enumerate(pieces):
-                data = np.array(piece, dtype=np.int32)
-                file.write(data.data)
-                end += len(data)
+                file.write(memoryview(piece))
+                end += len(piece)
                 rows.extend((end, masked, index, chunk))
             if progress:
                 progress(index + 1)
@@ -118,69 +121,70 @@ def tokenize(
     return Tokens(records, ids, table, truncated, dropped, skipped)
 
 
-def _bos(tokenizer: Callable[..., Any]) -> list[int]:
-    """The token that the tokenizer puts before a text, as a list; empty if it puts none."""
+def _bos(tokenizer: Callable[..., Any]) -> array:
+    """The token that the tokenizer puts before a text, or none."""
     try:
         first = list(tokenizer("")["input_ids"][:1])
     except Exception as error:  # whatever was given
         raise ArgumentError(
             f"tokenizer is {shown(tokenizer)}, which makes no 'input_ids' of a text ({error!r})"
         ) from error
-    return [i for i in first if i == getattr(tokenizer, "bos_token_id", None)]
+    return array("i", (i for i in first if i == getattr(tokenizer, "bos_token_id", None)))
+
+
+def _together(records: Indexable) -> Iterator[list[dict[str, str]]]:
+    """Records, checked, as many as are tokenised at once."""
+    group, size = [], 0
+    for index in range(len(records)):
+        value = records[index]
+        group.append(checked(value, _source(value, index)))
+        size += sum(map(len, group[-1].values()))
+        if len(group) == TOKENIZED_AT_ONCE or size > PIECE:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def _encoded(
     records: Indexable, tokenizer: Callable[..., Any]
-) -> Iterator[tuple[int, dict[str, str], list[int], list[int]]]:
-    """(index, record, prompt's tokens, text's tokens); many at once, tokenizers run in parallel.
+) -> Iterator[tuple[dict[str, str], array, array]]:
+    """(record, prompt's tokens, text's tokens); many at once, tokenizers run in parallel.
 
     A prompt and its completion are one text to the tokenizer. A token that holds characters of
     both counts as the completion's: it is measured.
     """
     fast = getattr(tokenizer, "is_fast", False)
-
-    def encode(texts: list[str], offsets: bool = False) -> dict[str, Any]:
-        more = {"return_offsets_mapping": True} if offsets else {}
-        return tokenizer(texts, add_special_tokens=False, verbose=False, **more)
-
-    for first in range(0, len(records), TOKENIZED_AT_ONCE):
-        part = range(first, min(first + TOKENIZED_AT_ONCE, len(records)))
-        values = [records[i] for i in part]
-        batch = [checked(v, _source(v, i)) for v, i in zip(values, part, strict=True)]
+    for batch in _together(records):
         prompts = [record.get("prompt", "") for record in batch]
-        whole = [record.get("text", p + record.get("completion", "")) for p, record in
+        texts = [record.get("text", p + record.get("completion", "")) for p, record in
                  zip(prompts, batch, strict=True)]  # fmt: skip
         asked = any(prompts)
-        found = encode(whole, offsets=asked and fast)
+        found = encoded(tokenizer, texts, ends=asked and fast)
         if not asked:
             borders = [0] * len(batch)
         elif fast:
             borders = [
-                sum(stop <= len(p) for _, stop in spans)
-                for spans, p in zip(found["offset_mapping"], prompts, strict=True)
+                sum(end <= len(p) for end in x.ends) for x, p in zip(found, prompts, strict=True)
             ]
         else:
-            alone = encode(prompts)["input_ids"]
-            borders = [_common(p, ids) for p, ids in zip(alone, found["input_ids"], strict=True)]
-        for index, record, ids, border in zip(
-            part, batch, found["input_ids"], borders, strict=True
-        ):
-            prompt = record.get("prompt", "")
+            alone = encoded(tokenizer, prompts)
+            borders = [_common(p.ids, x.ids) for p, x in zip(alone, found, strict=True)]
+        for record, prompt, one, border in zip(batch, prompts, found, borders, strict=True):
             if prompt and not border and fast:
                 # One token holds all of the prompt: nothing would be left to predict it from.
-                yield index, record, encode([prompt])["input_ids"][0], _continued(record, encode)
+                yield record, encoded(tokenizer, [prompt])[0].ids, _continued(record, tokenizer)
             else:
-                yield index, record, ids[:border], ids[border:]
+                yield record, one.ids[:border], one.ids[border:]
 
 
-def _continued(record: dict[str, str], encode: Callable[..., Any]) -> list[int]:
+def _continued(record: dict[str, str], tokenizer: Callable[..., Any]) -> array:
     """A completion's tokens as of a text that goes on: after a line end, which joins nothing."""
-    found = encode(["\n" + record["completion"]], offsets=True)
-    spans = found["offset_mapping"][0]
-    return [i for i, (_, stop) in zip(found["input_ids"][0], spans, strict=True) if stop > 1]
+    (found,) = encoded(tokenizer, ["\n" + record["completion"]], ends=True)
+    return array("i", (i for i, end in zip(found.ids, found.ends, strict=True) if end > 1))
 
 
-def _common(one: list[int], other: list[int]) -> int:
+def _common(one: array, other: array) -> int:
     """How many tokens two texts begin with alike."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
@@ -192,15 +196,14 @@ def _source(record: Any, index: int) -> str:
     return f"record {index}" if source is None else str(source)
 
 
-def _cut(
-    bos: list[int], prompt: list[int], text: list[int], context: int, chunk: bool
-) -> list[list[int]]:
+def _cut(bos: array, prompt: array, text: array, context: int, chunk: bool) -> list[array]:
     """bos + prompt + text, at most `context` tokens of it, or all in chunks of at most that."""
     step = context - len(bos) if chunk else max(1, len(text))
-    return [(bos + prompt + text[i : i + step])[:context] for i in range(0, len(text), step)]
+    whole = bos + prompt
+    return [(whole + text[i : i + step])[:context] for i in range(0, len(text), step)]
 
 
-def _nothing(record: dict[str, str], prompt: list[int], text: list[int], context: int) -> str:
+def _nothing(record: dict[str, str], prompt: array, text: array, context: int) -> str:
     name = "completion" if "prompt" in record else "text"
     before = f" after {len(prompt)} of its prompt, the context is {context}" if prompt else ""
     return f"{record['source']}: nothing to predict: its {name} has {len(text)} tokens{before}"
