@@ -8,20 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ekfac_fast.data import encoding, read, tokenize
 
-WORDS = ["one", "two", " ", "  ", "\n", "three-four", "naïve", "日本", "🙂", "1234", "don't", "aaaaaa"]
-    "one",
-    "two",
-    " ",
-    "  ",
-    "\n",
-    "three-four",
-    "naïve",
-    "日本",
-    "🙂",
-    "1234",
-    "don't",
-    "a" * 30,
-]
+WORDS = "one|two| |  |\n|three-four|naïve|日本|🙂|1234|don't|aaaaaa".split("|")
 
 
 @pytest.fixture(scope="module")
