@@ -148,7 +148,7 @@ def _simple(value: Any, schema: Any) -> tuple[bool, str]:
             return False, "a list"
     if schema is float:
         return is_number(value), "a finite number"
-    return isinstance(value, schema), {str: "text", bool: "true or false"}[schema]
+    return isinstance(value, schema), {str: "text", bool: "true or false"}.get(schema, "anything")
 
 
 def check_json(value: Any, schema: Any, file: Path, advice: str) -> None:

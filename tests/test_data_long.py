@@ -8,7 +8,20 @@ from transformers import PreTrainedTokenizerFast
 
 from ekfac_fast.data import encoding, read, tokenize
 
-WORDS = "one|two| |  |\n|three-four|naïve|日本|🙂|1234|don't|aaaaaa".split("|")
+WORDS = [
+    "one",
+    "two",
+    " ",
+    "  ",
+    "\n",
+    "three-four",
+    "naïve",
+    "日本",
+    "🙂",
+    "1234",
+    "don't",
+    "aaaaaa",
+]
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ekfac_fast.checks import Whole, check_json
 from ekfac_fast.errors import StoreError
 from ekfac_fast.store.files import load_json, load_noted, load_tensors, save_json, save_tensors
 from ekfac_fast.store.fingerprint import fingerprint
@@ -194,3 +195,33 @@ def test_no_file_is_put_in_the_place_of_a_pipe(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="is there and no file"):
         save_json(tmp_path / "pipe", {})
     assert (tmp_path / "pipe").is_fifo()
+
+
+SCHEMA = {"a": Whole(1), "b": [float], "c": (None, {str: bool}), "d": {"e": str}}
+RIGHT = {"a": 1, "b": [0.5, 2], "c": None, "d": {"e": "f"}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, None),
+        ({"c": {"x": True}, "more": 1}, None),
+        ({"a": 0}, "a is 0, expected a whole number of at least 1"),
+        ({"a": True}, "a is True"),
+        ({"a": 1.0}, "a is 1.0"),
+        ({"b": [1, float("nan")]}, r"b\[1\] is nan, expected a finite number"),
+        ({"b": {}}, "b is {}, expected a list"),
+        ({"c": {"x": 1}}, "c is {'x': 1}, expected null"),
+        ({"d": {}}, "d.e is missing"),
+        ({"d": []}, "d is \\[\\], expected names and values"),
+    ],
+)
+def test_values_of_json_are_checked_by_their_schema(tmp_path: Path, change, message) -> None:
+    def check():
+        check_json(RIGHT | change, SCHEMA, tmp_path / "x.json", "Write it again")
+
+    if message:
+        with pytest.raises(StoreError, match=rf"x\.json: {message}.*Write it again"):
+            check()
+    else:
+        check()

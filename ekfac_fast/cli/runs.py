@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from .. import report
+from ..checks import Whole, check_json
 from ..data.tokens import Tokens, read_queries
-from ..errors import StoreError
 from ..model.layers import select_layers
 from ..report.collect import check_together, collect, run_facts
 from ..report.contents import StageTime
@@ -27,6 +27,10 @@ from .terminal import Terminal
 
 RUN, QUERIES = "run.json", "queries"
 DAMPING_RULE = "0.1 x the mean eigenvalue of each layer"
+SCHEMA = {
+    "model": str, "factors": str, "cutting": {"context": Whole(2)}, "names": [str],
+    "damping_rule": str,
+}  # fmt: skip
 # The stages as a report names them.
 SPOKEN = {
     Stage.COVARIANCE: "covariances",
@@ -117,10 +121,9 @@ def load_run(folder: Path) -> dict[str, Any]:
         StoreError: something is missing from it.
     """
     run = load_json(folder / RUN, ours=Store.load(folder).checked)
-    wanted = {"model": str, "factors": str, "cutting": dict, "names": list, "damping_rule": str}
-    for name, kind in wanted.items():
-        if not isinstance(run, dict) or not isinstance(run.get(name), kind):
-            raise StoreError(f"{folder / RUN}: {name!r} is missing or malformed; score again")
+    check_json(run, SCHEMA, folder / RUN, "Score again")
+    if "seconds" in run:
+        check_json(run["seconds"], {str: float}, folder / RUN, "Score again")
     return run
 
 

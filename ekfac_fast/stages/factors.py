@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import is_number, path, require
+from ..checks import check_json, is_number, path, require
 from ..curvature.basis import Basis, heuristic_damping
 from ..curvature.offload import Travelling, placed
 from ..errors import ArgumentError, NotFiniteError, StoreError
@@ -31,6 +31,7 @@ EIGENVALUES = {
     "activation": "activation_eigenvalues.safetensors",
     "gradient": "gradient_eigenvalues.safetensors",
 }
+SCHEMA = {"model": str, "layers": [str], "shared_parameters": bool}
 LAMBDA, LAMBDA_COUNT = "lambda_matrix.safetensors", "num_lambda_processed.safetensors"
 TOKEN_COUNT = "num_activation_covariance_processed.safetensors"
 
@@ -93,6 +94,8 @@ class Factors(Mapping[str, LayerFactors]):
         self._store = Store.load(folder, kind="factors") if self._is_ours() else None
         if self._store and not self._store.finished:
             raise StoreError(f"{folder}: the fit is not finished; run it again to continue")
+        if self.facts is not None:
+            check_json(self.facts, SCHEMA, self.folder / MANIFEST, "Fit again")
         self._counts = self._load(LAMBDA_COUNT)
         if not self._counts:
             raise StoreError(f"{self.folder / LAMBDA_COUNT} holds no layer; fit again")

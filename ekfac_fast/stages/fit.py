@@ -22,6 +22,7 @@ from ..checks import flag, instance, path, whole
 from ..curvature.basis import Eigenvectors, SharedRotation
 from ..curvature.eigen import FP32_FROM, Job, eigendecompositions, largest_first
 from ..curvature.offload import placed
+from ..curvature.sums import Sum
 from ..data.batches import Indexable
 from ..errors import ArgumentError, ModelError, NotFiniteError
 from ..model.capture import LayerBatch
@@ -42,6 +43,8 @@ from .waiting import Waiting
 
 # Which draw of an example's labels each pass takes.
 COVARIANCE_DRAW, EIGENVALUE_DRAW = 1, 0
+# Batches that are summed before their sum joins the total. A constant: results depend on it.
+BATCHES_A_FOLD = 64
 
 
 def fit(
@@ -94,7 +97,8 @@ def fit(
         if not store.finished:
             _Fit(run, tracked, store).run()
         for name in (Stage.COVARIANCE, Stage.EIGENVALUE):
-            store.remove_state(f"{name}_state")
+            store.remove_state(f"{name}_state")  # of older versions
+            store.remove_state(f"{name}_sums")
         store.pieces("eigen").remove()
     return Factors(out)
 
@@ -103,8 +107,9 @@ class _Sums(Consumer):
     """A pass that sums over batches: its sums and the batches in them are one file."""
 
     def __init__(self, run: Run, store: Store, stage: Stage) -> None:
-        self.run, self.store, self.stage, self.name = run, store, stage, f"{stage}_state"
+        self.run, self.store, self.stage, self.name = run, store, stage, f"{stage}_sums"
         self.state: State = store.load_state(self.name)
+        self._batches = len(self.state.done)
         run.seconds[stage] = self.state.notes.get("seconds", 0.0)
         # Of the task's own count, what this pass adds.
         self._edges = self.state.notes.get("edge_draws", 0) - self._counted()
@@ -116,22 +121,42 @@ class _Sums(Consumer):
         """When the folder's pace says so."""
         return self.store.due
 
-    def sums(self) -> Mapping[str, Tensor]:
+    def sums(self) -> Mapping[str, Sum]:
         """What is summed, by name."""
         raise NotImplementedError
+
+    def counts(self) -> Mapping[str, Tensor]:
+        """What is counted, by name."""
+        return {}
+
+    def found(self, name: str, *shape: int) -> Sum:
+        """A sum as it was kept, or of nothing yet."""
+        if name not in self.state.tensors:
+            return Sum.zero(*shape, dtype=accumulator(self.run.model), device=self.run.device)
+        total, rest = (self.state.tensors[x].to(self.run.device) for x in (name, f"rest {name}"))
+        return Sum(total, rest)
+
+    def end(self, batch: Batch) -> None:
+        """After so many batches, whatever was killed and continued between: fold."""
+        self._batches += 1
+        if self._batches % BATCHES_A_FOLD == 0:
+            for x in self.sums().values():
+                x.fold()
 
     def save(self, done: Collection[int]) -> None:
         """All sums after these batches."""
         sums = self.sums()
         for name, x in sums.items():
-            if not bool(torch.isfinite(x).all()):
+            if not bool(torch.isfinite(x.value()).all()):
                 raise NotFiniteError(
                     f"the {self.stage} sum of {name} is not finite: a gradient or an activation "
                     "overflowed, or is NaN where the loss is not. Look at the model's weights, or "
                     "leave the layer out"
                 )
         notes = {"seconds": self.run.seconds[self.stage], "edge_draws": self.edge_draws}
-        self.store.save_state(self.name, sums, done, notes)
+        kept = {name: x.total for name, x in sums.items()} | dict(self.counts())
+        kept |= {f"rest {name}": x.rest for name, x in sums.items()}
+        self.store.save_state(self.name, kept, done, notes)
 
     @property
     def edge_draws(self) -> int:
@@ -150,10 +175,14 @@ class Covariances(_Sums):
         super().__init__(run, store, Stage.COVARIANCE)
         self.layers, self.waiting = layers, waiting
         self.owners: dict[str, str] = dict(store.state.get("shared", {}))
-        found = {k: x.to(run.device) for k, x in self.state.tensors.items()}
-        sides = ("activation", "gradient")
-        self.cov = {s: _part(found, f"{s} covariance ") for s in sides}
-        self.count = {s: _part(found, f"{s} count ") for s in sides}
+        kept, sides = self.state.tensors, ("activation", "gradient")
+        self.cov: dict[str, dict[str, Sum]] = {
+            s: {n: self.found(f"{s} covariance {n}") for n in _part(kept, f"{s} covariance ")}
+            for s in sides
+        }
+        self.count = {
+            s: {n: x.to(run.device) for n, x in _part(kept, f"{s} count ").items()} for s in sides
+        }
 
     def add(self, seen: LayerBatch, batch: Batch) -> None:
         """cov += x^T diag(mask) x on both sides; a second draw waits."""
@@ -177,9 +206,9 @@ class Covariances(_Sums):
         cov, count, rows = self.cov[side], self.count[side], x.flatten(0, 1)
         if name not in cov:
             J = rows.shape[1] + bias
-            cov[name] = rows.new_zeros(J, J, dtype=accumulator(self.run.model))
+            cov[name] = self.found(f"{side} covariance {name}", J, J)
             count[name] = torch.zeros((), dtype=torch.int64, device=rows.device)
-        torch.ops.ekfac_fast.covariance(cov[name], rows, mask, bias)
+        torch.ops.ekfac_fast.covariance(cov[name].rest, rows, mask, bias)
         count[name] += real
 
     def _mask(self, seen: LayerBatch, batch: Batch) -> Tensor | None:
@@ -200,14 +229,13 @@ class Covariances(_Sums):
             )
         return real
 
-    def sums(self) -> Mapping[str, Tensor]:
-        """Covariances and counts of both sides."""
-        return {
-            f"{side} {kind} {name}": x
-            for side in self.cov
-            for kind, part in (("covariance", self.cov[side]), ("count", self.count[side]))
-            for name, x in part.items()
-        }
+    def sums(self) -> Mapping[str, Sum]:
+        """Covariances of both sides."""
+        return {f"{s} covariance {n}": x for s, part in self.cov.items() for n, x in part.items()}
+
+    def counts(self) -> Mapping[str, Tensor]:
+        """Tokens in them."""
+        return {f"{s} count {n}": x for s, part in self.count.items() for n, x in part.items()}
 
 
 class Eigenvalues(_Sums):
@@ -217,13 +245,7 @@ class Eigenvalues(_Sums):
         self, run: Run, store: Store, layers: list[Layer], bases: Mapping[str, Eigenvectors]
     ) -> None:
         super().__init__(run, store, Stage.EIGENVALUE)
-        dtype, found = accumulator(run.model), self.state.tensors
-        self.lam = {
-            x.name: found[x.name].to(run.device)
-            if x.name in found
-            else torch.zeros(x.O, x.J, dtype=dtype, device=run.device)
-            for x in layers
-        }
+        self.lam = {x.name: self.found(x.name, x.O, x.J) for x in layers}
         self.bases = {x.name: placed(bases[x.name], (x.O, x.J), run.device) for x in layers}
         self.rotate = SharedRotation()
 
@@ -238,9 +260,9 @@ class Eigenvalues(_Sums):
             seen.shared,
             seen.readers,
         )
-        basis.add_eigenvalues(self.lam[name], seen.g, a, bias)
+        basis.add_eigenvalues(self.lam[name].rest, seen.g, a, bias)
 
-    def sums(self) -> Mapping[str, Tensor]:
+    def sums(self) -> Mapping[str, Sum]:
         """lam of every layer."""
         return self.lam
 
@@ -263,7 +285,7 @@ class _Fit:
         self.passes.seconds.update(self.store.state["seconds"])
         consumer = Eigenvalues(self.passes, self.store, self.layers, self._bases())
         self._pass(Stage.EIGENVALUE, batches, consumer)
-        save_tensors(self.folder / LAMBDA, {name: x.cpu() for name, x in consumer.lam.items()})
+        save_tensors(self.folder / LAMBDA, {n: x.value().cpu() for n, x in consumer.lam.items()})
         count = torch.tensor([self.passes.batches.size])
         save_tensors(self.folder / LAMBDA_COUNT, {x.name: count.clone() for x in self.layers})
         # kronfluence reads it as its own dataclass: no further key.
@@ -316,7 +338,7 @@ class _Fit:
             # name.
             save_tensors(
                 self.folder / f"{side}_covariance.safetensors",
-                {name: consumer.cov[side][o].cpu().clone() for name, o in owner.items()},
+                {name: consumer.cov[side][o].value().cpu() for name, o in owner.items()},
             )
             save_tensors(
                 self.folder / f"num_{side}_covariance_processed.safetensors",

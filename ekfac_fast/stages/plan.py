@@ -115,7 +115,7 @@ def plan(
         tuple(ways),
         stages,
         factor_bytes=2 * covariance_bytes + lambda_bytes,
-        fitting_bytes=covariance_bytes + lambda_bytes,
+        fitting_bytes=2 * (covariance_bytes + lambda_bytes),  # a total and a rest
         query_bytes=query,
         batch_tokens=_batch_tokens(layers, parameters, tokens, query),
         gemm_rate=rate,

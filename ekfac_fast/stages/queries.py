@@ -8,7 +8,7 @@ from typing import Any, Unpack, get_args
 import torch
 from torch import Tensor, nn
 
-from ..checks import choice, instance, path, whole
+from ..checks import Whole, check_json, choice, instance, path, whole
 from ..curvature.basis import Basis, SharedRotation
 from ..curvature.low_rank import captured_energy, rotate_back, truncate
 from ..curvature.query_gradients import Dense, LowRank, QueryGradients
@@ -26,6 +26,11 @@ from .run import Batch, Consumer, Run, RunArguments, Stage
 # Dense preconditioned gradients of this size exist at a time, before they are truncated.
 DENSE_BYTES = 1 << 30
 TENSORS, FACTS = "queries.safetensors", "queries.json"
+SCHEMA = {
+    "layers": [{"name": str, "I": Whole(1), "O": Whole(1), "bias": bool}],
+    "rank": (None, Whole(1)),
+    "damping": [float],
+}
 
 
 @dataclass(frozen=True)
@@ -118,8 +123,11 @@ class Queries:
     def load(cls, folder: str | Path) -> "Queries":
         """Read what `save` wrote; StoreError names a missing or damaged file."""
         told = load_json(Path(folder) / FACTS)
-        ours = "facts" in told  # older versions wrote neither facts nor checksums
+        ours = (
+            isinstance(told, dict) and "facts" in told
+        )  # older versions wrote neither facts nor checksums
         told = load_json(Path(folder) / FACTS, ours=ours)
+        check_json(told, SCHEMA, Path(folder) / FACTS, "Prepare the queries again")
         tensors = load_tensors(Path(folder) / TENSORS, ours=ours)
         try:
             layers = tuple(

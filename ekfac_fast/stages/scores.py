@@ -6,12 +6,16 @@ from pathlib import Path
 
 import numpy as np
 
+from ..checks import Whole, check_json
 from ..errors import ArgumentError, StoreError
-from ..store.folder import Store
+from ..store.folder import MANIFEST, Store
 
 # Columns of a query's shard, for its top and its lowest sequences; a rank of 0 is none.
 DETAIL = ("indices", "scores", "candidate_ranks")
 HEAP = "heap"
+SCHEMA = {
+    "train_size": Whole(1), "examples": Whole(1), "layers": [str], "top_k": (None, Whole(1)),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,8 @@ class Scores:
     def __init__(self, folder: str | Path):
         """Open a folder written by `score` or `self_scores`; StoreError names what is missing."""
         self.store = Store.load(folder)
-        if self.store.facts.get("train_size") is None:
-            raise StoreError(f"{folder} holds {self.store.facts.keys()!r:.80}, no scores")
+        manifest = self.store.folder / MANIFEST
+        check_json(self.store.facts, SCHEMA, manifest, "The folder holds no scores: check the path")
         self._shards = self.store.pieces()
         self.folder = Path(folder)
         self.train_size: int = self.store.facts["train_size"]

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import Whole, check_json
 from ..errors import StoreError
 from .files import (
     load_json,
@@ -39,6 +40,17 @@ FORMAT = 2
 READABLE = (1, FORMAT)
 MANIFEST = "manifest.json"
 LOCK = ".lock"
+ANY: Any = object
+SCHEMA = {
+    "kind": str, "format": Whole(1), "created": str, "versions": {str: str}, "facts": {str: ANY},
+    "state": {str: ANY}, "finished": (str, None),
+}  # fmt: skip
+# Of what stages note, what is there; older versions kept one number of seconds.
+STATE: dict[str, Any] = {
+    "seconds": ({str: float}, float), "scan_seconds": float, "sequences": Whole(1),
+    "truncated": Whole(), "without_targets": Whole(), "edge_draws": ({str: Whole()}, Whole()),
+    "shared": {str: str},
+}  # fmt: skip
 _locks: set[int] = set()
 
 
@@ -330,10 +342,9 @@ def _manifest(folder: Path, kind: str | None) -> dict[str, Any]:
         )
     if version == FORMAT:
         load_json(path, ours=True)
-    wanted = {"kind": str, "facts": dict, "state": dict, "finished": str | None}
-    for name, types in wanted.items():
-        if name not in manifest or not isinstance(manifest[name], types):
-            raise StoreError(f"{path}: {name!r} is missing or malformed. Choose another folder")
+    check_json(manifest, SCHEMA, path, "Choose another folder")
+    told = {name: manifest["state"][name] for name in STATE if name in manifest["state"]}
+    check_json(told, {name: STATE[name] for name in told}, path, "Choose another folder")
     if kind not in (None, manifest["kind"]):
         raise StoreError(f"{folder} holds {manifest['kind']!r}, not {kind!r}. Check the path")
     return manifest

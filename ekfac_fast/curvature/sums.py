@@ -1,0 +1,38 @@
+"""Sums over many batches that stay exact to about twice the digits of their dtype.
+
+A sum in fp32 loses what is below 2^-24 of it: a batch that is small beside all before it, and from
+2^24 equal terms on everything. Here terms are added to `rest`; at a `fold` the sum of both moves
+to `total`, and what that rounds away stays in `rest` (Knuth's two-sum).
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Sum:
+    """total + rest, of one shape and dtype; terms go into `rest`."""
+
+    total: Tensor
+    rest: Tensor
+
+    @classmethod
+    def zero(cls, *shape: int, dtype: torch.dtype, device: torch.device) -> Self:
+        """Of no terms."""
+        total, rest = (torch.zeros(*shape, dtype=dtype, device=device) for _ in range(2))
+        return cls(total, rest)
+
+    def fold(self) -> None:
+        """Move the terms to the total; exact."""
+        new = self.total + self.rest
+        seen = new - self.total
+        self.rest.sub_(seen)
+        self.rest.add_(self.total.sub_(new - seen))
+        self.total.copy_(new)
+
+    def value(self) -> Tensor:
+        """The sum, rounded once."""
+        return self.total + self.rest
