@@ -5,7 +5,7 @@ from dense_ekfac import corpus, gpt2
 
 from ekfac_fast import fit
 from ekfac_fast.curvature.sums import Sum
-from ekfac_fast.stages import fit as stage
+from ekfac_fast.stages import sums
 from ekfac_fast.store.files import load_tensors
 
 
@@ -36,7 +36,7 @@ def test_what_a_fold_rounds_away_stays():
 
 
 def test_a_fit_of_many_batches_folds_and_continues_bitwise(tmp_path, monkeypatch):
-    monkeypatch.setattr(stage, "BATCHES_A_FOLD", 3)
+    monkeypatch.setattr(sums, "BATCHES_A_FOLD", 3)
     model, data = gpt2().eval(), corpus(20)
     whole = fit(model, data, out=tmp_path / "whole", batch_tokens=16)
     monkeypatch.setattr("ekfac_fast.store.folder.Pace.due", True)

@@ -219,6 +219,7 @@ def plan(
     from ..extras import optional
     from ..model.layers import select_layers
     from ..stages import plan as planning
+    from . import inputs
 
     transformers = optional("transformers", "hf")
     with inputs.loading(model):

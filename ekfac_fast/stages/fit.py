@@ -10,7 +10,7 @@ far as they fit, until the eigenbasis is there. What did not fit, or was lost in
 again and comes out in the same bits.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard, Unpack
@@ -24,12 +24,12 @@ from ..curvature.eigen import FP32_FROM, Job, eigendecompositions, largest_first
 from ..curvature.offload import placed
 from ..curvature.sums import Sum
 from ..data.batches import Indexable
-from ..errors import ArgumentError, ModelError, NotFiniteError
+from ..errors import ArgumentError, ModelError
 from ..model.capture import LayerBatch
 from ..model.layers import Layer, select_layers
 from ..model.tasks import LanguageModelTask, Task
 from ..store.files import load_tensors, save_json, save_tensors
-from ..store.folder import State, Store
+from ..store.folder import Store
 from .factors import (
     EIGENVALUES,
     EIGENVECTORS,
@@ -38,13 +38,12 @@ from .factors import (
     Factors,
     kronfluence_arguments,
 )
-from .run import Batch, Consumer, Run, RunArguments, Stage, accumulator, checked_task
+from .run import Batch, Run, RunArguments, Stage, accumulator, checked_task
+from .sums import Sums
 from .waiting import Waiting
 
 # Which draw of an example's labels each pass takes.
 COVARIANCE_DRAW, EIGENVALUE_DRAW = 1, 0
-# Batches that are summed before their sum joins the total. A constant: results depend on it.
-BATCHES_A_FOLD = 64
 
 
 def fit(
@@ -103,68 +102,7 @@ def fit(
     return Factors(out)
 
 
-class _Sums(Consumer):
-    """A pass that sums over batches: its sums and the batches in them are one file."""
-
-    def __init__(self, run: Run, store: Store, stage: Stage) -> None:
-        self.run, self.store, self.stage, self.name = run, store, stage, f"{stage}_sums"
-        self.state: State = store.load_state(self.name)
-        self._batches = len(self.state.done)
-        run.seconds[stage] = self.state.notes.get("seconds", 0.0)
-        # Of the task's own count, what this pass adds.
-        self._edges = self.state.notes.get("edge_draws", 0) - self._counted()
-
-    def _counted(self) -> int:
-        return getattr(self.run.task, "edge_draws", 0)
-
-    def due(self) -> bool:
-        """When the folder's pace says so."""
-        return self.store.due
-
-    def sums(self) -> Mapping[str, Sum]:
-        """What is summed, by name."""
-        raise NotImplementedError
-
-    def counts(self) -> Mapping[str, Tensor]:
-        """What is counted, by name."""
-        return {}
-
-    def found(self, name: str, *shape: int) -> Sum:
-        """A sum as it was kept, or of nothing yet."""
-        if name not in self.state.tensors:
-            return Sum.zero(*shape, dtype=accumulator(self.run.model), device=self.run.device)
-        total, rest = (self.state.tensors[x].to(self.run.device) for x in (name, f"rest {name}"))
-        return Sum(total, rest)
-
-    def end(self, batch: Batch) -> None:
-        """After so many batches, whatever was killed and continued between: fold."""
-        self._batches += 1
-        if self._batches % BATCHES_A_FOLD == 0:
-            for x in self.sums().values():
-                x.fold()
-
-    def save(self, done: Collection[int]) -> None:
-        """All sums after these batches."""
-        sums = self.sums()
-        for name, x in sums.items():
-            if not bool(torch.isfinite(x.value()).all()):
-                raise NotFiniteError(
-                    f"the {self.stage} sum of {name} is not finite: a gradient or an activation "
-                    "overflowed, or is NaN where the loss is not. Look at the model's weights, or "
-                    "leave the layer out"
-                )
-        notes = {"seconds": self.run.seconds[self.stage], "edge_draws": self.edge_draws}
-        kept = {name: x.total for name, x in sums.items()} | dict(self.counts())
-        kept |= {f"rest {name}": x.rest for name, x in sums.items()}
-        self.store.save_state(self.name, kept, done, notes)
-
-    @property
-    def edge_draws(self) -> int:
-        """Labels of this pass that rounding could flip."""
-        return self._edges + self._counted()
-
-
-class Covariances(_Sums):
+class Covariances(Sums):
     """Sums of a a^T and g g^T over tokens, and how many tokens each holds.
 
     Layers that read the same tensor (with a bias alike) share the sum of `a`. As in kronfluence,
@@ -238,7 +176,7 @@ class Covariances(_Sums):
         return {f"{s} count {n}": x for s, part in self.count.items() for n, x in part.items()}
 
 
-class Eigenvalues(_Sums):
+class Eigenvalues(Sums):
     """Sums of squared gradients over sequences, in the eigenbasis."""
 
     def __init__(
@@ -298,7 +236,7 @@ class _Fit:
             seconds=self.passes.seconds,
         )
 
-    def _pass(self, stage: Stage, batches: list[list[int]], consumer: _Sums) -> None:
+    def _pass(self, stage: Stage, batches: list[list[int]], consumer: Sums) -> None:
         self.passes.each(
             stage,
             self.layers,
