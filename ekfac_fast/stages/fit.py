@@ -232,7 +232,9 @@ class _Fit:
             sequences=self.passes.batches.size,
             truncated=self.passes.batches.truncated,
             without_targets=self.passes.batches.without_targets,
-            edge_draws=sum(edges.values()) + consumer.edge_draws,
+            # The first pass has made the second's draws too, whether they could wait or not.
+            edge_draws=sum(edges.values())
+            + (0 if draws_several(self.passes.task) else consumer.edge_draws),
             seconds=self.passes.seconds,
         )
 
