@@ -122,14 +122,11 @@ Letters check(const char* op, const char* line, const Arguments& args, bool bias
       Letter& bound = letters[letter == 'J' ? 'I' : letter];
       const int64_t value = x.size(d) - (letter == 'J' && bias);
       if (bound.size == Letter::kUnseen) bound = {value, i};
-      TORCH_CHECK_VALUE(bound.size == value, op, ": ", name, " has shape ", x.sizes(),
-                        ", expected ", printed(*shape), " with ", letter, "=",
-                        bound.size + (letter == 'J' && bias), " (from ", named[bound.from].name,
-                        " ", args[bound.from]->sizes(),
-                        bias && (letter == 'I' || letter == 'J')
-                            ? ", J = I + 1 because bias=True"
-                            : "",
-                        ")");
+      TORCH_CHECK_VALUE(
+          bound.size == value, op, ": ", name, " has shape ", x.sizes(), ", expected ",
+          printed(*shape), " with ", letter, "=", bound.size + (letter == 'J' && bias), " (from ",
+          named[bound.from].name, " ", args[bound.from]->sizes(),
+          bias && (letter == 'I' || letter == 'J') ? ", J = I + 1 because bias=True" : "", ")");
     }
     if (!first) first = &x;
     TORCH_CHECK(x.device() == first->device(), op, ": ", name, " is on ", x.device(), " but ",

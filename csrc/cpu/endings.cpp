@@ -60,6 +60,25 @@
     }                                                                                    \
   }
 
+// Lanes run on from row to row and are added up once.
+#define DAMPED_NORM(T, W)                                                                        \
+  CLONES T damped_norm(const T* x, int64_t ldx, const T* lam, int64_t ldl, T damping, int64_t m, \
+                       int64_t n) {                                                              \
+    typedef T V __attribute__((vector_size(W * sizeof(T)), aligned(sizeof(T))));                 \
+    V lanes = {};                                                                                \
+    T sum = 0;                                                                                   \
+    for (int64_t r = 0; r < m; r++, x += ldx, lam += ldl) {                                      \
+      int64_t i = 0;                                                                             \
+      for (; i + W <= n; i += W) {                                                               \
+        const V v = *reinterpret_cast<const V*>(x + i);                                          \
+        lanes += v * v / (*reinterpret_cast<const V*>(lam + i) + damping);                       \
+      }                                                                                          \
+      for (; i < n; i++) sum += x[i] * x[i] / (lam[i] + damping);                                \
+    }                                                                                            \
+    for (int l = 0; l < W; l++) sum += lanes[l];                                                 \
+    return sum;                                                                                  \
+  }
+
 // P x Q running vectors: of 4 x 4, each loaded value meets four of the other side.
 #define BLOCK(T, W, P, Q)                                                           \
   for (; p + P <= nx; p += P) {                                                     \
@@ -145,10 +164,8 @@ CLONES void interleave(BFloat16* y, const BFloat16* even, const BFloat16* odd, i
 
 ELEMENTWISE(float)
 ELEMENTWISE(double)
-REDUCTION(float, damped_norm, (const float* x, const float* lam, float damping, int64_t n),
-          x[k] * x[k] / (lam[k] + damping))
-REDUCTION(double, damped_norm, (const double* x, const double* lam, double damping, int64_t n),
-          x[k] * x[k] / (lam[k] + damping))
+DAMPED_NORM(float, 16)
+DAMPED_NORM(double, 8)
 REDUCTION(float, dot, (const float* x, const float* y, int64_t n), x[k] * y[k])
 REDUCTION(double, dot, (const double* x, const double* y, int64_t n), x[k] * y[k])
 GROUP_SUMS(float)

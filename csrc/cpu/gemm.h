@@ -28,6 +28,7 @@ constexpr int64_t kTile = 128;   // rows and columns of a tile: 64 KiB of fp32
 constexpr int64_t kDepth = 256;  // k per chunk: two 128 KiB panels and the tile fit in 512 KiB
 constexpr int64_t kLanes = 16;   // lines of panels are padded to whole vectors
 constexpr int64_t kBlock = 32;   // k packed at a time
+constexpr int64_t kNarrow = 48;  // columns that leave much of a tile's registers idle
 constexpr int64_t kFew = 256;    // rows that meet columns in place
 // Operands are packed in slabs of this size: larger ones leave the last-level cache and gain
 // nothing.
