@@ -50,9 +50,10 @@ inline int64_t grain(int64_t work) {
 // products.
 at::ScalarType compute_dtype(at::ScalarType dtype);
 
-// Whether `rows` of bf16 are better multiplied by at::mm: pairing the k of a matrix that few rows
-// meet costs more than the product, and the library has no need to.
-bool library_multiplies(int64_t rows, at::ScalarType dtype);
+// Whether bf16 is better multiplied by at::mm: pairing the k of a matrix that few rows meet costs
+// more than the product, as does copying rows that end in half a pair, or rows for few columns. The
+// library needs none of it.
+bool library_multiplies(int64_t rows, int64_t depth, int64_t columns, at::ScalarType dtype);
 
 // A matrix in place: element (f, k) of the free and the summed dimension is data[f * sf + k * sk].
 struct Matrix {
