@@ -19,16 +19,14 @@ int64_t sequences_at_once(const Letters& size, bool whole) {
       1, kSlabBytes / (4 * std::max<int64_t>(1, size.T * std::max(size.O, size.J))));
 }
 
-namespace {
-
-// Narrow gradients, and any of bf16, are the library's: packing both sides takes longer than its
-// product. Its result is rounded like ours.
 bool library_forms(const at::Tensor& g, const at::Tensor& a, int64_t J) {
   const auto dtype = g.scalar_type();
   return dtype == a.scalar_type() && dtype == compute_dtype(dtype) &&
          (dtype == at::kBFloat16 ||
           (dtype == at::kFloat && (J <= kNarrow || g.size(2) * J <= 8192)));
 }
+
+namespace {
 
 // Columns [at, at + B.extent) of y [batch, m, n] = A B + bias [n].
 void multiply_into(at::Tensor& y, int64_t at, const Panels& A, const Panels& B,

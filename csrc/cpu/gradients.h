@@ -13,6 +13,9 @@ namespace ekfac_fast::cpu {
 
 // x [.., F] times Q [F', F'] by rows, plus Q's last row where `bias`; in the dtype products use.
 at::Tensor rotate_tokens(const at::Tensor& x, const at::Tensor& Q, bool bias);
+// Whether gradients of J columns are the library's product, rounded to the operands' dtype: narrow
+// ones, and any of bf16, where packing both sides takes longer than its product.
+bool library_forms(const at::Tensor& g, const at::Tensor& a, int64_t J);
 // sum_t g_bt (a_bt, 1)^T of every sequence, [B,O,J], in the dtype products use.
 at::Tensor unrotated_gradients(const at::Tensor& g, const at::Tensor& a, bool bias);
 
