@@ -1,5 +1,6 @@
 // s_qb += <P_q, G_b>: the product [Q,OJ] x [OJ,B], of which the right side is made a tile at a time
 // and met by every query while it is in cache. Per token, g P_q meets a, tile by tile.
+#include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -258,22 +259,37 @@ void by_token(at::Tensor& s, const at::Tensor& P, const at::Tensor& g, const at:
               bool bias, const Letters& size) {
   const int64_t N = size.B * size.T;
   const at::Tensor inputs = a.reshape({N, size.I}).to(s.scalar_type()).contiguous();
-  const Panels A = pack_rows(g.reshape({1, N, size.O})), B = pack_columns(P, N);
   at::Tensor total = at::zeros({size.Q, N}, at::dtype(s.scalar_type()));
   Acc* sums = total.mutable_data_ptr<Acc>();
   const Acc* data = inputs.const_data_ptr<Acc>();
+  // Part of row n of the product, its columns from j on.
+  auto close = [&](int64_t q, int64_t n, int64_t j, int64_t columns, const Acc* row) {
+    Acc& sum = sums[q * N + n];
+    const int64_t inner = std::min(columns, size.I - j);
+    if (inner > 0) sum += dot(row, data + n * size.I + j, inner);
+    if (bias && j + columns == size.J) sum += row[columns - 1];
+  };
+  const bool narrow = P.scalar_type() == s.scalar_type() && size.J <= kNarrow;
+  if (narrow || library_multiplies(N, size.O, size.J, P.scalar_type())) {
+    const at::Tensor rows = g.reshape({N, size.O});
+    for (int64_t q = 0; q < size.Q; q++) {
+      const at::Tensor product = at::mm(rows, P.select(0, q)).to(s.scalar_type());
+      for (int64_t n = 0; n < N; n++) {
+        close(q, n, 0, size.J, product.const_data_ptr<Acc>() + n * size.J);
+      }
+    }
+    s.add_(total.view({size.Q, size.B, size.T}));
+    return;
+  }
+  const Panels A = pack_rows(g.reshape({1, N, size.O})), B = pack_columns(P, N);
   at::parallel_for(0, size.Q * A.count, 1, [&](int64_t begin, int64_t end) {
     Tile<Acc> C(A.width * B.line);
     for (int64_t unit = begin; unit < end; unit++) {
       const int64_t q = unit / A.count, i = unit % A.count;
       for (int64_t j = 0; j < B.count; j++) {
         multiply<Acc>(A, 0, i, B, q, j, C.data, B.line);
-        const int64_t n = std::min(B.size(j), size.I - B.begin(j));
         for (int64_t r = 0; r < A.size(i); r++) {
-          const Acc* row = C.data + r * B.line;
-          Acc& sum = sums[q * N + A.begin(i) + r];
-          if (n > 0) sum += dot(row, data + (A.begin(i) + r) * size.I + B.begin(j), n);
-          if (bias && j == B.count - 1) sum += row[B.size(j) - 1];
+          close(q, A.begin(i) + r, B.begin(j), B.size(j), C.data + r * B.line);
         }
       }
     }

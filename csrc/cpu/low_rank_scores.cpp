@@ -42,7 +42,8 @@ struct Side {
   at::Tensor whole;  // [rows, QK] if the library multiplied
 
   Side(const Rows& rows, const at::Tensor& x, const at::Tensor& factors, int64_t N, int64_t width)
-      : library(library_multiplies(N, x.size(2), factors.size(2), x.scalar_type())),
+      : library(library_multiplies(N, x.size(2), factors.size(2), x.scalar_type()) ||
+                (x.scalar_type() == at::kFloat && (factors.size(2) <= 2 * kLanes || N <= kLanes))),
         A(library ? Panels(rows.cut(x), false, rows.width)
                   : pack_rows(rows.cut(x), {.width = rows.width})),
         B(library ? Panels(factors, true, width) : pack_columns(factors, N, {.width = width})) {
@@ -50,14 +51,13 @@ struct Side {
   }
   // The product of a row panel and a column panel.
   void tile(int64_t b, int64_t i, int64_t p, Acc* room) const {
+    auto copy = [&]<class In>(In) {
+      const int64_t ld = whole.size(1), first = b * A.extent + A.begin(i);
+      const In* from = whole.const_data_ptr<In>() + first * ld + B.begin(p);
+      for (int64_t r = 0; r < A.size(i); r++) convert(room + r * B.line, from + r * ld, B.size(p));
+    };
     if constexpr (std::is_same_v<Acc, float>) {
-      if (library) {
-        const int64_t ld = whole.size(1), first = b * A.extent + A.begin(i);
-        const auto* from = whole.const_data_ptr<at::BFloat16>() + first * ld + B.begin(p);
-        for (int64_t r = 0; r < A.size(i); r++)
-          convert(room + r * B.line, from + r * ld, B.size(p));
-        return;
-      }
+      if (library) return whole.scalar_type() == at::kFloat ? copy(float{}) : copy(at::BFloat16{});
     }
     multiply<Acc>(A, b, i, B, 0, p, room, B.line);
   }
