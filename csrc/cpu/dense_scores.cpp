@@ -81,7 +81,8 @@ struct Product {
               kDepth;
   Panels turned{true, 1, sequences, length, dtype, 0};
   Panels rows{false, 1, std::min(P.size(0), kTile), kDepth, dtype, 0};
-  bool in_place = dtype == P.scalar_type() && P.stride(0) * P.element_size() % 4096 != 0;
+  bool in_place = dtype == P.scalar_type() &&
+                  (sequences > 2 * kLanes || P.stride(0) * P.element_size() % 4096 != 0);
 
   // P is read once a group of sequences, which should be large, and the rest follows.
   static Cut cut(const Letters& size) {
@@ -177,14 +178,12 @@ struct Dots {
   }
 };
 
-// Sequences whose whole gradients the library writes at a time; 0 where ours are faster: cut into
-// tiles, or summed over few tokens.
+// Sequences whose whole gradients the library writes at a time; 0 where ours are faster: of few
+// tokens, or so large that P would be read more often.
 int64_t library_sequences(const at::Tensor& g, const at::Tensor& a, const Letters& size) {
   const int64_t fit = kLibraryBytes / (g.element_size() * size.O * size.J);
-  const int64_t group = std::min({size.B, kGroup, fit});
-  return library_forms(g, a, size.J) && size.T >= 32 && group >= std::min<int64_t>(size.B, 16)
-             ? group
-             : 0;
+  const int64_t group = std::min(size.B, kGroup);
+  return library_forms(g, a, size.J) && size.T >= 32 && group <= fit ? group : 0;
 }
 
 // s [Q,B].
@@ -269,11 +268,11 @@ void by_token(at::Tensor& s, const at::Tensor& P, const at::Tensor& g, const at:
     if (inner > 0) sum += dot(row, data + n * size.I + j, inner);
     if (bias && j + columns == size.J) sum += row[columns - 1];
   };
-  const bool narrow = P.scalar_type() == s.scalar_type() && size.J <= kNarrow;
-  if (narrow || library_multiplies(N, size.O, size.J, P.scalar_type())) {
+  // Of a few queries; of more, packed tokens meet them all.
+  if (P.scalar_type() == s.scalar_type() && size.J <= kNarrow && size.Q < 4) {
     const at::Tensor rows = g.reshape({N, size.O});
     for (int64_t q = 0; q < size.Q; q++) {
-      const at::Tensor product = at::mm(rows, P.select(0, q)).to(s.scalar_type());
+      const at::Tensor product = at::mm(rows, P.select(0, q));
       for (int64_t n = 0; n < N; n++) {
         close(q, n, 0, size.J, product.const_data_ptr<Acc>() + n * size.J);
       }

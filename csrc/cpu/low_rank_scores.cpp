@@ -42,8 +42,9 @@ struct Side {
   at::Tensor whole;  // [rows, QK] if the library multiplied
 
   Side(const Rows& rows, const at::Tensor& x, const at::Tensor& factors, int64_t N, int64_t width)
-      : library(library_multiplies(N, x.size(2), factors.size(2), x.scalar_type()) ||
-                (x.scalar_type() == at::kFloat && (factors.size(2) <= 2 * kLanes || N <= kLanes))),
+      : library((library_multiplies(N, x.size(2), factors.size(2), x.scalar_type()) &&
+                 (N <= kFew || x.stride(2) == 1)) ||
+                (x.scalar_type() == at::kFloat && factors.size(2) <= kLanes)),
         A(library ? Panels(rows.cut(x), false, rows.width)
                   : pack_rows(rows.cut(x), {.width = rows.width})),
         B(library ? Panels(factors, true, width) : pack_columns(factors, N, {.width = width})) {
@@ -189,7 +190,8 @@ void low_rank_scores(at::Tensor& s, const at::Tensor& L, const at::Tensor& R, co
       part.K = std::min(kTile, size.K - k);
       const at::Tensor L_q = some(some(L, 0, q, part.Q), 2, k, part.K);
       const at::Tensor R_q = some(some(R, 0, q, part.Q), 1, k, part.K);
-      const bool few = part.Q * part.K < kLanes && g.scalar_type() != at::kHalf;
+      const bool few = part.Q * part.K < kLanes &&
+                       (g.scalar_type() != at::kHalf || (g.stride(2) == 1 && a.stride(2) == 1));
       for (int64_t b = 0; b < size.B; b += sequences) {
         part.B = std::min(sequences, size.B - b);
         const at::Tensor s_qb = some(some(s, 0, q, part.Q), 1, b, part.B);
