@@ -23,10 +23,14 @@ constexpr int64_t kBlocks = 64;  // partial sums at most
 constexpr int64_t kSequences = 8, kGroup = 64;
 constexpr int64_t kLibraryBytes = int64_t{16} << 20;
 
+// Whether the same piece of all rows lies in the same few lines of the caches.
+bool collides(const at::Tensor& P) { return P.stride(0) * P.element_size() % 4096 == 0; }
+
 // Instead of dot products, which convert bf16 first.
-bool product_is_faster(const Letters& size, at::ScalarType dtype) {
-  return dtype == at::kBFloat16 ? size.Q >= 4 || size.T >= 32
-                                : size.Q >= 12 && size.B >= kSequences;
+bool product_is_faster(const at::Tensor& P, const Letters& size) {
+  const bool bf16 = compute_dtype(P.scalar_type()) == at::kBFloat16;
+  if (size.B >= kSequences) return size.Q >= (bf16 ? 4 : 12);
+  return bf16 && size.Q >= 12 && !collides(P);
 }
 
 // Gradient tiles of a group of sequences, [m,n] of [O,J] from (o,j) on, `area` apart, and the
@@ -81,8 +85,7 @@ struct Product {
               kDepth;
   Panels turned{true, 1, sequences, length, dtype, 0};
   Panels rows{false, 1, std::min(P.size(0), kTile), kDepth, dtype, 0};
-  bool in_place = dtype == P.scalar_type() &&
-                  (sequences > 2 * kLanes || P.stride(0) * P.element_size() % 4096 != 0);
+  bool in_place = dtype == P.scalar_type() && (sequences > 2 * kLanes || !collides(P));
 
   // P is read once a group of sequences, which should be large, and the rest follows.
   static Cut cut(const Letters& size) {
@@ -190,8 +193,9 @@ int64_t library_sequences(const at::Tensor& g, const at::Tensor& a, const Letter
 template <class Acc, class Closing>
 void by_sequence(at::Tensor& s, const at::Tensor& P, const at::Tensor& g, const at::Tensor& a,
                  bool bias, const Letters& size) {
-  const int64_t library = Closing::kNarrows ? library_sequences(g, a, size) : 0;
-  const Cut cut = library ? Cut{kTile / 4, size.J, library} : Closing::cut(size);
+  const bool exact = Closing::kNarrows || g.scalar_type() == s.scalar_type();
+  const int64_t library = exact ? library_sequences(g, a, size) : 0;
+  const Cut cut = library ? Cut{Closing::cut(size).rows, size.J, library} : Closing::cut(size);
   std::optional<Panels> A, B;
   if (!library) {
     A = pack_rows(g.mT(), {.width = cut.rows});
@@ -306,7 +310,7 @@ void dense_scores(at::Tensor& s, const at::Tensor& P, const at::Tensor& g, const
     if (s.dim() == 3) return by_token<Acc>(s, P, g, a, bias, size);
     const at::Tensor rows = P.stride(2) == 1 ? P : P.contiguous();
     if constexpr (std::is_same_v<Acc, float>) {
-      if (product_is_faster(size, compute_dtype(P.scalar_type()))) {
+      if (product_is_faster(rows, size)) {
         return by_sequence<Acc, Product>(s, rows, g, a, bias, size);
       }
     }

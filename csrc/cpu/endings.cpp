@@ -30,40 +30,41 @@
     for (int64_t i = 0; i < n; i++) y[i] += u[i] * (v[i] + bias);                    \
   }
 
-// What is left of a row goes to lanes, too: one running sum would wait for itself at every step.
-#define LANE_SUM(T, N, from, to, term)                    \
-  T lanes[N] = {};                                        \
-  int64_t i = from;                                       \
-  for (; i + N <= to; i += N) {                           \
-    for (int l = 0; l < N; l++) {                         \
-      const int64_t k = i + l;                            \
-      lanes[l] += term;                                   \
-    }                                                     \
-  }                                                       \
-  for (int64_t k = i; k < to; k++) lanes[k - i] += term;  \
-  for (int w = N / 2; w > 0; w /= 2) {                    \
-    for (int l = 0; l < w; l++) lanes[l] += lanes[l + w]; \
+#define REDUCTION(T, name, parameters, term)         \
+  CLONES T name parameters {                         \
+    T lanes[LANES] = {};                             \
+    int64_t i = 0;                                   \
+    for (; i + LANES <= n; i += LANES) {             \
+      for (int l = 0; l < LANES; l++) {              \
+        const int64_t k = i + l;                     \
+        lanes[l] += term;                            \
+      }                                              \
+    }                                                \
+    T sum = 0;                                       \
+    for (int l = 0; l < LANES; l++) sum += lanes[l]; \
+    for (; i < n; i++) {                             \
+      const int64_t k = i;                           \
+      sum += term;                                   \
+    }                                                \
+    return sum;                                      \
   }
 
-#define DOT(T)                                      \
-  CLONES T dot(const T* x, const T* y, int64_t n) { \
-    LANE_SUM(T, LANES, 0, n, x[k] * y[k])           \
-    return lanes[0];                                \
-  }
-
-#define GROUPS(T, name, parameters, term)                        \
-  CLONES void name parameters {                                  \
-    for (int64_t g = 0; g < groups; g++) {                       \
-      const int64_t first = g * K;                               \
-      T sum = 0;                                                 \
-      if (K < 8) {                                               \
-        for (int64_t k = first; k < first + K; k++) sum += term; \
-      } else {                                                   \
-        LANE_SUM(T, 16, first, first + K, term)                  \
-        sum = lanes[0];                                          \
-      }                                                          \
-      y[g * ldy] += sum;                                         \
-    }                                                            \
+#define GROUPS(T, name, parameters, term)                      \
+  CLONES void name parameters {                                \
+    for (int64_t g = 0; g < groups; g++) {                     \
+      const int64_t first = g * K;                             \
+      T lanes[16] = {}, sum = 0;                               \
+      int64_t i = first;                                       \
+      for (; i + 16 <= first + K; i += 16) {                   \
+        for (int l = 0; l < 16; l++) {                         \
+          const int64_t k = i + l;                             \
+          lanes[l] += term;                                    \
+        }                                                      \
+      }                                                        \
+      for (int l = 0; K >= 16 && l < 16; l++) sum += lanes[l]; \
+      for (int64_t k = i; k < first + K; k++) sum += term;     \
+      y[g * ldy] += sum;                                       \
+    }                                                          \
   }
 
 #define GROUP_SUMS(T)                                                                            \
@@ -178,8 +179,8 @@ ELEMENTWISE(float)
 ELEMENTWISE(double)
 DAMPED_NORM(float, 16)
 DAMPED_NORM(double, 8)
-DOT(float)
-DOT(double)
+REDUCTION(float, dot, (const float* x, const float* y, int64_t n), x[k] * y[k])
+REDUCTION(double, dot, (const double* x, const double* y, int64_t n), x[k] * y[k])
 GROUP_SUMS(float)
 GROUP_SUMS(double)
 DOTS(float, 16)
