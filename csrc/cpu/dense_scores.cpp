@@ -19,9 +19,10 @@ struct Cut {
   int64_t rows, columns, sequences;
 };
 constexpr int64_t kHeldBytes = int64_t{4} << 20;
-constexpr int64_t kBlocks = 64;  // partial sums at most
-constexpr int64_t kSequences = 8, kGroup = 64;
-constexpr int64_t kLibraryBytes = int64_t{16} << 20;
+constexpr int64_t kLibraryBytes = int64_t{16} << 20;  // of whole gradients
+constexpr int64_t kBlocks = 64;                       // partial sums at most
+constexpr int64_t kGroup = 64;                        // sequences that meet P at a time
+constexpr int64_t kSequences = 8;                     // fewer: P is read for them alone
 
 // Whether the same piece of all rows lies in the same few lines of the caches.
 bool collides(const at::Tensor& P) { return P.stride(0) * P.element_size() % 4096 == 0; }
@@ -73,7 +74,7 @@ const Acc* query_rows(const at::Tensor& P, int64_t q, int64_t o, int64_t m, int6
 // their way to the cache; rows of P are multiplied as they lie, unless they are to be converted,
 // end in half a pair, or would all meet in the same few lines of the caches.
 struct Product {
-  static constexpr bool kNarrows = true;
+  static constexpr bool kNarrows = true;     // gradients to the operands' dtype
   static constexpr int64_t kArea = 1 << 15;  // elements of turned gradients
   const at::Tensor& P;
   const Letters& size;
@@ -118,7 +119,7 @@ struct Product {
       float* sums = held.sums + q * size.B + held.b;
       const char* x = static_cast<const char*>(P.const_data_ptr()) +
                       (q * step + (held.o + r) * P.stride(1) + held.j + j) * P.element_size();
-      if (in_place && whole == n) {
+      if (in_place && whole == n && step >= n) {
         multiply_add(dtype, queries, held.sequences, n, x, step, turned.at(0, 0, 0), turned.line,
                      sums, size.B);
         continue;

@@ -39,10 +39,10 @@ def reference(s: Tensor, P: Tensor, g: Tensor, a: Tensor, bias: bool = False) ->
 torch.library.impl("ekfac_fast::dense_scores", "default", reference)
 
 
-def laid_out(P: Tensor, per_token: bool = False) -> Tensor:
-    """The same P as many calls want it: once per stage, as much memory as P. Contiguous.
+def laid_out(P: Tensor) -> Tensor:
+    """The same P as many calls want it: once per stage, as much memory as P.
 
-    Any layout is right.
+    Contiguous: rows of P are read in order and multiplied in place. Any layout is right.
     """
     return P.contiguous()
 
