@@ -184,7 +184,7 @@ def _into(out: Tensor, call: Callable[[], None]) -> Call:
 def _dense(case: Case, g: Tensor, a: Tensor, P: Tensor) -> tuple[Call, Call]:
     s = case.shape
     into, other = torch.zeros(2, *([s.Q, s.B, s.T] if case.per_token else [s.Q, s.B]))
-    laid = ops.dense_scores.laid_out(P, case.per_token)
+    laid = ops.dense_scores.laid_out(P)
 
     def plain() -> Tensor:
         x = with_ones(a, s.bias)

@@ -2,6 +2,7 @@
 
 #include <c10/util/Exception.h>
 
+#include <array>
 #include <map>
 #include <mutex>
 #include <sstream>
@@ -13,7 +14,19 @@ namespace {
 struct Argument {
   std::string name;
   std::vector<std::string> shapes;  // alternatives, each a string of letters
+  bool accumulates = false, operand = false;
 };
+
+// What a letter is bound to, and by which argument.
+struct Letter {
+  static constexpr int64_t kUnseen = -2;  // J - 1 of an empty side is -1
+  int64_t size = kUnseen;
+  size_t from = 0;
+};
+
+bool accumulates(const std::string& name) {
+  return name == "cov" || name == "lam" || name == "lam_sum" || name == "s";
+}
 
 std::vector<Argument> parse(const std::string& line) {
   std::vector<Argument> parsed;
@@ -31,6 +44,8 @@ std::vector<Argument> parse(const std::string& line) {
         argument.shapes.back() += c;
       }
     }
+    argument.accumulates = accumulates(argument.name);
+    argument.operand = !argument.accumulates && argument.name != "mask";
     parsed.push_back(argument);
   }
   return parsed;
@@ -50,8 +65,10 @@ std::string printed(const std::string& letters) {
   return text + "]";
 }
 
-bool accumulates(const std::string& name) {
-  return name == "cov" || name == "lam" || name == "lam_sum" || name == "s";
+std::string printed(const std::vector<std::string>& alternatives) {
+  std::string text;
+  for (const auto& letters : alternatives) text += (text.empty() ? "" : " or ") + printed(letters);
+  return text;
 }
 
 bool floating(at::ScalarType dtype) {
@@ -79,11 +96,10 @@ Letters check(const char* op, const char* line, const Arguments& args, bool bias
               const std::optional<c10::string_view>& order) {
   const auto& named = parsed(line);
   TORCH_INTERNAL_ASSERT(named.size() == args.size());
-  std::map<char, int64_t> letters;
-  std::map<char, std::string> where;
-  const at::Tensor* first = nullptr;
-  const at::Tensor* operand = nullptr;
-  std::string operand_name;
+  // Texts are put together only where something is refused: they would take longer than small ops.
+  std::array<Letter, 128> letters;
+  const at::Tensor *first = nullptr, *operand = nullptr;
+  size_t operand_index = 0;
   for (size_t i = 0; i < named.size(); i++) {
     TORCH_CHECK_VALUE(
         named[i].name != "Qa" || args[i] || !bias, op,
@@ -93,43 +109,42 @@ Letters check(const char* op, const char* line, const Arguments& args, bool bias
   for (size_t i = 0; i < named.size(); i++) {
     if (!args[i]) continue;
     const at::Tensor& x = *args[i];
-    const auto& [name, alternatives] = named[i];
+    const auto& [name, alternatives, sums, is_operand] = named[i];
     const std::string* shape = nullptr;
-    std::string expected;
     for (const auto& alternative : alternatives) {
-      expected += (expected.empty() ? "" : " or ") + printed(alternative);
       if (static_cast<int64_t>(alternative.size()) == x.dim()) shape = &alternative;
     }
-    TORCH_CHECK_VALUE(shape, op, ": ", name, " has shape ", x.sizes(), ", expected ", expected);
+    TORCH_CHECK_VALUE(shape, op, ": ", name, " has shape ", x.sizes(), ", expected ",
+                      printed(alternatives));
     for (size_t d = 0; d < shape->size(); d++) {
       const char letter = (*shape)[d];
       // I and J are one letter apart from the bias, so either may be seen first.
-      const char key = letter == 'J' ? 'I' : letter;
+      Letter& bound = letters[letter == 'J' ? 'I' : letter];
       const int64_t value = x.size(d) - (letter == 'J' && bias);
-      const auto [bound, fresh] = letters.emplace(key, value);
-      if (fresh) where[key] = name + " " + c10::str(x.sizes());
-      TORCH_CHECK_VALUE(bound->second == value, op, ": ", name, " has shape ", x.sizes(),
-                        ", expected ", printed(*shape), " with ", letter, "=",
-                        bound->second + (letter == 'J' && bias), " (from ", where[key],
-                        bias && key == 'I' ? ", J = I + 1 because bias=True" : "", ")");
+      if (bound.size == Letter::kUnseen) bound = {value, i};
+      TORCH_CHECK_VALUE(
+          bound.size == value, op, ": ", name, " has shape ", x.sizes(), ", expected ",
+          printed(*shape), " with ", letter, "=", bound.size + (letter == 'J' && bias), " (from ",
+          named[bound.from].name, " ", args[bound.from]->sizes(),
+          bias && (letter == 'I' || letter == 'J') ? ", J = I + 1 because bias=True" : "", ")");
     }
     if (!first) first = &x;
     TORCH_CHECK(x.device() == first->device(), op, ": ", name, " is on ", x.device(), " but ",
                 named[0].name, " is on ", first->device(), "; move one");
-    if (accumulates(name) || name == "mask") continue;
+    if (!is_operand) continue;
     TORCH_CHECK_TYPE(floating(x.scalar_type()), op, ": ", name, " is ", printed(x.scalar_type()),
                      ", expected float32, bfloat16, float16 or float64");
     if (!operand) {
       operand = &x;
-      operand_name = name;
+      operand_index = i;
     }
     TORCH_CHECK_TYPE(x.scalar_type() == operand->scalar_type(), op, ": ", name, " is ",
-                     printed(x.scalar_type()), " but ", operand_name, " is ",
+                     printed(x.scalar_type()), " but ", named[operand_index].name, " is ",
                      printed(operand->scalar_type()), "; operands share one dtype");
   }
   const auto wide = operand->scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   for (size_t i = 0; i < named.size(); i++) {
-    if (!args[i] || !accumulates(named[i].name)) continue;
+    if (!args[i] || !named[i].accumulates) continue;
     TORCH_CHECK_TYPE(args[i]->scalar_type() == wide, op, ": ", named[i].name, " is ",
                      printed(args[i]->scalar_type()), ", expected ", printed(wide),
                      " (operands are ", printed(operand->scalar_type()), ")");
@@ -140,8 +155,7 @@ Letters check(const char* op, const char* line, const Arguments& args, bool bias
                     op, ": order is '", *order,
                     "', expected one of tokens, a_tokens, g_tokens, gradient");
   auto size = [&](char letter, int64_t otherwise) {
-    auto found = letters.find(letter);
-    return found == letters.end() ? otherwise : found->second;
+    return letters[letter].size == Letter::kUnseen ? otherwise : letters[letter].size;
   };
   const int64_t I = size('I', 0);
   return {size('B', 1), size('T', 1), I,           I + bias, size('O', 0),

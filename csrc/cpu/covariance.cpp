@@ -1,4 +1,6 @@
 // cov += x^T diag(mask) x: tiles on and above the diagonal, each added to both triangles.
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/nonzero.h>
 #include <torch/library.h>
 
@@ -28,6 +30,23 @@ void add_tile(Acc* cov, int64_t J, int64_t m0, int64_t m, int64_t n0, int64_t n,
   }
 }
 
+// Whether the whole square is the library's: as one tile it is no triangle, and of few rows both
+// triangles take longer to add than to multiply. Of fp32 alone: a 16-bit result would be rounded.
+bool library_multiplies(const at::Tensor& x, int64_t N, int64_t J) {
+  return x.scalar_type() == at::kFloat && compute_dtype(at::kFloat) == at::kFloat &&
+         (J <= kTile + kLanes || N <= 2 * kLanes);
+}
+
+void library_accumulate(at::Tensor& cov, const at::Tensor& x, const at::Tensor& rows, bool bias) {
+  const int64_t N = rows.defined() ? rows.numel() : x.size(0), step = slab_lines(x.size(1));
+  for (int64_t r = 0; r < N; r += step) {
+    const int64_t n = std::min(step, N - r);
+    at::Tensor part = rows.defined() ? x.index_select(0, rows.narrow(0, r, n)) : x.narrow(0, r, n);
+    if (bias) part = at::constant_pad_nd(part, {0, 1}, 1);
+    cov.addmm_(part.t(), part);
+  }
+}
+
 template <class Acc>
 void accumulate(at::Tensor& cov, const at::Tensor& x, const at::Tensor& rows, bool bias) {
   at::Tensor sum = cov.contiguous();
@@ -53,7 +72,9 @@ void covariance(at::Tensor& cov, const at::Tensor& x, const std::optional<at::Te
   if (size.J == 0) return;
   // Masked rows are never read: their products are saved, and a NaN in them cannot spread.
   const at::Tensor rows = mask ? at::nonzero(*mask).flatten().contiguous() : at::Tensor();
-  if (x.scalar_type() == at::kDouble) {
+  if (library_multiplies(x, rows.defined() ? rows.numel() : size.N, size.J)) {
+    library_accumulate(cov, x, rows, bias);
+  } else if (x.scalar_type() == at::kDouble) {
     accumulate<double>(cov, x, rows, bias);
   } else {
     accumulate<float>(cov, x, rows, bias);

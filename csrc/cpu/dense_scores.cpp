@@ -1,14 +1,15 @@
 // s_qb += <P_q, G_b>: the product [Q,OJ] x [OJ,B], of which the right side is made a tile at a time
 // and met by every query while it is in cache. Per token, g P_q meets a, tile by tile.
+#include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <optional>
 #include <utility>
-#include <vector>
 
 #include "../check.h"
 #include "endings.h"
-#include "gemm.h"
+#include "gradients.h"
 
 namespace ekfac_fast::cpu {
 namespace {
@@ -17,17 +18,30 @@ namespace {
 struct Cut {
   int64_t rows, columns, sequences;
 };
-constexpr int64_t kColumns = 256, kHeldBytes = int64_t{4} << 20;
-constexpr int64_t kBlocks = 64;  // partial sums at most
-// From so many on of both, a product is faster than dot products.
-constexpr int64_t kSequences = 8, kQueries = 12;
+constexpr int64_t kHeldBytes = int64_t{4} << 20;
+constexpr int64_t kLibraryBytes = int64_t{16} << 20;  // of whole gradients
+constexpr int64_t kBlocks = 64;                       // partial sums at most
+constexpr int64_t kGroup = 64;                        // sequences that meet P at a time
+constexpr int64_t kSequences = 8;                     // fewer: P is read for them alone
 
-// Gradient tiles of a group of sequences, [o,n] of [O,J], `area` apart, and the scores they add to.
+// Whether the same piece of all rows lies in the same few lines of the caches.
+bool collides(const at::Tensor& P) { return P.stride(0) * P.element_size() % 4096 == 0; }
+
+// Instead of dot products, which convert bf16 first.
+bool product_is_faster(const at::Tensor& P, const Letters& size) {
+  const bool bf16 = compute_dtype(P.scalar_type()) == at::kBFloat16;
+  if (size.B >= kSequences) return size.Q >= (bf16 ? 4 : 12);
+  return bf16 && size.Q >= 12 && !collides(P);
+}
+
+// Gradient tiles of a group of sequences, [m,n] of [O,J] from (o,j) on, `area` apart, and the
+// scores they add to.
 template <class Acc>
 struct Held {
-  const Acc* G;
+  const void* G;
+  at::ScalarType dtype;
   int64_t area, ld, b, sequences, o, m, j, n;
-  Acc* sums;  // [B,Q]
+  Acc* sums;  // [Q,B]
 };
 
 // A few rows of P_q as dot products read them: in place if they are Acc already, else widened into
@@ -56,60 +70,68 @@ const Acc* query_rows(const at::Tensor& P, int64_t q, int64_t o, int64_t m, int6
     return from(float{});
 }
 
-// Many of both: the product [B,OJ] x [OJ,Q], a row of the tile at a time. Gradients are rows
-// already; P is multiplied as it lies if queries are innermost, else turned on its way to the
-// cache.
+// Many queries: the product [Q,OJ] x [OJ,B], a row of the tile at a time. Gradients are turned on
+// their way to the cache; rows of P are multiplied as they lie, unless they are to be converted,
+// end in half a pair, or would all meet in the same few lines of the caches.
 struct Product {
+  static constexpr bool kNarrows = true;     // gradients to the operands' dtype
+  static constexpr int64_t kArea = 1 << 15;  // elements of turned gradients
   const at::Tensor& P;
+  const Letters& size;
   at::ScalarType dtype = compute_dtype(P.scalar_type());
-  Panels turned{true, 1, P.size(0), kColumns, dtype, 0};
-  bool in_place = dtype == P.scalar_type() && dtype == at::kFloat && innermost(P);
-  std::vector<at::BFloat16> narrow = {};
+  // The longer pieces of P are, the faster they come from memory.
+  int64_t sequences = std::min(size.B, kGroup),
+          length =
+              std::clamp(kArea / round_up(sequences, kLanes) / kDepth, int64_t{1}, int64_t{8}) *
+              kDepth;
+  Panels turned{true, 1, sequences, length, dtype, 0};
+  Panels rows{false, 1, std::min(P.size(0), kTile), kDepth, dtype, 0};
+  bool in_place = dtype == P.scalar_type() && (sequences > 2 * kLanes || !collides(P));
 
-  static bool innermost(const at::Tensor& P) {
-    return P.stride(0) == 1 && P.stride(2) >= P.size(0);
-  }
   // P is read once a group of sequences, which should be large, and the rest follows.
-  static Cut cut(int64_t) {
-    return {kTile / 2, kColumns, kHeldBytes / (4 * (kTile / 2) * kColumns)};
+  static Cut cut(const Letters& size) {
+    const int64_t sequences = std::min(size.B, kGroup);
+    return {kTile / 2, round_up(kHeldBytes / (4 * (kTile / 2) * sequences), kTile), sequences};
   }
 
   void close(const Held<float>& held) {
     for (int64_t r = 0; r < held.m; r++) {
-      for (int64_t j = 0; j < held.n; j += kColumns) {
-        piece(held, r, j, std::min(kColumns, held.n - j));
+      for (int64_t j = 0; j < held.n; j += length) {
+        piece(held, r, j, std::min(length, held.n - j));
       }
     }
   }
 
   void piece(const Held<float>& held, int64_t r, int64_t j, int64_t n) {
-    const int64_t Q = P.size(0), sj = P.stride(2);
+    const bool paired = dtype == at::kBFloat16;
+    const int64_t whole = paired ? round_up(n, 2) : n;
+    const Matrix G(
+        static_cast<const char*>(held.G) + (r * held.ld + j) * c10::elementSize(held.dtype),
+        held.dtype, held.area, 1);
     turned.depth = n;
-    turned.padded_depth = round_up(n, kLanes);
-    const int64_t K = dtype == at::kBFloat16 ? round_up(n, 2) : n;
-    const float* tiles = held.G + r * held.ld + j;
-    const void* G = tiles;
-    int64_t area = held.area;
-    if (dtype == at::kBFloat16) {
-      area = kColumns + kLanes;
-      narrow.resize(held.sequences * area);
-      for (int64_t b = 0; b < held.sequences; b++) {
-        convert(&narrow[b * area], tiles + b * held.area, n);
-        if (K > n) narrow[b * area + n] = 0;
-      }
-      G = narrow.data();
+    turned.padded_depth = round_up(n, 2);
+    for (int64_t k = 0; k < n; k += kDepth) {
+      turned.fill(0, 0, held.sequences, G, false, nullptr, k,
+                  std::min(k + kDepth, turned.padded_depth));
     }
-    for (int64_t p = 0; p < turned.count; p++) {
-      const int64_t q = turned.begin(p);
-      const int64_t element = q * P.stride(0) + (held.o + r) * P.stride(1) + (held.j + j) * sj;
-      const char* data = static_cast<const char*>(P.const_data_ptr()) + element * P.element_size();
-      if (!in_place) {
-        turned.fill(0, 0, turned.size(p), {data, P.scalar_type(), P.stride(0), sj}, false, nullptr,
-                    0, turned.padded_depth);
+    for (int64_t q = 0; q < P.size(0); q += kTile) {
+      const int64_t queries = std::min(kTile, P.size(0) - q), step = P.stride(0);
+      float* sums = held.sums + q * size.B + held.b;
+      const char* x = static_cast<const char*>(P.const_data_ptr()) +
+                      (q * step + (held.o + r) * P.stride(1) + held.j + j) * P.element_size();
+      if (in_place && whole == n && step >= n) {
+        multiply_add(dtype, queries, held.sequences, n, x, step, turned.at(0, 0, 0), turned.line,
+                     sums, size.B);
+        continue;
       }
-      multiply_add(dtype, held.sequences, turned.size(p), K, G, area,
-                   in_place ? data : turned.at(0, 0, 0), in_place ? sj : turned.line,
-                   held.sums + held.b * Q + q, Q);
+      for (int64_t k = 0, chunk = 0; k < n; k += kDepth, chunk++) {
+        rows.depth = std::min(kDepth, n - k);
+        rows.padded_depth = round_up(rows.depth, 2);
+        rows.fill(0, 0, queries, {x + k * P.element_size(), P.scalar_type(), step, 1}, false,
+                  nullptr, 0, rows.padded_depth);
+        multiply_add(dtype, queries, held.sequences, std::min(kDepth, whole - k), rows.at(0, 0, 0),
+                     rows.ld(0), turned.at(0, 0, chunk), turned.line, sums, size.B);
+      }
     }
   }
 };
@@ -118,12 +140,16 @@ struct Product {
 // streams, in pieces that stay in the first-level cache.
 template <class Acc>
 struct Dots {
+  static constexpr bool kNarrows = false;
   static constexpr int64_t kPiece = 16384;  // elements of a stream
-  // A single sequence is as fast as P is read: rows of it, as they lie.
-  static Cut cut(int64_t B) {
-    return B < kSequences ? Cut{kTile / 4, 16 * kTile, kSequences} : Product::cut(B);
+  // A single sequence is as fast as P is read: long rows of it, as they lie.
+  static Cut cut(const Letters& size) {
+    if (size.B >= kSequences) return {kTile / 2, 2 * kTile, kGroup};
+    return {std::clamp(round_up(4 * kPiece / size.J, kLanes), kTile / 4, kTile), 16 * kTile,
+            kSequences};
   }
   const at::Tensor& P;
+  const Letters& size;
   Tile<Acc> room{4 * kPiece};
 
   void close(const Held<Acc>& held) {
@@ -147,65 +173,88 @@ struct Dots {
       for (int64_t b = 0; b < held.sequences; b += 4) {
         const int64_t sequences = std::min<int64_t>(4, held.sequences - b);
         for (int64_t k = 0; k < sequences; k++) {
-          y[k] = held.G + (b + k) * held.area + r * held.ld + j;
+          y[k] = static_cast<const Acc*>(held.G) + (b + k) * held.area + r * held.ld + j;
         }
-        dots(held.sums + (held.b + b) * Q + q, 1, Q, x, queries, ld, y, sequences, held.ld, m, n);
+        dots(held.sums + q * size.B + held.b + b, size.B, 1, x, queries, ld, y, sequences, held.ld,
+             m, n);
       }
     }
   }
 };
 
+// Sequences whose whole gradients the library writes at a time; 0 where ours are faster: of few
+// tokens, or so large that P would be read more often.
+int64_t library_sequences(const at::Tensor& g, const at::Tensor& a, const Letters& size) {
+  const int64_t fit = kLibraryBytes / (g.element_size() * size.O * size.J);
+  const int64_t group = std::min(size.B, kGroup);
+  return library_forms(g, a, size.J) && size.T >= 32 && group <= fit ? group : 0;
+}
+
 // s [Q,B].
 template <class Acc, class Closing>
 void by_sequence(at::Tensor& s, const at::Tensor& P, const at::Tensor& g, const at::Tensor& a,
                  bool bias, const Letters& size) {
-  const Cut cut = Closing::cut(size.B);
-  const Panels A = pack_rows(g.mT(), {.width = cut.rows});
-  const Panels B = pack_columns(a, size.O, {.ones = bias});
+  const bool exact = Closing::kNarrows || g.scalar_type() == s.scalar_type();
+  const int64_t library = exact ? library_sequences(g, a, size) : 0;
+  const Cut cut = library ? Cut{Closing::cut(size).rows, size.J, library} : Closing::cut(size);
+  std::optional<Panels> A, B;
+  if (!library) {
+    A = pack_rows(g.mT(), {.width = cut.rows});
+    B = pack_columns(a, size.O, {.ones = bias});
+  }
   // A tile here is several panels of columns.
-  const int64_t wide = std::min(B.count, cut.columns / kTile), across = ceil_div(B.count, wide);
+  const int64_t width = library ? size.J : B->width;
+  const int64_t columns = std::min(size.J, std::max<int64_t>(1, cut.columns / kTile) * width);
+  const int64_t across = ceil_div(size.J, columns), tiles = ceil_div(size.O, cut.rows) * across;
   // Not a power of two: rows of the same tile would meet in the same few lines of the caches.
-  const int64_t ld = across == 1 ? size.J : wide * B.width, tiles = A.count * across,
-                area = cut.rows * ld + kLanes;
-  const int64_t group = std::min<int64_t>(size.B, cut.sequences);
+  const int64_t area = library ? size.O * size.J : cut.rows * columns + kLanes;
+  const int64_t group = std::min(size.B, cut.sequences);
   // Partial sums of a few tiles a block; blocks depend on the shape alone, so results repeat.
-  const int64_t a_block = ceil_div(tiles, kBlocks), blocks = ceil_div(tiles, a_block);
-  at::Tensor partial = at::zeros({blocks, size.B, size.Q}, at::dtype(s.scalar_type()));
+  const int64_t most = std::clamp<int64_t>(kHeldBytes / (4 * size.Q * size.B), 8, kBlocks);
+  const int64_t a_block = ceil_div(tiles, most), blocks = ceil_div(tiles, a_block);
+  at::Tensor partial = at::zeros({blocks, size.Q, size.B}, at::dtype(s.scalar_type()));
   Acc* sums = partial.mutable_data_ptr<Acc>();
-  const int64_t work = a_block * area * size.B * (size.T + size.Q);
-  at::parallel_for(0, blocks, grain(work), [&](int64_t begin, int64_t end) {
-    Tile<Acc> G(group * area);
-    Closing closing{P};
-    for (int64_t tile = begin * a_block; tile < std::min(tiles, end * a_block); tile++) {
-      const int64_t i = tile / across, j0 = tile % across * wide;
-      const int64_t j1 = std::min(B.count, j0 + wide), n = B.begin(j1 - 1) + B.size(j1 - 1);
-      for (int64_t b = 0; b < size.B; b += group) {
-        const int64_t held = std::min(group, size.B - b);
-        for (int64_t k = 0; k < held; k++) {
-          for (int64_t j = j0; j < j1; j++) {
-            multiply<Acc>(A, b + k, i, B, b + k, j, G.data + k * area + B.begin(j - j0), ld);
+  const int64_t work = a_block * cut.rows * columns * size.B * (size.T + size.Q);
+  for (int64_t b0 = 0; b0 < size.B; b0 += library ? group : size.B) {
+    const int64_t b1 = library ? std::min(b0 + group, size.B) : size.B;
+    at::Tensor G;
+    if (library) G = unrotated_gradients(g.narrow(0, b0, b1 - b0), a.narrow(0, b0, b1 - b0), bias);
+    at::parallel_for(0, blocks, grain(work), [&](int64_t begin, int64_t end) {
+      Tile<Acc> room(library ? 0 : group * area);
+      Closing closing{P, size};
+      for (int64_t tile = begin * a_block; tile < std::min(tiles, end * a_block); tile++) {
+        const int64_t o = tile / across * cut.rows, j = tile % across * columns;
+        for (int64_t b = b0; b < b1; b += group) {
+          Held<Acc> held{room.data,
+                         s.scalar_type(),
+                         area,
+                         columns,
+                         b,
+                         std::min(group, b1 - b),
+                         o,
+                         std::min(cut.rows, size.O - o),
+                         j,
+                         std::min(columns, size.J - j),
+                         sums + tile / a_block * size.B * size.Q};
+          if (library) {
+            held.G = static_cast<const char*>(G.const_data_ptr()) + o * size.J * G.element_size();
+            held.dtype = G.scalar_type();
           }
+          for (int64_t k = 0; !library && k < held.sequences; k++) {
+            for (int64_t p = j / width; p * width < j + held.n; p++) {
+              multiply<Acc>(*A, b + k, o / cut.rows, *B, b + k, p,
+                            room.data + k * area + p * width - j, columns);
+            }
+          }
+          // Whole rows that follow each other are one.
+          if (held.n == held.ld && P.stride(1) == held.n) held.n *= std::exchange(held.m, 1);
+          closing.close(held);
         }
-        Held<Acc> tiles_of{G.data,
-                           area,
-                           ld,
-                           b,
-                           held,
-                           A.begin(i),
-                           A.size(i),
-                           B.begin(j0),
-                           n - B.begin(j0),
-                           sums + tile / a_block * size.B * size.Q};
-        // Whole rows that follow each other are one.
-        if (tiles_of.n == ld && P.stride(1) == ld * P.stride(2)) {
-          tiles_of.n *= std::exchange(tiles_of.m, 1);
-        }
-        closing.close(tiles_of);
       }
-    }
-    release(A);
-  });
-  s.add_(partial.sum(0).t());
+      if (A) release(*A);
+    });
+  }
+  s.add_(partial.sum(0));
 }
 
 // s [Q,B,T]: row n of g P_q, dotted with row n of (a, 1).
@@ -214,22 +263,37 @@ void by_token(at::Tensor& s, const at::Tensor& P, const at::Tensor& g, const at:
               bool bias, const Letters& size) {
   const int64_t N = size.B * size.T;
   const at::Tensor inputs = a.reshape({N, size.I}).to(s.scalar_type()).contiguous();
-  const Panels A = pack_rows(g.reshape({1, N, size.O})), B = pack_columns(P, N);
   at::Tensor total = at::zeros({size.Q, N}, at::dtype(s.scalar_type()));
   Acc* sums = total.mutable_data_ptr<Acc>();
   const Acc* data = inputs.const_data_ptr<Acc>();
+  // Part of row n of the product, its columns from j on.
+  auto close = [&](int64_t q, int64_t n, int64_t j, int64_t columns, const Acc* row) {
+    Acc& sum = sums[q * N + n];
+    const int64_t inner = std::min(columns, size.I - j);
+    if (inner > 0) sum += dot(row, data + n * size.I + j, inner);
+    if (bias && j + columns == size.J) sum += row[columns - 1];
+  };
+  // Of a few queries; of more, packed tokens meet them all.
+  if (P.scalar_type() == s.scalar_type() && size.J <= kNarrow && size.Q < 4) {
+    const at::Tensor rows = g.reshape({N, size.O});
+    for (int64_t q = 0; q < size.Q; q++) {
+      const at::Tensor product = at::mm(rows, P.select(0, q));
+      for (int64_t n = 0; n < N; n++) {
+        close(q, n, 0, size.J, product.const_data_ptr<Acc>() + n * size.J);
+      }
+    }
+    s.add_(total.view({size.Q, size.B, size.T}));
+    return;
+  }
+  const Panels A = pack_rows(g.reshape({1, N, size.O})), B = pack_columns(P, N);
   at::parallel_for(0, size.Q * A.count, 1, [&](int64_t begin, int64_t end) {
     Tile<Acc> C(A.width * B.line);
     for (int64_t unit = begin; unit < end; unit++) {
       const int64_t q = unit / A.count, i = unit % A.count;
       for (int64_t j = 0; j < B.count; j++) {
         multiply<Acc>(A, 0, i, B, q, j, C.data, B.line);
-        const int64_t n = std::min(B.size(j), size.I - B.begin(j));
         for (int64_t r = 0; r < A.size(i); r++) {
-          const Acc* row = C.data + r * B.line;
-          Acc& sum = sums[q * N + A.begin(i) + r];
-          if (n > 0) sum += dot(row, data + (A.begin(i) + r) * size.I + B.begin(j), n);
-          if (bias && j == B.count - 1) sum += row[B.size(j) - 1];
+          close(q, A.begin(i) + r, B.begin(j), B.size(j), C.data + r * B.line);
         }
       }
     }
@@ -245,12 +309,13 @@ void dense_scores(at::Tensor& s, const at::Tensor& P, const at::Tensor& g, const
   if (s.numel() == 0 || P.numel() == 0) return;
   auto run = [&]<class Acc>(Acc) {
     if (s.dim() == 3) return by_token<Acc>(s, P, g, a, bias, size);
+    const at::Tensor rows = P.stride(2) == 1 ? P : P.contiguous();
     if constexpr (std::is_same_v<Acc, float>) {
-      if ((size.B >= kSequences || Product::innermost(P)) && size.Q >= kQueries) {
-        return by_sequence<Acc, Product>(s, P, g, a, bias, size);
+      if (product_is_faster(rows, size)) {
+        return by_sequence<Acc, Product>(s, rows, g, a, bias, size);
       }
     }
-    by_sequence<Acc, Dots<Acc>>(s, P.stride(2) == 1 ? P : P.contiguous(), g, a, bias, size);
+    by_sequence<Acc, Dots<Acc>>(s, rows, g, a, bias, size);
   };
   g.scalar_type() == at::kDouble ? run(double{}) : run(float{});
 }

@@ -25,6 +25,9 @@
   }                                                                                  \
   CLONES void add_products(T* y, const T* u, const T* v, const T* bias, int64_t n) { \
     for (int64_t i = 0; i < n; i++) y[i] += u[i] * (v[i] + bias[i]);                 \
+  }                                                                                  \
+  CLONES void add_products(T* y, const T* u, const T* v, T bias, int64_t n) {        \
+    for (int64_t i = 0; i < n; i++) y[i] += u[i] * (v[i] + bias);                    \
   }
 
 #define REDUCTION(T, name, parameters, term)         \
@@ -46,18 +49,47 @@
     return sum;                                      \
   }
 
-#define GROUP_SUMS(T)                                                                    \
-  CLONES void add_group_sums(T* y, int64_t ldy, const T* x, int64_t groups, int64_t K) { \
-    for (int64_t g = 0; g < groups; g++, x += K) {                                       \
-      T lanes[16] = {}, sum = 0;                                                         \
-      int64_t k = 0;                                                                     \
-      for (; k + 16 <= K; k += 16) {                                                     \
-        for (int l = 0; l < 16; l++) lanes[l] += x[k + l];                               \
-      }                                                                                  \
-      for (int l = 0; k && l < 16; l++) sum += lanes[l];                                 \
-      for (; k < K; k++) sum += x[k];                                                    \
-      y[g * ldy] += sum;                                                                 \
-    }                                                                                    \
+#define GROUPS(T, name, parameters, term)                      \
+  CLONES void name parameters {                                \
+    for (int64_t g = 0; g < groups; g++) {                     \
+      const int64_t first = g * K;                             \
+      T lanes[16] = {}, sum = 0;                               \
+      int64_t i = first;                                       \
+      for (; i + 16 <= first + K; i += 16) {                   \
+        for (int l = 0; l < 16; l++) {                         \
+          const int64_t k = i + l;                             \
+          lanes[l] += term;                                    \
+        }                                                      \
+      }                                                        \
+      for (int l = 0; K >= 16 && l < 16; l++) sum += lanes[l]; \
+      for (int64_t k = i; k < first + K; k++) sum += term;     \
+      y[g * ldy] += sum;                                       \
+    }                                                          \
+  }
+
+#define GROUP_SUMS(T)                                                                            \
+  GROUPS(T, add_group_sums, (T * y, int64_t ldy, const T* x, int64_t groups, int64_t K), x[k])   \
+  GROUPS(T, add_group_dots,                                                                      \
+         (T * y, int64_t ldy, const T* u, const T* v, const T* bias, int64_t groups, int64_t K), \
+         u[k] * (v[k] + bias[k]))
+
+// Lanes run on from row to row and are added up once.
+#define DAMPED_NORM(T, W)                                                                        \
+  CLONES T damped_norm(const T* x, int64_t ldx, const T* lam, int64_t ldl, T damping, int64_t m, \
+                       int64_t n) {                                                              \
+    typedef T V __attribute__((vector_size(W * sizeof(T)), aligned(sizeof(T))));                 \
+    V lanes = {};                                                                                \
+    T sum = 0;                                                                                   \
+    for (int64_t r = 0; r < m; r++, x += ldx, lam += ldl) {                                      \
+      int64_t i = 0;                                                                             \
+      for (; i + W <= n; i += W) {                                                               \
+        const V v = *reinterpret_cast<const V*>(x + i);                                          \
+        lanes += v * v / (*reinterpret_cast<const V*>(lam + i) + damping);                       \
+      }                                                                                          \
+      for (; i < n; i++) sum += x[i] * x[i] / (lam[i] + damping);                                \
+    }                                                                                            \
+    for (int l = 0; l < W; l++) sum += lanes[l];                                                 \
+    return sum;                                                                                  \
   }
 
 // P x Q running vectors: of 4 x 4, each loaded value meets four of the other side.
@@ -145,10 +177,8 @@ CLONES void interleave(BFloat16* y, const BFloat16* even, const BFloat16* odd, i
 
 ELEMENTWISE(float)
 ELEMENTWISE(double)
-REDUCTION(float, damped_norm, (const float* x, const float* lam, float damping, int64_t n),
-          x[k] * x[k] / (lam[k] + damping))
-REDUCTION(double, damped_norm, (const double* x, const double* lam, double damping, int64_t n),
-          x[k] * x[k] / (lam[k] + damping))
+DAMPED_NORM(float, 16)
+DAMPED_NORM(double, 8)
 REDUCTION(float, dot, (const float* x, const float* y, int64_t n), x[k] * y[k])
 REDUCTION(double, dot, (const double* x, const double* y, int64_t n), x[k] * y[k])
 GROUP_SUMS(float)

@@ -16,8 +16,9 @@ at::ScalarType compute_dtype(at::ScalarType dtype) {
   return has_bf16_products() && (dtype == at::kBFloat16 || lowered) ? at::kBFloat16 : at::kFloat;
 }
 
-bool library_multiplies(int64_t rows, at::ScalarType dtype) {
-  return dtype == at::kBFloat16 && has_bf16_products() && rows <= kFew;
+bool library_multiplies(int64_t rows, int64_t depth, int64_t columns, at::ScalarType dtype) {
+  return dtype == at::kBFloat16 && has_bf16_products() &&
+         (rows <= kFew || columns <= kTile / 2 || depth % 2 == 1);
 }
 
 void multiply_add(at::ScalarType dtype, int64_t M, int64_t N, int64_t K, const void* x, int64_t lda,

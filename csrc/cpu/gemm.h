@@ -26,8 +26,9 @@ namespace ekfac_fast::cpu {
 
 constexpr int64_t kTile = 128;   // rows and columns of a tile: 64 KiB of fp32
 constexpr int64_t kDepth = 256;  // k per chunk: two 128 KiB panels and the tile fit in 512 KiB
-constexpr int64_t kLanes = 16;   // panels are padded to whole vectors
+constexpr int64_t kLanes = 16;   // lines of panels are padded to whole vectors
 constexpr int64_t kBlock = 32;   // k packed at a time
+constexpr int64_t kNarrow = 48;  // columns that leave much of a tile's registers idle
 constexpr int64_t kFew = 256;    // rows that meet columns in place
 // Operands are packed in slabs of this size: larger ones leave the last-level cache and gain
 // nothing.
@@ -49,9 +50,10 @@ inline int64_t grain(int64_t work) {
 // products.
 at::ScalarType compute_dtype(at::ScalarType dtype);
 
-// Whether `rows` of bf16 are better multiplied by at::mm: pairing the k of a matrix that few rows
-// meet costs more than the product, and the library has no need to.
-bool library_multiplies(int64_t rows, at::ScalarType dtype);
+// Whether bf16 is better multiplied by at::mm: pairing the k of a matrix that few rows meet costs
+// more than the product, as does copying rows that end in half a pair, or rows for few columns. The
+// library needs none of it.
+bool library_multiplies(int64_t rows, int64_t depth, int64_t columns, at::ScalarType dtype);
 
 // A matrix in place: element (f, k) of the free and the summed dimension is data[f * sf + k * sk].
 struct Matrix {
@@ -70,7 +72,7 @@ struct Panels {
   bool columns;           // the right operand: k-major panels (pairs of k interleaved for bf16)
   int64_t batch;          // 1: the same matrix for every batch entry
   int64_t extent, depth;  // free and summed sizes
-  int64_t padded_depth;   // depth in whole vectors, if packed
+  int64_t padded_depth;   // depth in whole pairs, if packed
   int64_t width, count;   // lines of a panel but the last, and number of panels
   int64_t line;           // width in whole vectors
   // In place: elements from one row (of columns: one k) to the next, and from matrix to matrix; 0

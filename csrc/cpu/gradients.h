@@ -13,6 +13,9 @@ namespace ekfac_fast::cpu {
 
 // x [.., F] times Q [F', F'] by rows, plus Q's last row where `bias`; in the dtype products use.
 at::Tensor rotate_tokens(const at::Tensor& x, const at::Tensor& Q, bool bias);
+// Whether gradients of J columns are the library's product, rounded to the operands' dtype: narrow
+// ones, and any of bf16, where packing both sides takes longer than its product.
+bool library_forms(const at::Tensor& g, const at::Tensor& a, int64_t J);
 // sum_t g_bt (a_bt, 1)^T of every sequence, [B,O,J], in the dtype products use.
 at::Tensor unrotated_gradients(const at::Tensor& g, const at::Tensor& a, bool bias);
 
@@ -24,6 +27,26 @@ inline int64_t tiles(const Letters& size) {
 // How many sequences are packed at a time: a slab of the wider side. Where whole gradients are
 // rotated, as many as a few MiB hold of them.
 int64_t sequences_at_once(const Letters& size, bool whole);
+
+// G_b B of every G [n,O,J], those of few rows one on top of the other: each meets B as it passes.
+template <class Acc, class Ending>
+void stacked_product(const at::Tensor& G, const Panels& B, const Ending& ending, int64_t parts) {
+  const int64_t n = G.size(0), O = G.size(1), most = std::clamp<int64_t>(kTile / O, 1, n);
+  for (int64_t b0 = 0; b0 < n; b0 += n / most * most) {
+    const int64_t high = std::min(most, n - b0), stacks = (n - b0) / high;
+    const at::Tensor rows = G.narrow(0, b0, stacks * high).view({stacks, high * O, G.size(2)});
+    product<Acc>(
+        pack_rows(rows), B,
+        [&](int64_t stack, int64_t o0, int64_t o, int64_t j0, int64_t j, const Acc* C, int64_t ld,
+            int64_t index) {
+          if (high == 1) return ending(b0 + stack, o0, o, j0, j, C, ld, index);
+          for (int64_t b = 0; b < high; b++) {
+            ending(b0 + stack * high + b, 0, O, j0, j, C + b * O * ld, ld, index);
+          }
+        },
+        parts);
+  }
+}
 
 // ending(b, o0, o, j0, j, tile, ld, index) for every tile of every Qg^T G_b Qa. Sequences are cut
 // into `parts`; tiles of one index run on one thread in the order of b, so an ending may accumulate
@@ -37,8 +60,9 @@ void gradient_tiles(const at::Tensor& g, const at::Tensor& a, const std::optiona
   const Order order = contraction_order(size, forced);
   const bool a_late = Qa && !order.a_tokens, g_late = Qg && !order.g_tokens;
   const int64_t step = sequences_at_once(size, a_late || g_late);
-  const std::optional<Panels> left =
-      g_late ? std::optional(pack_rows(Qg->t().unsqueeze(0))) : std::nullopt;
+  std::optional<Panels> left, right;
+  if (g_late) left = pack_rows(Qg->t().unsqueeze(0));
+  if (a_late && !g_late) right = pack_columns(Qa->unsqueeze(0), std::min(step, size.B) * size.O);
   for (int64_t b0 = 0; b0 < size.B; b0 += step) {
     const int64_t n = std::min(step, size.B - b0);
     auto from = [&](int64_t b, auto... tile) { ending(b0 + b, tile...); };
@@ -56,7 +80,7 @@ void gradient_tiles(const at::Tensor& g, const at::Tensor& a, const std::optiona
       if (a_late) G = rotate_tokens(G, *Qa, false);
       product<Acc>(*left, pack_columns(G, size.O), from, parts);
     } else {
-      product<Acc>(pack_rows(G), pack_columns(Qa->unsqueeze(0), n * size.O), from, parts);
+      stacked_product<Acc>(G, *right, from, parts);
     }
   }
 }

@@ -42,24 +42,25 @@ struct Side {
   at::Tensor whole;  // [rows, QK] if the library multiplied
 
   Side(const Rows& rows, const at::Tensor& x, const at::Tensor& factors, int64_t N, int64_t width)
-      // Fewer columns than a vector has lanes leave the others idle.
-      : library(library_multiplies(N, x.scalar_type()) ||
-                (factors.size(2) < kLanes && x.scalar_type() != at::kHalf)),
+      : library((library_multiplies(N, x.size(2), factors.size(2), x.scalar_type()) &&
+                 (N <= kFew || x.stride(2) == 1)) ||
+                (x.scalar_type() == at::kFloat && factors.size(2) <= kLanes)),
         A(library ? Panels(rows.cut(x), false, rows.width)
                   : pack_rows(rows.cut(x), {.width = rows.width})),
         B(library ? Panels(factors, true, width) : pack_columns(factors, N, {.width = width})) {
-    if (library)
-      whole = at::mm(x.reshape({N, -1}), factors[0]).to(c10::CppTypeToScalarType<Acc>::value);
+    if (library) whole = at::mm(x.reshape({N, -1}), factors[0]);
   }
-  // The product of a row panel and a column panel: in `room`, or where it is already.
-  const Acc* tile(int64_t b, int64_t i, int64_t p, Acc* room, int64_t& ld) const {
-    if (library) {
-      ld = whole.size(1);
-      return whole.const_data_ptr<Acc>() + (b * A.extent + A.begin(i)) * ld + B.begin(p);
+  // The product of a row panel and a column panel.
+  void tile(int64_t b, int64_t i, int64_t p, Acc* room) const {
+    auto copy = [&]<class In>(In) {
+      const int64_t ld = whole.size(1), first = b * A.extent + A.begin(i);
+      const In* from = whole.const_data_ptr<In>() + first * ld + B.begin(p);
+      for (int64_t r = 0; r < A.size(i); r++) convert(room + r * B.line, from + r * ld, B.size(p));
+    };
+    if constexpr (std::is_same_v<Acc, float>) {
+      if (library) return whole.scalar_type() == at::kFloat ? copy(float{}) : copy(at::BFloat16{});
     }
-    ld = B.line;
-    multiply<Acc>(A, b, i, B, 0, p, room, ld);
-    return room;
+    multiply<Acc>(A, b, i, B, 0, p, room, B.line);
   }
 };
 
@@ -93,23 +94,27 @@ void accumulate(at::Tensor s, const at::Tensor& L, const at::Tensor& R, const at
           const int64_t p = unit % columns.count, row = unit / columns.count;
           const int64_t b = row / G.count, i = row % G.count, first = b * size.T + G.begin(i);
           const int64_t n = columns.size(p), queries = n / K, q = p * group;
-          int64_t ldu, ldv;
-          const Acc* u = left.tile(b, i, p, U.data, ldu);
-          const Acc* v = right.tile(b, i, p, V.data, ldv);
+          left.tile(b, i, p, U.data);
+          right.tile(b, i, p, V.data);
           const int64_t run = per_token ? 1 : std::min(size.T, G.size(i));
           for (int64_t r = 0; r < G.size(i); r += run) {
-            std::fill_n(column.data, n, Acc(0));
-            for (int64_t t = r; t < r + run; t++) {
-              add_products(column.data, u + t * ldu, v + t * ldv, &ones[q * K], n);
-            }
             const int64_t sequence = (first + r) / size.T, token = (first + r) % size.T;
+            const Acc *u = U.data + r * line, *v = V.data + r * line;
+            if (per_token) {
+              add_group_dots(sums + q * s.stride(0) + sequence * s.stride(1) + token * s.stride(2),
+                             s.stride(0), u, v, &ones[q * K], queries, K);
+              continue;
+            }
+            std::fill_n(column.data, n, Acc(0));
+            for (int64_t t = 0; t < run; t++) {
+              add_products(column.data, u + t * line, v + t * line, &ones[q * K], n);
+            }
             if (partial) {
               add_group_sums(&parts[(i * size.Q + q) * size.B + sequence], size.B, column.data,
                              queries, K);
             } else {
-              add_group_sums(sums + q * s.stride(0) + sequence * s.stride(1) +
-                                 (per_token ? token * s.stride(2) : 0),
-                             s.stride(0), column.data, queries, K);
+              add_group_sums(sums + q * s.stride(0) + sequence * s.stride(1), s.stride(0),
+                             column.data, queries, K);
             }
           }
         }
@@ -124,6 +129,47 @@ void accumulate(at::Tensor s, const at::Tensor& L, const at::Tensor& R, const at
   }
 }
 
+// Fewer columns than a vector has lanes: the library's products turned round, [QK,N], whose rows
+// are multiplied and summed as they lie.
+template <class Acc>
+void few_columns(at::Tensor s, const at::Tensor& L, const at::Tensor& R, const at::Tensor& g,
+                 const at::Tensor& a, bool bias, const Letters& size) {
+  const int64_t K = size.K, N = size.B * size.T;
+  const auto wide = c10::CppTypeToScalarType<Acc>::value;
+  auto product = [&](const at::Tensor& factors, const at::Tensor& x) {
+    return at::mm(factors.contiguous(), x.reshape({N, x.size(2)}).t()).to(wide);
+  };
+  const at::Tensor right = R.reshape({size.Q * K, size.J});
+  const at::Tensor U = product(L.mT().reshape({size.Q * K, size.O}), g);
+  const at::Tensor V = product(bias ? right.narrow(1, 0, size.I) : right, a);
+  const at::Tensor ones = bias ? right.select(1, size.I).to(wide).contiguous() : at::Tensor();
+  const Acc *u = U.const_data_ptr<Acc>(), *v = V.const_data_ptr<Acc>(),
+            *last = bias ? ones.const_data_ptr<Acc>() : nullptr;
+  Acc* sums = s.mutable_data_ptr<Acc>();
+  at::parallel_for(0, size.Q, grain(N * K), [&](int64_t begin, int64_t end) {
+    Tile<Acc> row(N);
+    for (int64_t q = begin; q < end; q++) {
+      std::fill_n(row.data, N, Acc(0));
+      for (int64_t k = q * K; k < (q + 1) * K; k++) {
+        add_products(row.data, u + k * N, v + k * N, bias ? last[k] : Acc(0), N);
+      }
+      Acc* to = sums + q * s.stride(0);
+      if (s.dim() == 2) {
+        add_group_sums(to, s.stride(1), row.data, size.B, size.T);
+        continue;
+      }
+      for (int64_t n = 0; n < N; n++) {
+        to[n / size.T * s.stride(1) + n % size.T * s.stride(2)] += row.data[n];
+      }
+    }
+  });
+}
+
+// Part of x, or x itself.
+at::Tensor some(const at::Tensor& x, int64_t dim, int64_t from, int64_t length) {
+  return length == x.size(dim) ? x : x.narrow(dim, from, length);
+}
+
 void low_rank_scores(at::Tensor& s, const at::Tensor& L, const at::Tensor& R, const at::Tensor& g,
                      const at::Tensor& a, bool bias) {
   const Letters size =
@@ -134,23 +180,26 @@ void low_rank_scores(at::Tensor& s, const at::Tensor& L, const at::Tensor& R, co
   const int64_t lines = slab_lines(std::max(size.O, size.I));
   const int64_t group = std::max<int64_t>(1, kTile / size.K);
   const int64_t queries = round_up(ceil_div(lines, size.K), group);
-  const int64_t sequences = ceil_div(lines, size.T);
+  // What the library multiplies is written whole: no more of it than a slab, either.
+  const int64_t columns = std::min(queries, size.Q) * std::min(kTile, size.K);
+  const int64_t sequences = ceil_div(std::min(lines, slab_lines(columns)), size.T);
   for (int64_t q = 0; q < size.Q; q += queries) {
     for (int64_t k = 0; k < size.K; k += kTile) {
       Letters part = size;
       part.Q = std::min(queries, size.Q - q);
       part.K = std::min(kTile, size.K - k);
-      const at::Tensor L_q = L.narrow(0, q, part.Q).narrow(2, k, part.K);
-      const at::Tensor R_q = R.narrow(0, q, part.Q).narrow(1, k, part.K);
+      const at::Tensor L_q = some(some(L, 0, q, part.Q), 2, k, part.K);
+      const at::Tensor R_q = some(some(R, 0, q, part.Q), 1, k, part.K);
+      const bool few = part.Q * part.K < kLanes &&
+                       (g.scalar_type() != at::kHalf || (g.stride(2) == 1 && a.stride(2) == 1));
       for (int64_t b = 0; b < size.B; b += sequences) {
         part.B = std::min(sequences, size.B - b);
-        const at::Tensor s_qb = s.narrow(0, q, part.Q).narrow(1, b, part.B);
-        const at::Tensor g_b = g.narrow(0, b, part.B), a_b = a.narrow(0, b, part.B);
-        if (g.scalar_type() == at::kDouble) {
-          accumulate<double>(s_qb, L_q, R_q, g_b, a_b, bias, part);
-        } else {
-          accumulate<float>(s_qb, L_q, R_q, g_b, a_b, bias, part);
-        }
+        const at::Tensor s_qb = some(some(s, 0, q, part.Q), 1, b, part.B);
+        const at::Tensor g_b = some(g, 0, b, part.B), a_b = some(a, 0, b, part.B);
+        auto run = [&]<class Acc>(Acc) {
+          (few ? few_columns<Acc> : accumulate<Acc>)(s_qb, L_q, R_q, g_b, a_b, bias, part);
+        };
+        g.scalar_type() == at::kDouble ? run(double{}) : run(float{});
       }
     }
   }

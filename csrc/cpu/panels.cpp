@@ -26,7 +26,7 @@ Panels::Panels(bool columns, int64_t batch, int64_t extent, int64_t depth, at::S
       batch(batch),
       extent(extent),
       depth(depth),
-      padded_depth(round_up(depth, kLanes)),
+      padded_depth(round_up(depth, 2)),
       width(width ? width : panel_width(extent)),
       count(ceil_div(extent, this->width)),
       line(round_up(this->width, kLanes)) {
@@ -203,7 +203,7 @@ Panels pack(const at::Tensor& x, bool columns, const Packing& how) {
 
 // Whether lines that are contiguous in the last dimension are multiplied as they are.
 bool in_place(const at::Tensor& x, at::ScalarType dtype) {
-  return x.scalar_type() == dtype && x.stride(2) == 1 &&
+  return x.scalar_type() == dtype && (x.stride(2) == 1 || x.size(2) == 1) &&
          (x.size(1) == 1 || x.stride(1) >= x.size(2));
 }
 

@@ -25,12 +25,9 @@ void self_influence(at::Tensor& s, const at::Tensor& g, const at::Tensor& a,
     gradient_tiles<Acc>(g, a, Qg, Qa, bias, size, order, size.B,
                         [&](int64_t b, int64_t o0, int64_t o, int64_t j0, int64_t j, const Acc* C,
                             int64_t ld, int64_t index) {
-                          double sum = 0;
-                          for (int64_t i = 0; i < o; i++) {
-                            sum += damped_norm(C + i * ld, lams + (o0 + i) * size.J + j0,
-                                               static_cast<Acc>(damping), j);
-                          }
-                          sums[b * count + index % count] = sum;
+                          sums[b * count + index % count] =
+                              damped_norm(C, ld, lams + o0 * size.J + j0, size.J,
+                                          static_cast<Acc>(damping), o, j);
                         });
     Acc* out = s.mutable_data_ptr<Acc>();
     for (int64_t b = 0; b < size.B; b++) {

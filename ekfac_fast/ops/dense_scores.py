@@ -20,7 +20,6 @@ from .testing.sampling import Sample, draw, strided
 
 SCHEMA = "(Tensor(a!) s, Tensor P, Tensor g, Tensor a, bool bias=False) -> ()"
 SHAPES = "s[Q,B]|[Q,B,T] P[Q,O,J] g[B,T,O] a[B,T,I]"
-MANY = 12
 torch.library.define("ekfac_fast::dense_scores", SCHEMA)
 
 
@@ -40,14 +39,11 @@ def reference(s: Tensor, P: Tensor, g: Tensor, a: Tensor, bias: bool = False) ->
 torch.library.impl("ekfac_fast::dense_scores", "default", reference)
 
 
-def laid_out(P: Tensor, per_token: bool = False) -> Tensor:
+def laid_out(P: Tensor) -> Tensor:
     """The same P as many calls want it: once per stage, as much memory as P.
 
-    On a CPU, for scores [Q,B] of `MANY` queries or more, queries are innermost, [O,J,Q] in memory:
-    a product that reads P once, in order and in place. Else contiguous. Any layout is right.
+    Contiguous: rows of P are read in order and multiplied in place. Any layout is right.
     """
-    if P.device.type == "cpu" and len(P) >= MANY and not per_token:
-        return P.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     return P.contiguous()
 
 

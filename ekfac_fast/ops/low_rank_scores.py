@@ -19,6 +19,7 @@ from .testing.sampling import Sample, draw, strided
 
 SCHEMA = "(Tensor(a!) s, Tensor L, Tensor R, Tensor g, Tensor a, bool bias=False) -> ()"
 SHAPES = "s[Q,B]|[Q,B,T] L[Q,O,K] R[Q,K,J] g[B,T,O] a[B,T,I]"
+LANES = 16
 torch.library.define("ekfac_fast::low_rank_scores", SCHEMA)
 
 
@@ -39,9 +40,12 @@ def laid_out(L: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
     """The same L and R as many calls want them: once per stage, as much memory as they have.
 
     On a CPU the queries' factors lie side by side, [O,QK] and [J,QK] in memory, and are multiplied
-    in place. Else contiguous. Any layout is right.
+    in place; if there are fewer than `LANES`, one after the other, [QK,O] and [QK,J]. Else
+    contiguous. Any layout is right.
     """
     if L.device.type == "cpu":
+        if len(L) * L.shape[2] < LANES:
+            return L.mT.contiguous().mT, R.contiguous()
         left, right = L.permute(1, 0, 2).contiguous(), R.permute(2, 0, 1).contiguous()
         return left.permute(1, 0, 2), right.permute(1, 2, 0)
     return L.contiguous(), R.contiguous()
