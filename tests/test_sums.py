@@ -12,7 +12,7 @@ from ekfac_fast.store.files import load_tensors
 def test_small_batches_after_a_large_sum_are_not_lost():
     large, small, count = 2.0**24, 0.75, 4096
     plain = torch.full((3,), large)
-    kept = Sum(torch.full((3,), large), torch.zeros(3))
+    kept = Sum(torch.zeros(3), torch.full((3,), large))
     for batch in range(count):
         plain += small
         kept.rest += small

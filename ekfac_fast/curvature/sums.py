@@ -14,19 +14,24 @@ from torch import Tensor
 
 @dataclass
 class Sum:
-    """total + rest, of one shape and dtype; terms go into `rest`."""
+    """total + rest, of one shape and dtype; terms go into `rest`, and before the first fold there
+    is nothing else.
+    """
 
-    total: Tensor
     rest: Tensor
+    total: Tensor | None = None
 
     @classmethod
     def zero(cls, *shape: int, dtype: torch.dtype, device: torch.device) -> Self:
         """Of no terms."""
-        total, rest = (torch.zeros(*shape, dtype=dtype, device=device) for _ in range(2))
-        return cls(total, rest)
+        return cls(torch.zeros(*shape, dtype=dtype, device=device))
 
     def fold(self) -> None:
         """Move the terms to the total; exact."""
+        if self.total is None:
+            self.total = self.rest.clone()
+            self.rest.zero_()
+            return
         new = self.total + self.rest
         seen = new - self.total
         self.rest.sub_(seen)
@@ -35,4 +40,4 @@ class Sum:
 
     def value(self) -> Tensor:
         """The sum, rounded once."""
-        return self.total + self.rest
+        return self.rest if self.total is None else self.total + self.rest

@@ -7,11 +7,12 @@ processes would slice it here, and partitions pass it some of the layers.
 """
 
 import time
+import weakref
 from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypedDict, Unpack
 
 import torch
@@ -22,15 +23,17 @@ from ..data.batches import Batches, Indexable, collate
 from ..data.choices import OnLongExample
 from ..errors import ArgumentError, DataError, NotFiniteError
 from ..model.capture import Capture, LayerBatch, alone
+from ..model.identity import forward_state, model_fingerprint, task_state
 from ..model.layers import Layer
 from ..model.rows import Grid
 from ..model.tasks import LanguageModelTask, Task
 from ..ops.shapes import wide
-from ..store.fingerprint import fingerprint
 
 Progress = Callable[[str, int, int], None]
 Loss = Callable[["Batch"], Tensor]
 Kept = MutableMapping[int, list[LayerBatch]]
+# What checks of a model in its latest state found: positions before the text, by task and data.
+_checked: "weakref.WeakKeyDictionary[nn.Module, tuple]" = weakref.WeakKeyDictionary()
 
 
 class Stage(StrEnum):
@@ -140,7 +143,8 @@ class Run:
     def _check_causal(self) -> None:
         """Refuse data and models that the task for causal language models does not fit.
 
-        Finds out how many positions the model adds before the text.
+        Finds out how many positions the model adds before the text. What a model of these weights
+        was found to be once it is in the next stage, too.
         """
         if not self.batches.language:
             raise DataError(
@@ -153,14 +157,26 @@ class Run:
         lengths = self.batches.lengths
         shortest = min(range(len(lengths)), key=lambda i: (lengths[i] < 2, lengths[i]))
         padded = any(len({lengths[i] for i in some}) > 1 for some in self.batches.divided())
-        with alone(self.model), self.settings():
-            one = self.batches.load([shortest])
-            self.before = self.task.check(one, self.model, padded)
+        one = self.batches.load([shortest])
+        key = (type(self.task), str(self.autocast), padded, *sorted(one))
+        state, found = _checked.get(self.model, (None, {}))
+        if state != (now := (self.fingerprint, *forward_state(self.model))):
+            found = {}
+            _checked[self.model] = (now, found)
+        if key not in found:
+            with alone(self.model), self.settings():
+                found[key] = self.task.check(one, self.model, padded)
+        self.before = found[key]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the model as this run begins."""
+        return model_fingerprint(self.model)
 
     def facts(self) -> dict[str, Any]:
         """What tells this run from another: its inputs."""
         return {
-            "model": model_fingerprint(self.model),
+            "model": self.fingerprint,
             "data": self.batches.fingerprint(),
             "examples": self.batches.size,
             "task": type(self.task).__qualname__,
@@ -337,39 +353,9 @@ TASK_METHODS = (
 )  # fmt: skip
 
 
-def task_state(task: Task) -> dict[str, str]:
-    """A task's own values that can be told apart, but for what it counts itself."""
-    state = {}
-    for name, value in getattr(task, "__dict__", {}).items():
-        if name == "_edges":
-            continue
-        try:
-            state[name] = fingerprint(value)
-        except TypeError:
-            state[name] = type(value).__qualname__
-    return state
-
-
 def accumulator(model: nn.Module) -> torch.dtype:
     """The dtype of sums and scores of a model: fp32, or fp64 where it computes in that."""
     return wide(next(model.parameters()).dtype)
-
-
-def model_fingerprint(model: nn.Module) -> str:
-    """Identifies the weights and the configuration: every name, shape and value."""
-
-    def parts() -> Iterator[Any]:
-        tell = getattr(getattr(model, "config", None), "to_dict", None)
-        if callable(tell):
-            yield repr(sorted((k, v) for k, v in tell().items() if k not in UNTOLD))
-        for name, weight in model.state_dict().items():
-            yield name, weight.detach()
-
-    return fingerprint(parts())
-
-
-# Of a configuration: where it was read, by whom, and what does not change a pass.
-UNTOLD = frozenset({"_name_or_path", "transformers_version", "_commit_hash", "use_cache"})
 
 
 def _check_weights(model: nn.Module) -> None:

@@ -42,10 +42,11 @@ class Sums(Consumer):
 
     def found(self, name: str, *shape: int) -> Sum:
         """A sum as it was kept, or of nothing yet."""
-        if name not in self.state.tensors:
-            return Sum.zero(*shape, dtype=accumulator(self.run.model), device=self.run.device)
-        total, rest = (self.state.tensors[x].to(self.run.device) for x in (name, f"rest {name}"))
-        return Sum(total, rest)
+        kept, device = self.state.tensors, self.run.device
+        if name not in kept:
+            return Sum.zero(*shape, dtype=accumulator(self.run.model), device=device)
+        total = kept.get(f"total {name}")
+        return Sum(kept[name].to(device), None if total is None else total.to(device))
 
     def end(self, batch: Batch) -> None:
         """After so many batches, whatever was killed and continued between: fold."""
@@ -65,8 +66,8 @@ class Sums(Consumer):
                     "leave the layer out"
                 )
         notes = {"seconds": self.run.seconds[self.stage], "edge_draws": self.edge_draws}
-        kept = {name: x.total for name, x in sums.items()} | dict(self.counts())
-        kept |= {f"rest {name}": x.rest for name, x in sums.items()}
+        kept = {name: x.rest for name, x in sums.items()} | dict(self.counts())
+        kept |= {f"total {name}": x.total for name, x in sums.items() if x.total is not None}
         self.store.save_state(self.name, kept, done, notes)
 
     @property
