@@ -22,7 +22,8 @@ from scipy.stats import spearmanr
 
 from measure.environment import environment
 from measure.rows import OURS, Row, append
-from pages.markdown import duration, table
+from pages import tables
+from pages.markdown import duration
 from ways.racers import job
 
 BENCH = Path(__file__).parent
@@ -99,26 +100,6 @@ def race(model: Path, work: Path, names: list[str], runs: int, shape: dict[str, 
     )
 
 
-def shown(row: Row) -> str:
-    """A table, the fastest first."""
-    lines = []
-    for name in sorted(row.seconds, key=row.seconds.__getitem__):
-        stages = row.details["stages"][name]
-        lines.append(
-            [
-                name,
-                duration(row.seconds[name]),
-                f"{row.seconds['kronfluence'] / row.seconds[name]:.2f}x"
-                if "kronfluence" in row.seconds
-                else "",
-                f"{row.extra_bytes[name] / 2**30:.1f}",
-                f"{row.details['spearman'][name]:.3f}",
-                ", ".join(f"{stage} {duration(s)}" for stage, s in stages.items()),
-            ]
-        )
-    return table(["", "total", "", "peak GiB", "rho", "stages"], lines)
-
-
 def main(words: list[str] | None = None) -> None:
     """Race, print, append to bench/results/race.jsonl."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -144,7 +125,7 @@ def main(words: list[str] | None = None) -> None:
     }
     row = race(model.resolve(), chosen.work, chosen.only, chosen.runs, shape)
     append(chosen.out, [row])
-    print(shown(row))
+    print(tables.race([row]))
 
 
 if __name__ == "__main__":

@@ -147,6 +147,30 @@ def stages(rows: list[Row]) -> str:
     return f"{table(head, lines)}\n\n{machine(rows)}"
 
 
+def race(rows: list[Row]) -> str:
+    """Whole jobs, the fastest contestant first."""
+    lines = []
+    for row in latest(rows):
+        s, theirs = row.shape, row.seconds.get("kronfluence")
+        job = f"{row.name}, {s['fit']} fitted, {s['scan']} scored, {s['queries']} queries"
+        for name in sorted(row.seconds, key=row.seconds.__getitem__):
+            stages = row.details["stages"][name]
+            lines.append(
+                [
+                    job,
+                    name,
+                    duration(row.seconds[name]),
+                    f"{theirs / row.seconds[name]:.2f}x" if theirs else "",
+                    f"{row.extra_bytes[name] / 2**30:.1f}",
+                    f"{row.details['spearman'][name]:.3f}",
+                    ", ".join(f"{stage} {duration(x)}" for stage, x in stages.items()),
+                ]
+            )
+            job = ""
+    head = ["job", "", "total", "", "peak GiB", "rho to ours", "stages"]
+    return f"{table(head, lines)}\n\n{machine(rows)}"
+
+
 def machine(rows: list[Row]) -> str:
     """Where, with what and when all these rows were measured."""
     facts = [row.environment for row in rows]
@@ -179,6 +203,7 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], str], str]] = {
         against_kronfluence,
         "python bench/against_kronfluence.py",
     ),
+    "race": ("race.jsonl", race, "python bench/race.py"),
     "stages": ("stages.jsonl", stages, "python bench/stages.py"),
 }
 
