@@ -72,7 +72,7 @@ UNREAD = {
     "eigendecomposition": ("*_covariance.safetensors", "num_*"),
     "eigenvalue": (
         "*_covariance.safetensors", "num_gradient_*", "*_eigenvalues.safetensors",
-        "eigen_*", "covariance_sums.*",
+        "eigen_*", "covariance_state.*",
     ),
 }  # fmt: skip
 

@@ -236,10 +236,10 @@ def test_what_a_killed_run_left_is_removed_by_the_next(run, tmp_path, monkeypatc
     monkeypatch.setattr(Store, "remove_state", lambda *_: (_ for _ in ()).throw(SystemExit))
     with pytest.raises(SystemExit):
         fit(model, data, out=tmp_path)
-    assert list(tmp_path.glob("*_sums.safetensors"))
+    assert list(tmp_path.glob("*_state.safetensors"))
     monkeypatch.setattr(Store, "remove_state", removed)
     fit(model, data, out=tmp_path)
-    assert not [*tmp_path.glob("*_sums.*"), *tmp_path.glob("eigen_*")]
+    assert not [*tmp_path.glob("*_state.*"), *tmp_path.glob("eigen_*")]
 
 
 def test_notices_are_warnings_that_can_be_silenced():

@@ -21,6 +21,7 @@ from ekfac_fast.stages.factors import LayerFactors
 from ekfac_fast.stages.fit import COVARIANCE_DRAW, EIGENVALUE_DRAW, Covariances, Eigenvalues
 from ekfac_fast.stages.queries import DENSE_BYTES, LayerQueries, Preconditioning, Queries
 from ekfac_fast.stages.run import Batch, Consumer, Run
+from ekfac_fast.stages.waiting import Waiting
 from ekfac_fast.store.folder import Store
 
 from . import plain_torch
@@ -109,7 +110,7 @@ class Ours:
         """Made as the stage makes it."""
         begun, layers = self.start, list(self.start.layers.values())
         if self.stage == "covariance":
-            return Covariances(self.run, store, layers)
+            return Covariances(self.run, store, layers, Waiting(self.run, layers))
         if self.stage == "eigenvalues":
             dtype = self.run.dtype
             Qa = {name: x.to(dtype) for name, x in begun.Qa.items()}
@@ -148,9 +149,10 @@ class Ours:
         own = self.consumer
         if isinstance(own, Covariances):
             A, S = own.cov["activation"], own.cov["gradient"]
-            return {f"A {n}": x for n, x in A.items()} | {f"S {n}": x for n, x in S.items()}
+            found = {f"A {n}": x for n, x in A.items()} | {f"S {n}": x for n, x in S.items()}
+            return {name: x.value() for name, x in found.items()}
         if isinstance(own, Eigenvalues):
-            return dict(own.lam)
+            return {name: x.value() for name, x in own.lam.items()}
         if isinstance(own, Preconditioning):
             return {
                 name: (own.found[f"{name} L"], own.found[f"{name} R"]) for name in self.start.lam

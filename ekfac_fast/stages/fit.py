@@ -96,8 +96,7 @@ def fit(
         if not store.finished:
             _Fit(run, tracked, store).run()
         for name in (Stage.COVARIANCE, Stage.EIGENVALUE):
-            store.remove_state(f"{name}_state")  # of older versions
-            store.remove_state(f"{name}_sums")
+            store.remove_state(f"{name}_state")
         store.pieces("eigen").remove()
     return Factors(out)
 

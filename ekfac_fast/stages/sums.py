@@ -18,7 +18,7 @@ class Sums(Consumer):
     """A pass that sums over batches: its sums and the batches in them are one file."""
 
     def __init__(self, run: Run, store: Store, stage: Stage) -> None:
-        self.run, self.store, self.stage, self.name = run, store, stage, f"{stage}_sums"
+        self.run, self.store, self.stage, self.name = run, store, stage, f"{stage}_state"
         self.state: State = store.load_state(self.name)
         self._batches = len(self.state.done)
         run.seconds[stage] = self.state.notes.get("seconds", 0.0)
