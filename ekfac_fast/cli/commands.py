@@ -109,7 +109,7 @@ def fit(
     source, _, corpus = _loaded(model, data, context, split, on_long, dtype, trust_remote_code)
     runs.fit_job(
         source, corpus, out, console, layers=layers, batch_tokens=batch_tokens,
-        max_examples=max_examples, seed=seed, autocast=source.autocast,
+        max_examples=max_examples, seed=seed,
     )  # fmt: skip
 
 
@@ -148,7 +148,7 @@ def score(
     runs.score_job(
         source, Factors(factors), queries, corpus, cutting, out, console, rank=rank or None,
         damping=damping, top_k=top_k, candidates=candidates, train_size=train_size,
-        batch_tokens=batch_tokens, autocast=source.autocast, detail=detail,
+        batch_tokens=batch_tokens, detail=detail,
     )  # fmt: skip
     runs.print_top(console, out, corpus, source.tokenizer)
 
@@ -175,7 +175,7 @@ def self_influence(
     source, _, corpus = _loaded(model, data, context, split, on_long, dtype, trust_remote_code)
     scores = runs.self_job(
         source, Factors(factors), corpus, out, console, damping=damping,
-        batch_tokens=batch_tokens, autocast=source.autocast,
+        batch_tokens=batch_tokens,
     )  # fmt: skip
     for index, value in scores.top(0, 10):
         console.say(f"{value / scores.train_size:.4f}  {corpus.source(index)}")

@@ -1,17 +1,15 @@
 """What this machine and this installation have."""
 
 import platform
-import time
-from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from .. import __version__, ops
 from ..ops import products
+from ..stages.plan import gemm_rate
 
 
 def environment() -> dict[str, str]:
@@ -41,21 +39,12 @@ def environment() -> dict[str, str]:
 
 
 def _rates() -> str:
-    """What a linear layer of 1024 tokens runs at, by each library."""
-    x, W = torch.randn(1024, 768), torch.randn(1536, 768)
+    """What a product runs at by each library that has one for frozen layers."""
+    torch_s = gemm_rate(product=F.linear) / 1e9
     if not products.available():
-        return f"{_rate(F.linear, x, W):.0f} GFLOP/s"
-    rates = f"oneDNN {_rate(products.onednn, x, W):.0f}, MKL {_rate(F.linear, x, W):.0f} GFLOP/s"
-    return f"{rates}; frozen layers take oneDNN"
-
-
-def _rate(product: Callable[[Tensor, Tensor], Tensor], x: Tensor, W: Tensor) -> float:
-    seconds = []
-    for _ in range(7):
-        start = time.perf_counter()
-        product(x, W)
-        seconds.append(time.perf_counter() - start)
-    return 2 * x.numel() * len(W) / sorted(seconds)[len(seconds) // 2] / 1e9
+        return f"{torch_s:.0f} GFLOP/s"
+    onednn = gemm_rate(product=products.onednn) / 1e9
+    return f"oneDNN {onednn:.0f}, MKL {torch_s:.0f} GFLOP/s; frozen layers take oneDNN"
 
 
 def _version(package: str) -> str:

@@ -5,8 +5,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .. import report
 from ..checks import Whole, check_json
 from ..data.tokens import Tokens, read_queries
@@ -52,7 +50,9 @@ def fit_job(source: Source, data: Tokens, out: Path, console: Terminal, **settin
         f"parameters, {share:.0%} of the model's"
     )
     with showing(console) as progress:
-        factors = fit(source.model, data, out=out, progress=progress, **settings)
+        factors = fit(
+            source.model, data, out=out, autocast=source.autocast, progress=progress, **settings
+        )
     if not (out / RUN).exists():
         save_json(out / RUN, {"model": source.path})
     console.say(
@@ -74,7 +74,6 @@ def score_job(
     rank: int | None,
     damping: float | None,
     batch_tokens: int | None = None,
-    autocast: torch.dtype | None = None,
     detail: bool = True,
     **settings: Any,
 ) -> Scores:
@@ -83,7 +82,7 @@ def score_job(
     with showing(console) as progress:
         passes: RunArguments = {
             "batch_tokens": batch_tokens,
-            "autocast": autocast,
+            "autocast": source.autocast,
             "progress": progress,
         }
         prepared = prepare_queries(
@@ -111,7 +110,10 @@ def self_job(
 ) -> Scores:
     """`self_scores` with progress."""
     with showing(console) as progress:
-        return self_scores(source.model, factors, data, out=out, progress=progress, **settings)
+        return self_scores(
+            source.model, factors, data, out=out, autocast=source.autocast, progress=progress,
+            **settings,
+        )  # fmt: skip
 
 
 def load_run(folder: Path) -> dict[str, Any]:

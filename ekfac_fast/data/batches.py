@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -229,7 +229,7 @@ class Batches:
         budget = BATCH_TOKENS.get(self.device.type, DEVICE_BATCH_TOKENS)
         self.batch_tokens = _positive("batch_tokens", batch_tokens, budget)
         self.batch_size = _positive("batch_size", batch_size, BATCH_SIZE)
-        choice("on_long", on_long, ("truncate", "refuse"))
+        choice("on_long", on_long, get_args(OnLongExample))
         inner = getattr(model, "module", model)  # DataParallel and its kind
         self.context, self.vocabulary = positions(inner), vocabulary(inner)
         self._takes = inspect.signature(inner.forward).parameters

@@ -133,14 +133,16 @@ class _Losses(torch.autograd.Function):
         for at in range(0, len(h), some):
             rows = slice(at, at + some)
             log_p = linear(h[rows], W, b).to(losses.dtype).log_softmax(-1)
-            p = log_p.exp() if draws is not None else log_p
+            p = log_p
             if draws is not None:
+                p = log_p.exp()
                 chosen[:, rows], near = inverted(p, draws[:, rows])
                 edges += near
             y = chosen[:, rows].mT
             losses[:, rows] = -log_p.gather(1, y).mT
             if ctx.needs_input_grad[0]:
-                p = p.exp_() if draws is None else p
+                if p is log_p:
+                    p.exp_()
                 p.scatter_add_(1, y[:, :1], p.new_full((1, 1), -1).expand(len(p), 1))
                 first[rows] = linear(p.to(W.dtype), W.t())
         ctx.dtype = dtype

@@ -9,6 +9,7 @@ bits; `ekfac-fast doctor` shows both rates.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,25 +27,28 @@ def onednn(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
     return y
 
 
+@cache
 def available() -> bool:
     """Whether oneDNN is here, on a processor on which it has been measured."""
     known = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    return known and torch.backends.mkldnn.is_available() and hasattr(torch.ops, "mkldnn")
+    has = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return known and has
 
 
 def linear(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
     """x W^T + b on whichever product is fastest: x [...,I], W [O,I] of any strides -> [...,O]."""
-    return onednn(x, W, b) if _pays(x, W) and _plain(b) else F.linear(x, W, b)
+    return onednn(x, W, b) if _pays(x, W, b) else F.linear(x, W, b)
 
 
 def _plain(x: Any) -> bool:
-    return x is None or (type(x) in (Tensor, nn.Parameter) and x.dtype == torch.float32)
+    return type(x) in (Tensor, nn.Parameter) and x.dtype == torch.float32
 
 
-def _pays(x: Any, W: Any) -> bool:
+def _pays(x: Any, W: Any, b: Any) -> bool:
     return (
         _plain(x)
         and _plain(W)
+        and (b is None or _plain(b))
         and x.device.type == "cpu"
         and x.ndim >= 2
         and W.ndim == 2
@@ -89,8 +93,7 @@ class Products(TorchFunctionMode):
 def _frozen(x: Tensor, W: Tensor, b: Tensor | None = None) -> bool:
     """Whether `_Linear` is this layer: worth it, and only the input's gradient is wanted."""
     return (
-        _pays(x, W)
-        and _plain(b)
+        _pays(x, W, b)
         and not W.requires_grad
         and (b is None or not b.requires_grad)
         and not torch._C._are_functorch_transforms_active()

@@ -38,7 +38,7 @@ from .factors import (
     Factors,
     kronfluence_arguments,
 )
-from .run import Batch, Run, RunArguments, Stage, accumulator, checked_task
+from .run import Batch, Kept, Run, RunArguments, Stage, accumulator, checked_task
 from .sums import Sums
 from .waiting import Waiting
 
@@ -221,7 +221,7 @@ class _Fit:
             self.store.update(seconds=self.passes.seconds)
         self.passes.seconds.update(self.store.state["seconds"])
         consumer = Eigenvalues(self.passes, self.store, self.layers, self._bases())
-        self._pass(Stage.EIGENVALUE, batches, consumer)
+        self._pass(Stage.EIGENVALUE, batches, consumer, kept=self.waiting)
         save_tensors(self.folder / LAMBDA, {n: x.value().cpu() for n, x in consumer.lam.items()})
         count = torch.tensor([self.passes.batches.size])
         save_tensors(self.folder / LAMBDA_COUNT, {x.name: count.clone() for x in self.layers})
@@ -237,14 +237,16 @@ class _Fit:
             seconds=self.passes.seconds,
         )
 
-    def _pass(self, stage: Stage, batches: list[list[int]], consumer: Sums) -> None:
+    def _pass(
+        self, stage: Stage, batches: list[list[int]], consumer: Sums, kept: Kept | None = None
+    ) -> None:
         self.passes.each(
             stage,
             self.layers,
             batches,
             consumer,
             done=consumer.state.done,
-            kept=self.waiting,
+            kept=kept,
             loss=partial(self._loss, stage),
         )
 

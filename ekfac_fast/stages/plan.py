@@ -1,10 +1,11 @@
 """What a run will cost, from shapes alone: FLOPs, bytes, memory and time of every stage."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from .. import ops
 from ..checks import whole
@@ -40,13 +41,18 @@ class Plan:
     gemm_rate: float
 
 
-def gemm_rate(dtype: torch.dtype = torch.float32, device: str = "cpu", size: int = 1024) -> float:
+def gemm_rate(
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    size: int = 1024,
+    product: Callable[[Tensor, Tensor], Tensor] = torch.mm,
+) -> float:
     """FLOP/s of a square product on this machine, best of five."""
     x = torch.randn(size, size).to(device, dtype)
     times = []
     for _ in range(6):
         start = time.perf_counter()
-        y = x @ x
+        y = product(x, x)
         if y.is_cuda:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
@@ -115,7 +121,7 @@ def plan(
         tuple(ways),
         stages,
         factor_bytes=2 * covariance_bytes + lambda_bytes,
-        fitting_bytes=2 * (covariance_bytes + lambda_bytes),  # a total and a rest
+        fitting_bytes=2 * (covariance_bytes + lambda_bytes),  # of many batches: a total and a rest
         query_bytes=query,
         batch_tokens=_batch_tokens(layers, parameters, tokens, query),
         gemm_rate=rate,

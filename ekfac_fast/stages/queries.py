@@ -12,7 +12,8 @@ from ..checks import Whole, check_json, choice, instance, path, whole
 from ..curvature.basis import Basis, SharedRotation
 from ..curvature.low_rank import captured_energy, rotate_back, truncate
 from ..curvature.query_gradients import Dense, LowRank, QueryGradients
-from ..data.batches import Indexable, OnLongExample
+from ..data.batches import Indexable
+from ..data.choices import OnLongExample
 from ..errors import ArgumentError, DataError, NotFiniteError, StoreError
 from ..model.capture import LayerBatch
 from ..model.layers import Layer
@@ -123,9 +124,8 @@ class Queries:
     def load(cls, folder: str | Path) -> "Queries":
         """Read what `save` wrote; StoreError names a missing or damaged file."""
         told = load_json(Path(folder) / FACTS)
-        ours = (
-            isinstance(told, dict) and "facts" in told
-        )  # older versions wrote neither facts nor checksums
+        # Older versions wrote neither facts nor checksums.
+        ours = isinstance(told, dict) and "facts" in told
         told = load_json(Path(folder) / FACTS, ours=ours)
         check_json(told, SCHEMA, Path(folder) / FACTS, "Prepare the queries again")
         tensors = load_tensors(Path(folder) / TENSORS, ours=ours)

@@ -278,10 +278,10 @@ class Run:
 
         found = capture(value, lambda seen: consumer.add(seen, batch), batch.grid)
         if not bool(torch.isfinite(found).all()):
-            shown = ", ".join(map(str, indices[:8])) + ("..." if len(indices) > 8 else "")
+            which = ", ".join(map(str, indices[:8])) + ("..." if len(indices) > 8 else "")
             first = found[~found.isfinite()][0].item()
             raise NotFiniteError(
-                f"the {what} is {first} for examples {shown}; look at them, or at the model's "
+                f"the {what} is {first} for examples {which}; look at them, or at the model's "
                 "weights"
             )
         consumer.end(batch)
@@ -341,16 +341,11 @@ class Run:
 
 def checked_task(task: Any) -> Any:
     """`task`, or None; ArgumentError where it lacks a method."""
-    lacking = [name for name in TASK_METHODS if not callable(getattr(task, name, None))]
+    wanted = [name for name in vars(Task) if not name.startswith("_")]
+    lacking = [name for name in wanted if not callable(getattr(task, name, None))]
     if task is not None and lacking:
         raise ArgumentError(f"task is {shown(task)}, which has no method {lacking[0]}")
     return task
-
-
-TASK_METHODS = (
-    "compute_train_loss", "compute_measurement", "get_influence_tracked_modules",
-    "get_attention_mask",
-)  # fmt: skip
 
 
 def accumulator(model: nn.Module) -> torch.dtype:

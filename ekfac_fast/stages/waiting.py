@@ -18,7 +18,6 @@ class Waiting(dict[int, list[LayerBatch]]):
 
     def __init__(self, run: Run, layers: list[Layer]) -> None:
         super().__init__()
-        self.run, self.layers = run, layers
         self._room = int(SHARE * free_bytes(run.device))
         self._taken: set[int] = set()
         self._token = run.dtype.itemsize * sum(layer.I + layer.O for layer in layers)
