@@ -67,18 +67,17 @@ def eigendecompositions(
     """(eigenvalues [J] ascending, eigenvectors [J,J] in columns) of every job, in their order.
 
     On a CPU as many at a time as there are threads; on a GPU equal sizes, side by side, in one
-    call. Results are on the CPU; eigenvalues that rounding made negative are 0.
+    call. Results are on the CPU, in the sum's dtype; eigenvalues that rounding made negative are 0.
 
     Args:
-        dtype: of the computation and the results; None for whichever is fast and good enough, see
-            `cheap_eigendecomposition`, and results in fp64.
+        dtype: of the computation; None for whichever is fast and good enough, see
+            `cheap_eigendecomposition`.
     """
     if not jobs:
         return
     each = _one_by_one if device.type == "cpu" else _in_batches
     how = eigendecomposition if dtype else cheap_eigendecomposition
-    for values, vectors in each(jobs, device, dtype or torch.float64, how):
-        yield values.clamp(min=0).cpu(), vectors.cpu().contiguous()
+    yield from each(jobs, device, dtype or torch.float64, how)
 
 
 def eigendecomposition(matrix: Tensor) -> Solved:
@@ -115,6 +114,12 @@ def cheap_eigendecomposition(matrix: Tensor) -> Solved:
     return eigendecomposition(matrix)
 
 
+def _stored(job: Job, solved: Solved) -> Solved:
+    """In the memory and dtype that results have; LAPACK's vectors lie column by column."""
+    values, vectors = (x.to("cpu", job.sum.dtype).contiguous() for x in solved)
+    return values.clamp(min=0), vectors
+
+
 def _room(n: int, device: torch.device, dtype: torch.dtype) -> int:
     """How many n x n problems fit into half of the free memory, at least one."""
     return max(1, free_bytes(device) // (2 * WORKSPACE * n * n * dtype.itemsize))
@@ -123,9 +128,8 @@ def _room(n: int, device: torch.device, dtype: torch.dtype) -> int:
 def _one_by_one(
     jobs: Sequence[Job], device: torch.device, dtype: torch.dtype, solve: Solve
 ) -> Iterator[Solved]:
-    largest = max(len(job.sum) for job in jobs)
-    most = _room(largest, device, dtype)
-    yield from spread(lambda job: solve(job.mean(device, dtype)), jobs, most=most)
+    most = _room(max(len(job.sum) for job in jobs), device, dtype)
+    yield from spread(lambda job: _stored(job, solve(job.mean(device, dtype))), jobs, most=most)
 
 
 def _in_batches(
@@ -135,13 +139,12 @@ def _in_batches(
     for n, equals in itertools.groupby(jobs, key=lambda job: len(job.sum)):
         group, take = list(equals), min(_room(n, device, dtype), LARGEST_BATCH)
         for start in range(0, len(group), take):
-            stack = torch.stack([job.mean(device, dtype) for job in group[start : start + take]])
+            some = group[start : start + take]
+            stack = torch.stack([job.mean(device, dtype) for job in some])
             try:
-                values, vectors = solve(stack)
+                solved = list(zip(*solve(stack), strict=True))
             except torch.OutOfMemoryError:
                 torch.cuda.empty_cache()
-                for cov in stack:
-                    values, vectors = solve(cov)
-                    yield values.cpu(), vectors.cpu()
-            else:
-                yield from zip(values, vectors, strict=True)
+                solved = [_stored(job, solve(cov)) for job, cov in zip(some, stack, strict=True)]
+            for job, one in zip(some, solved, strict=True):
+                yield _stored(job, one)

@@ -81,9 +81,8 @@ def perform_eigendecomposition(
     ) as progress:
         solved = eigendecompositions(jobs, state.device, factor_args.eigendecomposition_dtype)
         for job, (values, vectors) in zip(jobs, solved, strict=True):
-            stored = [x.to(job.sum.dtype) for x in (vectors, values)]
             for user, (module, *wanted) in enumerate(job.wanted_by):
-                for name, x in zip(wanted, stored, strict=True):
+                for name, x in zip(wanted, (vectors, values), strict=True):
                     # safetensors refuses tensors that share memory.
                     results[name][module] = x.clone() if user else x
             progress.update(len(job.wanted_by))
