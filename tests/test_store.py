@@ -5,13 +5,14 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from ekfac_fast.errors import StoreError
+from ekfac_fast.errors import Notice, StoreError
 from ekfac_fast.store.files import load_json, save_json
 from ekfac_fast.store.folder import Store
 
@@ -121,6 +122,26 @@ def test_plan_of_the_first_run_is_kept(tmp_path: Path) -> None:
     assert Store.load(tmp_path).batches(lambda: pytest.fail("made again")) == plan
 
 
+def test_a_run_is_continued_on_as_many_threads_as_it_was_begun_on(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    with Store.open(tmp_path, kind="scan", facts={}):
+        pass
+    try:
+        torch.set_num_threads(before + 1)
+        with (
+            pytest.warns(Notice, match=f"begun on {before} threads .* not on {before + 1}"),
+            Store.open(tmp_path, kind="scan", facts={}) as store,
+        ):
+            assert torch.get_num_threads() == before
+            store.finish()
+        assert torch.get_num_threads() == before + 1
+        with warnings.catch_warnings(), Store.open(tmp_path, kind="scan", facts={}):
+            warnings.simplefilter("error")
+            assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_other_facts_are_refused_and_named(tmp_path: Path) -> None:
     facts = {"model": "ab12", "layers": ["a", "b", "c"], "fit": {"seed": 0, "rank": (32, 64)}}
     with Store.open(tmp_path, kind="scan", facts=facts) as store:
@@ -129,7 +150,7 @@ def test_other_facts_are_refused_and_named(tmp_path: Path) -> None:
     with Store.open(tmp_path, kind="scan", facts=facts) as store:
         assert store.facts == json.loads(json.dumps(facts))
         assert store.finished
-        assert store.state == {"mean": 1.5, "tokens": 10}
+        assert store.state == {"mean": 1.5, "tokens": 10, "threads": torch.get_num_threads()}
     other = {"model": "ab12", "layers": ["a", "x", "c"], "fit": {"seed": 1}, "task": "lm"}
     with pytest.raises(StoreError) as error:
         Store.open(tmp_path, kind="self", facts=other)

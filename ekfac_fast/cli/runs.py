@@ -88,11 +88,13 @@ def score_job(
         prepared = prepare_queries(
             source.model, factors, asked, rank=rank, damping=damping, out=out / QUERIES, **passes
         )
-        scores = score(
-            source.model, prepared, data, out=out, per_token=detail, **passes, **settings
-        )
+        begun = Store.load(out / QUERIES)
+        with begun.threads():
+            scores = score(
+                source.model, prepared, data, out=out, per_token=detail, **passes, **settings
+            )
     prepared.save(out)
-    seconds = factors.seconds | Store.load(out / QUERIES).state["seconds"] | scores.stages
+    seconds = factors.seconds | begun.state["seconds"] | scores.stages
     run = {
         "model": source.path,
         "factors": str(factors.folder),

@@ -21,7 +21,8 @@ from ..model.layers import Layer, select_layers
 from ..ops.shapes import wide
 from ..store.files import load_tensors
 from ..store.fingerprint import fingerprint
-from ..store.folder import MANIFEST, Store
+from ..store.folder import Store
+from ..store.manifest import MANIFEST
 
 EIGENVECTORS = {
     "activation": "activation_eigenvectors.safetensors",

@@ -8,7 +8,8 @@ import numpy as np
 
 from ..checks import Whole, check_json
 from ..errors import ArgumentError, StoreError
-from ..store.folder import MANIFEST, Store
+from ..store.folder import Store
+from ..store.manifest import MANIFEST
 
 # Columns of a query's shard, for its top and its lowest sequences; a rank of 0 is none.
 DETAIL = ("indices", "scores", "candidate_ranks")

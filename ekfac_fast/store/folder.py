@@ -8,13 +8,12 @@ import fcntl
 import json
 import os
 import re
-import sys
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import Whole, check_json
-from ..errors import StoreError
+from ..errors import Notice, StoreError
+from . import manifest
 from .files import (
-    load_json,
     load_noted,
     load_tensors,
     remove_abandoned,
@@ -33,24 +31,8 @@ from .files import (
     save_tensors,
     writing,
 )
-from .fingerprint import brief, differences
 from .matrix import Matrix
 
-FORMAT = 2
-READABLE = (1, FORMAT)
-MANIFEST = "manifest.json"
-LOCK = ".lock"
-ANY: Any = object
-SCHEMA = {
-    "kind": str, "format": Whole(1), "created": str, "versions": {str: str}, "facts": {str: ANY},
-    "state": {str: ANY}, "finished": (str, None),
-}  # fmt: skip
-# Of what stages note, what is there; older versions kept one number of seconds.
-STATE: dict[str, Any] = {
-    "seconds": ({str: float}, float), "scan_seconds": float, "sequences": Whole(1),
-    "truncated": Whole(), "without_targets": Whole(), "edge_draws": ({str: Whole()}, Whole()),
-    "shared": {str: str},
-}  # fmt: skip
 _locks: set[int] = set()
 
 
@@ -126,10 +108,11 @@ class Store:
     `done`), and a `save_state` that replaces the one before.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], pace: Pace | None) -> None:
-        self.folder, self._manifest, self._pace = folder, manifest, pace
+    def __init__(self, folder: Path, told: dict[str, Any], pace: Pace | None) -> None:
+        self.folder, self._manifest, self._pace = folder, told, pace
         self._matrices: dict[str, Matrix] = {}
         self._release: Callable[[], Any] | None = None
+        self._held = ExitStack()
 
     @classmethod
     def open(
@@ -142,9 +125,9 @@ class Store:
         """
         folder = Path(folder)
         new = json.loads(json.dumps(facts, allow_nan=False))  # tuples become lists, as on disk
-        with writing(folder / MANIFEST, 4096):
+        with writing(folder / manifest.MANIFEST, 4096):
             folder.mkdir(parents=True, exist_ok=True)
-            lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
+            lock = os.open(folder / manifest.LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it on any death
         except OSError as error:
@@ -158,7 +141,7 @@ class Store:
         _locks.add(lock)
         try:
             remove_abandoned(folder)
-            store = cls(folder, _begin(folder, kind, new), Pace(seconds))
+            store = cls(folder, manifest.begin(folder, kind, new), Pace(seconds))
         except BaseException:
             _unlock(lock)
             raise
@@ -168,13 +151,38 @@ class Store:
     @classmethod
     def load(cls, folder: str | Path, *, kind: str | None = None) -> "Store":
         """Open an existing folder to read, finished or not, even while a run writes to it."""
-        return cls(Path(folder), _manifest(Path(folder), kind), None)
+        return cls(Path(folder), manifest.read(Path(folder), kind), None)
 
     def __enter__(self) -> "Store":
+        if not self.finished:
+            self._held.enter_context(self.threads())
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._held.close()
         self.close()
+
+    @contextmanager
+    def threads(self) -> Iterator[None]:
+        """Torch on as many threads as the folder was begun on; a Notice where it had others.
+
+        PyTorch's and the libraries' sums round otherwise under another number of threads: a run
+        that was killed ends as one that nobody disturbed.
+        """
+        now = torch.get_num_threads()
+        began = self.state.get("threads", now)
+        if began != now:
+            warnings.warn(
+                f"{self.folder} was begun on {began} threads and is continued on as many, not on "
+                f"{now}: another number would round otherwise. Choose a new folder to use them",
+                Notice,
+                stacklevel=4,
+            )
+            torch.set_num_threads(began)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(now)
 
     def close(self) -> None:
         """Commit the matrices and let the folder go."""
@@ -189,7 +197,7 @@ class Store:
     @property
     def checked(self) -> bool:
         """Whether every file of the folder has a checksum: older versions wrote none."""
-        return self._manifest["format"] == FORMAT
+        return self._manifest["format"] == manifest.FORMAT
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -224,13 +232,13 @@ class Store:
     def finish(self, **state: Any) -> None:
         """Commit everything, store the last values and mark the folder finished."""
         self.commit()
-        self._save_manifest(state=self.state | state, finished=_now())
+        self._save_manifest(state=self.state | state, finished=manifest.now())
 
     def _save_manifest(self, **changes: Any) -> None:
         self.check_writable()
-        manifest = self._manifest | changes
-        save_json(self.folder / MANIFEST, manifest)
-        self._manifest = manifest
+        told = self._manifest | changes
+        save_json(self.folder / manifest.MANIFEST, told)
+        self._manifest = told
 
     def batches(self, divide: Callable[[], list[list[int]]] | None = None) -> list[list[int]]:
         """The batches of the folder; divided and stored the first time, so a rerun keeps them.
@@ -322,74 +330,3 @@ def _forget_locks() -> None:
 
 
 os.register_at_fork(after_in_child=_forget_locks)
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _manifest(folder: Path, kind: str | None) -> dict[str, Any]:
-    """Read and check a manifest; raises StoreError."""
-    path = folder / MANIFEST
-    if not os.path.exists(path):  # of a path that cannot be, too
-        raise StoreError(f"{folder}: no {MANIFEST} there, so no result of ours. Check the path")
-    manifest = load_json(path)
-    version = manifest.get("format") if isinstance(manifest, dict) else None
-    if version not in READABLE:
-        raise StoreError(
-            f"{folder} has format {version}, this version of ekfac_fast reads {FORMAT}: "
-            "use the version that wrote it, or choose another folder"
-        )
-    if version == FORMAT:
-        load_json(path, ours=True)
-    check_json(manifest, SCHEMA, path, "Choose another folder")
-    told = {name: manifest["state"][name] for name in STATE if name in manifest["state"]}
-    check_json(told, {name: STATE[name] for name in told}, path, "Choose another folder")
-    if kind not in (None, manifest["kind"]):
-        raise StoreError(f"{folder} holds {manifest['kind']!r}, not {kind!r}. Check the path")
-    return manifest
-
-
-def _begin(folder: Path, kind: str, facts: dict[str, Any]) -> dict[str, Any]:
-    """The manifest of a locked folder: checked against the facts, or new."""
-    if (folder / MANIFEST).exists():
-        manifest = _manifest(folder, None)
-        if manifest["format"] != FORMAT:
-            raise StoreError(
-                f"{folder} was written by ekfac_fast {manifest['versions']['ekfac_fast']} in "
-                f"format {manifest['format']}, whose results can be read but not continued: "
-                "choose another folder, or delete this one"
-            )
-        stored = {"kind": manifest["kind"], **manifest["facts"]}
-        if lines := list(differences(stored, {"kind": kind, **facts})):
-            raise StoreError(
-                f"{folder} holds the results of another run:\n"
-                + "\n".join(lines)
-                + "\nChoose another folder or delete this one"
-            )
-        return manifest
-    # Results may stand in the folder of others.
-    foreign = [
-        path.name
-        for path in folder.iterdir()
-        if path.name != LOCK and not (path / MANIFEST).is_file()
-    ]
-    if foreign:
-        raise StoreError(
-            f"{folder} holds files ({brief(sorted(foreign))}) but no {MANIFEST}: it is not a "
-            "result of ours. Choose an empty or a new folder"
-        )
-    manifest = {
-        "kind": kind,
-        "format": FORMAT,
-        "created": _now(),
-        "versions": {
-            "ekfac_fast": sys.modules["ekfac_fast"].__version__,
-            "torch": torch.__version__,
-        },
-        "facts": facts,
-        "state": {},
-        "finished": None,
-    }
-    save_json(folder / MANIFEST, manifest)
-    return manifest
