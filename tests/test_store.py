@@ -128,10 +128,10 @@ def test_a_run_is_continued_on_as_many_threads_as_it_was_begun_on(tmp_path: Path
         pass
     try:
         torch.set_num_threads(before + 1)
-        with (
-            pytest.warns(Notice, match=f"begun on {before} threads .* not on {before + 1}"),
-            Store.open(tmp_path, kind="scan", facts={}) as store,
-        ):
+        store = Store.open(tmp_path, kind="scan", facts={})
+        with pytest.warns(Notice, match=f"begun on {before} threads .* not on {before + 1}"):
+            store.__enter__()
+        with store:
             assert torch.get_num_threads() == before
             store.finish()
         assert torch.get_num_threads() == before + 1

@@ -1,4 +1,4 @@
-"""Linear layers of a frozen model on the product that is fastest on this machine.
+"""Linear layers and attention of a frozen model on the products that are fastest on this machine.
 
 y = x W^T + b        dx = g W        and no gradient of W
 
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+
+from .attention import attention, pays
 
 # Below so many FLOPs a product is over before the call of a Python function is.
 WORTHWHILE = 1 << 24
@@ -73,15 +75,17 @@ class _Linear(torch.autograd.Function):
 
 
 class Products(TorchFunctionMode):
-    """While it is entered, linear layers of frozen weights run on `linear`; no module is touched.
+    """While it is entered, frozen linear layers run on `linear`, attention on `attention`.
 
-    `nn.Linear` calls `F.linear`, Hugging Face's `Conv1D` calls `torch.addmm`.
+    No module is touched: `nn.Linear` calls `F.linear`, Hugging Face's `Conv1D` calls `torch.addmm`.
     """
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         """One call of a function of torch."""
+        if func is F.scaled_dot_product_attention and (here := _attention(*args, **(kwargs or {}))):
+            return attention(*here)
         if not kwargs:
             if func is F.linear and _frozen(*args):
                 return _Linear.apply(args[0], args[1], args[2] if len(args) > 2 else None)
@@ -98,3 +102,26 @@ def _frozen(x: Tensor, W: Tensor, b: Tensor | None = None) -> bool:
         and (b is None or not b.requires_grad)
         and not torch._C._are_functorch_transforms_active()
     )
+
+
+def _attention(
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[Any, ...] | None:
+    """What `attention` takes in the place of PyTorch's function; None where it does not pay."""
+    cast = torch.is_autocast_enabled("cpu") and Q.device.type == "cpu"
+    dtype = torch.get_autocast_dtype("cpu") if cast else Q.dtype
+    if dropout_p or dtype != torch.bfloat16 or torch._C._are_functorch_transforms_active():
+        return None
+    Q, K, V = (x.to(dtype) if cast else x for x in (Q, K, V))
+    if enable_gqa and Q.ndim == K.ndim == V.ndim == 4:
+        K, V = (x.repeat_interleave(Q.shape[1] // x.shape[1], 1) for x in (K, V))
+    if not Q.dtype == K.dtype == V.dtype or not pays(Q, K, V, attn_mask):
+        return None
+    return Q, K, V, attn_mask, is_causal, scale
