@@ -24,30 +24,44 @@ class Calls:
         self.consumed: set[str] = set()
         self._products: dict[str, list[Tensor]] = {}
         self._versions: dict[str, list[tuple[Tensor, int]]] = {}
+        self._checks: list[tuple[str, str, Tensor]] = []
         self._first: dict[tuple[int, int, bool], str] = {}
         self._shared: dict[str, str] = {}
 
     def check(self, layer: Layer, module: nn.Module, x: Tensor, output: Tensor) -> None:
-        """Refuse a layer of a class of its own that computes something else than W x + b."""
+        """Look whether a layer of a class of its own computes W x + b; `settle` refuses it."""
         weight = module.weight
         if layer.name in self.inputs or is_plain(module) or not x.numel():
             return
         if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.is_meta:
             return  # packed or elsewhere: a product all the same, of a weight that is not at hand
         rows = [t.detach().reshape(-1, t.shape[-1])[:1].float() for t in (x, output)]
+        computes = torch.tensor(False)
         # Rows of a block-diagonal layer are of other sizes than its weight.
-        computes = (x.shape[-1], output.shape[-1]) == (layer.I, layer.O)
-        if computes:
+        if (x.shape[-1], output.shape[-1]) == (layer.I, layer.O):
             with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
                 bias = module.bias.float() if isinstance(module.bias, Tensor) else None
                 error = (nn.functional.linear(rows[0], weight.float(), bias) - rows[1]).abs().max()
             slack = max(1e-3, 8 * torch.finfo(output.dtype).eps) * rows[1].abs().max()
-            computes = bool(error <= slack)
-        if not computes:
-            raise ModelError(
-                f"layer {layer.name} ({type(module).__name__}) does not compute W x + b of its own "
-                "weight and bias; leave it out of `layers`"
-            )
+            computes = error <= slack
+        self._checks.append((layer.name, type(module).__name__, computes))
+
+    def settle(self) -> None:
+        """Refuse a layer that was seen to compute something else than W x + b.
+
+        Of all layers at once: the host waits for the device once.
+        """
+        checks, self._checks = self._checks, []
+        if not checks:
+            return
+        device = checks[-1][2].device
+        found = torch.stack([computes.to(device) for _, _, computes in checks])
+        for (name, kind, _), computes in zip(checks, found.tolist(), strict=True):
+            if not computes:
+                raise ModelError(
+                    f"layer {name} ({kind}) does not compute W x + b of its own weight and bias; "
+                    "leave it out of `layers`"
+                )
 
     def saw(self, layer: Layer, x: Tensor, output: Tensor, copy: bool) -> None:
         """Note one use of a layer."""
