@@ -3,7 +3,7 @@
 A backend of PyTorch's in Python: tensors of `device()` are no CPU tensors to anyone who asks, and
 hold their values in one. The package runs on it unchanged, as on a GPU it has never heard of:
 products of two devices are refused, backward hooks run in the device's own thread, and the numbers
-are the CPU's. Kernels launched by hand (Triton, CUDA) and streams are not on it.
+are the CPU's. Kernels launched by hand (Triton, CUDA), streams and autocast are not on it.
 """
 
 import sys
@@ -98,20 +98,18 @@ def device() -> torch.device:
 
 def moved(model: nn.Module) -> nn.Module:
     """`model` with its parameters and buffers on the device; shared ones stay shared."""
-    done: dict[int, Tensor] = {}
+    done: dict[int, tuple[Tensor, Tensor]] = {}  # with what they were, so that ids stay theirs
 
     def there(x: Tensor) -> Tensor:
         if id(x) not in done:
             values = x.detach().to(device())
             own = isinstance(x, nn.Parameter)
-            done[id(x)] = nn.Parameter(values, x.requires_grad) if own else values
-        return done[id(x)]
+            done[id(x)] = x, nn.Parameter(values, x.requires_grad) if own else values
+        return done[id(x)][1]
 
-    tables = [t for m in model.modules() for t in (m._parameters, m._buffers)]
-    kept = [x for table in tables for x in table.values()]  # so that ids stay theirs
-    for table in tables:
-        table |= {name: there(x) for name, x in table.items() if x is not None}
-    del kept
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            table |= {name: there(x) for name, x in table.items() if x is not None}
     return model
 
 
@@ -193,7 +191,7 @@ class _Watching(TorchDispatchMode):
     def _copied(
         self, op: str, source: Tensor, target: bool, dtype: torch.dtype | None, going: bool | None
     ) -> None:
-        """A copy; of two dtypes it travels in that of the target, or of the device's side."""
+        """A copy; it travels in the dtype that it has on the device."""
         if target == isinstance(source, _There):
             return
         travels = dtype if target and dtype else source.dtype
@@ -222,15 +220,11 @@ class _Watching(TorchDispatchMode):
 
 
 class _Backend(_DummyBackendModule):
-    """What `torch.accelerator` and autocast ask for."""
+    """What autocast asks for, where it is switched off."""
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         """The CPU's."""
         return [torch.bfloat16, torch.float16]
-
-    def synchronize(self, device: object = None) -> None:
-        """Wait for the device."""
-        _watching[-1].add("wait", "synchronize")
 
 
 _watching: list[Traffic] = []
