@@ -1,5 +1,6 @@
 """What one pass through a model has seen: inputs, gradients, who shares an input with whom."""
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,8 @@ class Calls:
         self._checks: list[tuple[str, str, Tensor]] = []
         self._first: dict[tuple[int, int, bool], str] = {}
         self._shared: dict[str, str] = {}
+        self._groups: dict[str, str] | None = None
+        self._sizes: Counter[str] = Counter()
 
     def check(self, layer: Layer, module: nn.Module, x: Tensor, output: Tensor) -> None:
         """Look whether a layer of a class of its own computes W x + b; `settle` refuses it."""
@@ -73,14 +76,17 @@ class Calls:
         # Tensors in `_versions` stay alive until the pass ends, so ids are unique.
         first = self._first.setdefault((id(x), x._version, layer.bias), name)
         self._shared[name] = name if copy else first
+        self._groups = None
 
     def owner(self, name: str) -> tuple[str, int]:
         """The layer that a layer shares its input with, and how many do; of several uses none."""
-        groups = {
-            n: o for n, o in self._shared.items() if not self._again(n) and not self._again(o)
-        }
-        owner = groups.get(name, name)
-        return owner, max(1, sum(o == owner for o in groups.values()))
+        if self._groups is None:
+            self._groups = {
+                n: o for n, o in self._shared.items() if not self._again(n) and not self._again(o)
+            }
+            self._sizes = Counter(self._groups.values())
+        owner = self._groups.get(name, name)
+        return owner, max(1, self._sizes[owner])
 
     def _again(self, name: str) -> bool:
         return len(self._products[name]) > 1
@@ -110,6 +116,7 @@ class Calls:
         for name in self._late:
             for seen in (self.inputs, self._products, self._shared):
                 seen.pop(name, None)
+        self._groups = None
         self._first = {k: name for k, name in self._first.items() if name not in self._late}
 
     @property
