@@ -91,7 +91,9 @@ def watched() -> Iterator[Traffic]:
 
 @cache
 def device() -> torch.device:
-    """The device; torch knows it for the rest of the process."""
+    """The device; torch knows it for the rest of the process, which has made no backward pass yet:
+    autograd starts the threads of all devices at its first.
+    """
     _setup_privateuseone_for_python_backend(NAME, _Backend())
     return torch.device(NAME, 0)
 
