@@ -34,7 +34,7 @@ def test_draws_invert_the_cumulative_distribution(V, dtype):
 def test_labels_follow_the_model():
     model, draws = gpt2(), 4000
     ids = torch.tensor([corpus(1)[0]["input_ids"][:4]])
-    uniform = uniforms(3, torch.arange(draws), torch.ones(draws, 4), 0)[:, :3]
+    uniform = uniforms(3, torch.arange(draws), torch.ones(draws, 4), [0])[0, :, :3]
     with torch.no_grad():
         p = model(input_ids=ids).logits[0, :-1].softmax(-1)
     for t in range(3):
@@ -58,7 +58,7 @@ def test_losses_and_gradients_are_those_of_whole_logits(monkeypatch, bias, draws
         uniform = torch.rand(draws, 3, 7, generator=generator, dtype=torch.float64)
     weights = torch.rand(draws or 1, 3, 7, generator=generator, dtype=torch.float64)
 
-    losses, _ = heads.token_losses(h, head, labels, uniform)
+    losses, _ = heads.token_losses(h, head, labels, heads.predicting(labels), uniform)
     (own,) = torch.autograd.grad((losses * weights).sum(), h)
 
     logits = head(h)

@@ -210,7 +210,7 @@ class Plain:
             P = self.ways["precondition"](g, a, Qg.to(g), Qa.to(g), lam, DAMPING, x.bias)
             U, S, V = torch.svd_lowrank(P, q=min(self.start.rank, x.O, x.J))
             L, R = U * S.unsqueeze(-2), V.mT
-            parts.append([(Qg @ L).cpu(), (R @ Qa.mT).cpu()])
+            parts.append([Qg @ L, R @ Qa.mT])
         L, R = (torch.cat(y) for y in zip(*parts, strict=True))
         self.found[x.name] = L, R
 

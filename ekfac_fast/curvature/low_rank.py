@@ -3,6 +3,8 @@
 A rotation changes neither singular values nor what a truncation loses.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -44,9 +46,7 @@ def truncate(P: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     if rank >= J:
         return P, torch.eye(J, dtype=P.dtype, device=P.device).expand(Q, J, J).contiguous()
     columns = min(rank + OVERSAMPLING, O, J)
-    generator = torch.Generator().manual_seed(seed)
-    basis = torch.randn(J, columns, generator=generator, dtype=torch.float64).to(P)
-    basis = _orthonormal(P @ basis)
+    basis = _orthonormal(P @ _random(J, columns, seed, P.dtype, P.device))
     for _ in range(POWER_ITERATIONS):
         basis = _orthonormal(P @ _orthonormal(P.mT @ basis))
     small = basis.mT @ P
@@ -76,6 +76,14 @@ def rotate_back(L: Tensor, R: Tensor, Qg: Tensor, Qa: Tensor) -> tuple[Tensor, T
     Q, O, K = L.shape
     left = Qg @ L.permute(1, 0, 2).reshape(O, Q * K)
     return left.view(-1, Q, K).permute(1, 0, 2).contiguous(), R @ Qa.mT
+
+
+@lru_cache(maxsize=16)
+def _random(J: int, columns: int, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Random columns [J,columns], normal: the same for every batch, drawn and moved once."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(J, columns, generator=generator, dtype=torch.float64)
+    return drawn.to(device, dtype)
 
 
 def _orthonormal(Y: Tensor) -> Tensor:

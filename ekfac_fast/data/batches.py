@@ -283,12 +283,15 @@ class Batches:
 
     def load(self, indices: Sequence[int]) -> Any:
         """The batch of these examples, on the model's device."""
+        return moved(self.gathered(indices), self.device)
+
+    def gathered(self, indices: Sequence[int]) -> Any:
+        """The batch of these examples, where they are read."""
         if self.language:
             examples = [self.example(i) for i in indices]
-            ids = torch.tensor([x.id for x in examples])
-            return _moved(collate(examples) | {"index": ids}, self.device)
+            return collate(examples) | {"index": torch.tensor([x.id for x in examples])}
         records = [self.dataset[i] for i in indices]
-        return _moved(_padded(records) if self.two_sided else default_collate(records), self.device)
+        return _padded(records) if self.two_sided else default_collate(records)
 
     def example(self, index: int) -> Example:
         """Example `index` of a language-model data set, checked against the model."""
@@ -384,12 +387,12 @@ def _padded(records: list[Any]) -> dict[str, Tensor]:
     return batch
 
 
-def _moved(batch: Any, device: torch.device) -> Any:
+def moved(batch: Any, device: torch.device) -> Any:
     """Every tensor of a nested batch on `device`."""
     if isinstance(batch, Tensor):
         return batch.to(device)
     if isinstance(batch, Mapping):
-        return {key: _moved(value, device) for key, value in batch.items()}
+        return {key: moved(value, device) for key, value in batch.items()}
     if isinstance(batch, list | tuple):
-        return type(batch)(_moved(value, device) for value in batch)
+        return type(batch)(moved(value, device) for value in batch)
     return batch

@@ -1,5 +1,6 @@
 """What one pass through a model has seen: inputs, gradients, who shares an input with whom."""
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -24,30 +25,46 @@ class Calls:
         self.consumed: set[str] = set()
         self._products: dict[str, list[Tensor]] = {}
         self._versions: dict[str, list[tuple[Tensor, int]]] = {}
+        self._checks: list[tuple[str, str, Tensor]] = []
         self._first: dict[tuple[int, int, bool], str] = {}
         self._shared: dict[str, str] = {}
+        self._groups: dict[str, str] | None = None
+        self._sizes: Counter[str] = Counter()
 
     def check(self, layer: Layer, module: nn.Module, x: Tensor, output: Tensor) -> None:
-        """Refuse a layer of a class of its own that computes something else than W x + b."""
+        """Look whether a layer of a class of its own computes W x + b; `settle` refuses it."""
         weight = module.weight
         if layer.name in self.inputs or is_plain(module) or not x.numel():
             return
         if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.is_meta:
             return  # packed or elsewhere: a product all the same, of a weight that is not at hand
         rows = [t.detach().reshape(-1, t.shape[-1])[:1].float() for t in (x, output)]
+        computes = torch.tensor(False)
         # Rows of a block-diagonal layer are of other sizes than its weight.
-        computes = (x.shape[-1], output.shape[-1]) == (layer.I, layer.O)
-        if computes:
+        if (x.shape[-1], output.shape[-1]) == (layer.I, layer.O):
             with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
                 bias = module.bias.float() if isinstance(module.bias, Tensor) else None
                 error = (nn.functional.linear(rows[0], weight.float(), bias) - rows[1]).abs().max()
             slack = max(1e-3, 8 * torch.finfo(output.dtype).eps) * rows[1].abs().max()
-            computes = bool(error <= slack)
-        if not computes:
-            raise ModelError(
-                f"layer {layer.name} ({type(module).__name__}) does not compute W x + b of its own "
-                "weight and bias; leave it out of `layers`"
-            )
+            computes = error <= slack
+        self._checks.append((layer.name, type(module).__name__, computes))
+
+    def settle(self) -> None:
+        """Refuse a layer that was seen to compute something else than W x + b.
+
+        Of all layers at once: the host waits for the device once.
+        """
+        checks, self._checks = self._checks, []
+        if not checks:
+            return
+        device = checks[-1][2].device
+        found = torch.stack([computes.to(device) for _, _, computes in checks])
+        for (name, kind, _), computes in zip(checks, found.tolist(), strict=True):
+            if not computes:
+                raise ModelError(
+                    f"layer {name} ({kind}) does not compute W x + b of its own weight and bias; "
+                    "leave it out of `layers`"
+                )
 
     def saw(self, layer: Layer, x: Tensor, output: Tensor, copy: bool) -> None:
         """Note one use of a layer."""
@@ -59,14 +76,17 @@ class Calls:
         # Tensors in `_versions` stay alive until the pass ends, so ids are unique.
         first = self._first.setdefault((id(x), x._version, layer.bias), name)
         self._shared[name] = name if copy else first
+        self._groups = None
 
     def owner(self, name: str) -> tuple[str, int]:
         """The layer that a layer shares its input with, and how many do; of several uses none."""
-        groups = {
-            n: o for n, o in self._shared.items() if not self._again(n) and not self._again(o)
-        }
-        owner = groups.get(name, name)
-        return owner, max(1, sum(o == owner for o in groups.values()))
+        if self._groups is None:
+            self._groups = {
+                n: o for n, o in self._shared.items() if not self._again(n) and not self._again(o)
+            }
+            self._sizes = Counter(self._groups.values())
+        owner = self._groups.get(name, name)
+        return owner, max(1, self._sizes[owner])
 
     def _again(self, name: str) -> bool:
         return len(self._products[name]) > 1
@@ -96,6 +116,7 @@ class Calls:
         for name in self._late:
             for seen in (self.inputs, self._products, self._shared):
                 seen.pop(name, None)
+        self._groups = None
         self._first = {k: name for k, name in self._first.items() if name not in self._late}
 
     @property

@@ -94,6 +94,7 @@ class Capture:
                 for number, one in enumerate(value.reshape(-1).unbind()):
                     calls.begin(number)
                     _backward(one, retain_graph=not calls.last)
+                    calls.settle()
                     for name in self.layers:
                         self._complete(calls, name)
         return value.detach()
@@ -106,6 +107,7 @@ class Capture:
             calls = Calls(consume, grid)
             with self._hooked(calls):
                 value = loss()
+            calls.settle()
             changed = calls.changed_in_place() - self._copied
             silent = self.layers.keys() - calls.inputs.keys()
             if silent and silent <= calls.without_grad and not self._from_inputs:

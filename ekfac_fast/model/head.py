@@ -21,6 +21,8 @@ from .sampling import inverted
 
 # Logits that exist at a time, in bytes; on a CPU they stay in its last cache between their steps.
 LOGITS, LOGITS_GPU = 1 << 25, 1 << 28
+# Sequence and position of each label.
+Places = tuple[Tensor, Tensor]
 # Heads of models that were seen to return W h + b as their logits, with nothing after it.
 _last: "weakref.WeakKeyDictionary[nn.Module, nn.Linear]" = weakref.WeakKeyDictionary()
 
@@ -92,21 +94,32 @@ def _states(model: nn.Module, head: nn.Linear, inputs: Mapping[str, Any]) -> Ten
     return seen[0] if len(seen) == 1 and seen[0].ndim == 3 else None
 
 
+def predicting(labels: Tensor) -> Places:
+    """The positions [n] of labels [B,T] that predict one.
+
+    To be asked before the model's pass: how many they are, the host learns from the device only
+    when that has done all it was given.
+    """
+    b, t = (labels >= 0).nonzero(as_tuple=True)
+    return b, t
+
+
 def token_losses(
-    h: Tensor, head: nn.Linear, labels: Tensor, uniform: Tensor | None = None
+    h: Tensor, head: nn.Linear, labels: Tensor, places: Places, uniform: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """-log p of the labels, or of labels drawn from the model, at every position that has one.
 
     Args:
         h: what the head reads, [B,T,D].
         labels: what each position predicts, [B,T]; negative where nothing.
+        places: where something, by `predicting`.
         uniform: fp64 [N,B,T]; gives N draws of labels in place of `labels`, which only say where.
 
     Returns:
         Losses [N,B,T] in nats, fp32 or wider, 0 where nothing is predicted (N = 1 without draws),
         and how many drawn labels rounding could flip.
     """
-    b, t = (labels >= 0).nonzero(as_tuple=True)
+    b, t = places
     draws = None if uniform is None else uniform.to(h.device)[:, b, t]
     losses, edges = _Losses.apply(h[b, t], head.weight, head.bias, labels[b, t], draws)
     whole = losses.new_zeros(len(losses), *labels.shape)

@@ -27,7 +27,7 @@ from ..checks import whole
 from ..data.batches import IGNORED
 from ..errors import DataError, ModelError
 from ..ops.shapes import wide
-from .head import inspect_head, states, token_losses
+from .head import Places, inspect_head, predicting, states, token_losses
 from .sampling import inverted, uniforms
 
 # Tokens on which a model is tried out before a run.
@@ -92,7 +92,7 @@ class LanguageModelTask:
     def sampled_losses(self, batch: Any, model: nn.Module, draws: Sequence[int]) -> Tensor:
         """The training loss with several draws of labels, in one pass: [len(draws)], nats."""
         ids, mask = batch["index"], batch["attention_mask"]
-        uniform = torch.stack([uniforms(self.seed, ids, mask, draw) for draw in draws])
+        uniform = uniforms(self.seed, ids, mask, draws)
         return self._losses(batch, model, uniform).sum((1, 2))
 
     def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
@@ -114,16 +114,17 @@ class LanguageModelTask:
     def _losses(self, batch: Any, model: nn.Module, uniform: Tensor | None = None) -> Tensor:
         """Of every position that predicts: [1,B,T], or [N,B,T] with N draws of labels, nats."""
         labels, inputs = _targets(batch), self._inputs(batch, model)
+        places = predicting(labels)
         read = states(model, inputs)
         if read is None:
-            logits = self._logits(batch, model)
+            logits = _text(_all_logits(inputs, model), batch)
             if uniform is None:
                 return _cross_entropy(logits, labels).unsqueeze(0)
-            drawn, edges = _drawn(logits.detach(), labels, uniform)
+            drawn, edges = _drawn(logits.detach(), labels, places, uniform)
             losses = torch.stack([_cross_entropy(logits, y) for y in drawn])
         else:
             head, h = read
-            losses, edges = token_losses(_text(h, batch), head, labels, uniform)
+            losses, edges = token_losses(_text(h, batch), head, labels, places, uniform)
         self._edges = self._edges + edges
         return losses
 
@@ -214,9 +215,11 @@ def _all_logits(inputs: dict[str, Any], model: nn.Module) -> Tensor:
     return logits
 
 
-def _drawn(logits: Tensor, labels: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+def _drawn(
+    logits: Tensor, labels: Tensor, places: Places, uniform: Tensor
+) -> tuple[Tensor, Tensor]:
     """Labels [N,B,T] drawn from whole logits where `labels` has any, and how many are edges."""
-    rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
+    rows, columns = places
     drawn = labels.repeat(len(uniform), 1, 1)
     edges = torch.zeros((), dtype=torch.int64, device=logits.device)
     draws = uniform.to(logits.device)[:, rows, columns]

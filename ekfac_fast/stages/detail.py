@@ -16,6 +16,7 @@ from ..model.capture import LayerBatch
 from ..model.layers import Layer
 from ..model.rows import Grid
 from ..store.folder import Pieces, Store
+from .outgoing import Outgoing
 from .run import Batch, Consumer, Run, Stage, accumulator
 from .scores import DETAIL, Scores
 
@@ -97,25 +98,28 @@ class Details(Consumer):
         self.order = {layer.name: at for at, layer in enumerate(layers)}
         self.dtype = accumulator(run.model)
         self.asking: list[int] = []
-        self.found: dict[int, Tensor] = {}
+        self.rows = torch.empty(0, dtype=torch.int64)
+        self.found: Outgoing[int] = Outgoing()
 
     def begin(self, batch: Batch) -> None:
         """The queries that ask for a sequence of this batch."""
         self.asking = sorted({q for index in batch.indices for q in self.wanted[index]})
-        self.found = {}
+        # A list would go to the device again in every layer.
+        self.rows = torch.tensor(self.asking).to(self.run.device)
 
     def add(self, seen: LayerBatch, batch: Batch) -> None:
         """s [Q,B,T] of one layer."""
         B, T = seen.g.shape[:2]
         s = torch.zeros(len(self.asking), B, T, dtype=self.dtype, device=seen.g.device)
-        own = self.gradients[seen.layer.name].each(lambda x: x[self.asking])
+        own = self.gradients[seen.layer.name].each(lambda x: x[self.rows])
         own.add_scores(s, seen.g, seen.a, seen.layer.bias)
-        self.found[self.order[seen.layer.name]] = seen.rows.folded(s).cpu()
+        self.found[self.order[seen.layer.name]] = seen.rows.folded(s)
 
     def end(self, batch: Batch) -> None:
         """Keep [L,T] of every pair that is asked for, without padding."""
         row = {q: at for at, q in enumerate(self.asking)}
-        layers = [self.found[at] for at in range(len(self.order))]
+        found = self.found.take()
+        layers = [found[at] for at in range(len(self.order))]
         if batch.grid.positions is None and len({x.shape[-1] for x in layers}) > 1:
             layers = [x.sum(-1, keepdim=True) for x in layers]
         piece = {}

@@ -27,6 +27,7 @@ from ..data.batches import Indexable
 from ..errors import ArgumentError, ModelError
 from ..model.capture import LayerBatch
 from ..model.layers import Layer, select_layers
+from ..model.rows import Rows
 from ..model.tasks import LanguageModelTask, Task
 from ..store.files import load_tensors, save_json, save_tensors
 from ..store.folder import Store
@@ -112,6 +113,8 @@ class Covariances(Sums):
         super().__init__(run, store, Stage.COVARIANCE)
         self.layers, self.waiting = layers, waiting
         self.owners: dict[str, str] = dict(store.state.get("shared", {}))
+        self.attention: Tensor | Mapping[str, Tensor] | None = None
+        self.masks: list[tuple[Tensor, Rows, Tensor, Tensor]] = []
         kept, sides = self.state.tensors, ("activation", "gradient")
         self.cov: dict[str, dict[str, Sum]] = {
             s: {n: self.found(f"{s} covariance {n}") for n in _part(kept, f"{s} covariance ")}
@@ -121,18 +124,22 @@ class Covariances(Sums):
             s: {n: x.to(run.device) for n, x in _part(kept, f"{s} count ").items()} for s in sides
         }
 
+    def begin(self, batch: Batch) -> None:
+        """What the task says of padding, once a batch."""
+        self.attention = self.run.task.get_attention_mask(batch=batch.inputs)
+        self.masks.clear()
+
     def add(self, seen: LayerBatch, batch: Batch) -> None:
         """cov += x^T diag(mask) x on both sides; a second draw waits."""
         if seen.loss:
             self.waiting.keep(seen, batch)
             return
-        layer, mask = seen.layer, self._mask(seen, batch)
+        layer, (mask, real) = seen.layer, self._mask(seen)
         # Which layers share an input is the same in every batch.
         if layer.name not in self.owners:
             self.owners[layer.name] = seen.shared
             if len(self.owners) == len(self.layers):
                 self.store.update(shared=self.owners)
-        real = seen.a.shape[0] * seen.a.shape[1] if mask is None else mask.sum()
         if self.owners[layer.name] == layer.name:
             self._add("activation", layer.name, seen.a, mask, layer.bias, real)
         self._add("gradient", layer.name, seen.g, None, False, real)
@@ -148,15 +155,21 @@ class Covariances(Sums):
         torch.ops.ekfac_fast.covariance(cov[name].rest, rows, mask, bias)
         count[name] += real
 
-    def _mask(self, seen: LayerBatch, batch: Batch) -> Tensor | None:
-        """Real positions of a layer's rows, flat, or None where every row is real."""
-        mask = self.run.task.get_attention_mask(batch=batch.inputs)
+    def _mask(self, seen: LayerBatch) -> tuple[Tensor | None, Tensor | int]:
+        """Real positions of a layer's rows, flat, or None where every row is real; and how many.
+
+        Layers with the same mask and the same rows share them.
+        """
+        mask = self.attention
         if isinstance(mask, Mapping):
             mask = mask.get(seen.layer.name)
         if mask is None or (seen.rows.positions == 1 and mask.shape[-1] != 1):
-            return None
-        real = seen.rows.real(mask)
-        if real is None:
+            return None, seen.a.shape[0] * seen.a.shape[1]
+        for own, rows, real, count in self.masks:
+            if own is mask and rows == seen.rows:
+                return real, count
+        found = seen.rows.real(mask)
+        if found is None:
             raise ModelError(
                 f"layer {seen.layer.name} sees {seen.rows.positions} positions of "
                 f"{seen.rows.sequences} sequences but the attention mask is {list(mask.shape)}: "
@@ -164,7 +177,8 @@ class Covariances(Sums):
                 "batch_tokens=1, so that there is no padding; or a task whose get_attention_mask "
                 "returns a mapping from layer names to masks"
             )
-        return real
+        self.masks.append((mask, seen.rows, found, found.sum()))
+        return self.masks[-1][2:]
 
     def sums(self) -> Mapping[str, Sum]:
         """Covariances of both sides."""

@@ -22,6 +22,7 @@ from ..store.files import load_json, load_tensors, save_json, save_tensors
 from ..store.fingerprint import fingerprint
 from ..store.folder import Store
 from .factors import Factors, LayerFactors, bases, check_damping
+from .outgoing import Outgoing
 from .run import Batch, Consumer, Run, RunArguments, Stage
 
 # Dense preconditioned gradients of this size exist at a time, before they are truncated.
@@ -289,14 +290,14 @@ class Preconditioning(Consumer):
         self.run, self.rank, self.keep = run, rank, keep
         self.bases = bases(factors, layers, damping, run.dtype, run.device)
         self.rotate = SharedRotation()
-        self.found: dict[str, Tensor] = {}
+        self.found: Outgoing[str] = Outgoing()
 
     def loss(self, batch: Batch) -> Tensor:
         """The measurement, summed over the batch; each query's own value is kept."""
         task, model = self.run.task, self.run.model
         if isinstance(task, LanguageModelTask) and measures_each(task):
             values = task.negative_log_likelihoods(batch.inputs, model)
-            self.found["measurements"] = values.detach().float().cpu()
+            self.found["measurements"] = values.detach().float()
             return values.sum()
         value = task.compute_measurement(batch=batch.inputs, model=model)
         self.found["measurements"] = self._alone(batch, value)
@@ -305,7 +306,7 @@ class Preconditioning(Consumer):
     def _alone(self, batch: Batch, value: Tensor) -> Tensor:
         """A task measures sums: each query's own value takes a pass of its own."""
         if len(batch.indices) == 1:
-            return value.detach().float().reshape(1).cpu()
+            return value.detach().float().reshape(1)
         with torch.no_grad():
             each = [
                 self.run.task.compute_measurement(
@@ -313,7 +314,7 @@ class Preconditioning(Consumer):
                 )
                 for index in batch.indices
             ]
-        return torch.stack([x.detach().float().reshape(()) for x in each]).cpu()
+        return torch.stack([x.detach().float().reshape(()) for x in each])
 
     def add(self, seen: LayerBatch, batch: Batch) -> None:
         """One layer of a batch of queries, a gigabyte of dense gradients at a time."""
@@ -332,7 +333,8 @@ class Preconditioning(Consumer):
 
     def end(self, batch: Batch) -> None:
         """Keep the batch."""
-        for name, x in self.found.items():
+        found = self.found.take()
+        for name, x in found.items():
             finite = x.isfinite().flatten(1).all(1) if x.ndim > 1 else x.isfinite()
             if not bool(finite.all()):
                 query = batch.indices[int((~finite).nonzero()[0])]
@@ -340,8 +342,7 @@ class Preconditioning(Consumer):
                     f"query {query}: {name} is not finite: its gradient overflowed, or is NaN "
                     "where the measurement is not"
                 )
-        self.keep(batch.number, self.found)
-        self.found = {}
+        self.keep(batch.number, found)
 
 
 def measures_each(task: LanguageModelTask) -> bool:
@@ -350,12 +351,12 @@ def measures_each(task: LanguageModelTask) -> bool:
 
 
 def represented(P: Tensor, basis: Basis, rank: int | None) -> dict[str, Tensor]:
-    """P [Q,O,J] of the eigenbasis in weight space, whole or as L and R, on the CPU."""
+    """P [Q,O,J] of the eigenbasis in weight space, whole or as L and R."""
     if rank is None:
-        return {"P": basis.rotate_back(P).cpu(), "energy": torch.ones(len(P))}
+        return {"P": basis.rotate_back(P), "energy": torch.ones(len(P))}
     assert basis.Qg is not None
     assert basis.Qa is not None
     L, R = truncate(P, rank)
-    energy = captured_energy(P, L, R).float().cpu()
+    energy = captured_energy(P, L, R).float()
     L, R = rotate_back(L, R, basis.Qg.to(P.dtype), basis.Qa.to(P.dtype))
-    return {"L": L.cpu(), "R": R.cpu(), "energy": energy}
+    return {"L": L, "R": R, "energy": energy}

@@ -28,6 +28,7 @@ from ..model.layers import Layer
 from ..model.rows import Grid
 from ..model.tasks import LanguageModelTask, Task
 from ..ops.shapes import wide
+from .ahead import Ahead
 
 Progress = Callable[[str, int, int], None]
 Loss = Callable[["Batch"], Tensor]
@@ -243,13 +244,15 @@ class Run:
         total = sum(map(self.batches.tokens, batches))
         count = sum(self.batches.tokens(batches[number]) for number in finished)
         mine = [n for n in range(self.rank, len(batches), self.ranks) if n not in finished]
+        passing = [batches[n] for n in mine if batches[n] and n not in (kept or {})]
+        ahead = Ahead(self.batches, passing)
         for place, number in enumerate(mine, 1):
             indices = batches[number]
             with self.timed(stage):
                 if kept and number in kept:
                     self._again(kept.pop(number), number, indices, consumer)
                 elif indices:
-                    self._one(capture, number, indices, consumer, loss, what)
+                    self._one(capture, number, indices, ahead, consumer, loss, what)
             finished.add(number)
             if consumer.due() or place == len(mine):
                 with self.timed(stage):
@@ -262,13 +265,13 @@ class Run:
         capture: Capture,
         number: int,
         indices: Sequence[int],
+        ahead: Ahead,
         consumer: Consumer,
         loss: Loss,
         what: str,
     ) -> None:
         """One batch."""
-        with torch.inference_mode(False):
-            inputs = self.batches.load(indices)
+        inputs = ahead.take()
         batch = Batch(number, indices, inputs, self.grid(inputs, indices))
         consumer.begin(batch)
 
@@ -277,6 +280,7 @@ class Run:
                 return loss(batch)
 
         found = capture(value, lambda seen: consumer.add(seen, batch), batch.grid)
+        ahead.read()
         if not bool(torch.isfinite(found).all()):
             which = ", ".join(map(str, indices[:8])) + ("..." if len(indices) > 8 else "")
             first = found[~found.isfinite()][0].item()

@@ -58,8 +58,9 @@ class Sums(Consumer):
     def save(self, done: Collection[int]) -> None:
         """All sums after these batches."""
         sums = self.sums()
-        for name, x in sums.items():
-            if not bool(torch.isfinite(x.value()).all()):
+        finite = torch.stack([torch.isfinite(x.value()).all() for x in sums.values()])
+        for name, right in zip(sums, finite.tolist(), strict=True):
+            if not right:
                 raise NotFiniteError(
                     f"the {self.stage} sum of {name} is not finite: a gradient or an activation "
                     "overflowed, or is NaN where the loss is not. Look at the model's weights, or "
