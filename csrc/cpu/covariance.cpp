@@ -2,6 +2,7 @@
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/nonzero.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include "../check.h"
@@ -10,6 +11,9 @@
 
 namespace ekfac_fast::cpu {
 namespace {
+
+constexpr int64_t kNarrowest = 256;
+constexpr int64_t kPart = 16 * kDepth;
 
 template <class Acc>
 void add_tile(Acc* cov, int64_t J, int64_t m0, int64_t m, int64_t n0, int64_t n, const Acc* C,
@@ -66,6 +70,57 @@ void accumulate(at::Tensor& cov, const at::Tensor& x, const at::Tensor& rows, bo
   if (!sum.is_same(cov)) cov.copy_(sum);
 }
 
+// Whether one covariance and a chunk of packed rows stay in the second-level cache.
+bool stays_in_cache(const at::Tensor& x, int64_t J) {
+  return compute_dtype(x.scalar_type()) == at::kBFloat16 && J <= kNarrowest;
+}
+
+// Narrow bf16: rows stream past sums that stay, a chunk of them packed at a time; its words, turned,
+// are the left operand. Parts depend on the shape alone, so results repeat.
+void streamed(at::Tensor& cov, const at::Tensor& x, const at::Tensor& rows, bool bias) {
+  const int64_t J = cov.size(0), I = x.size(1), N = rows.defined() ? rows.numel() : x.size(0);
+  const int64_t parts = std::clamp<int64_t>(N / kPart, 1, 8), part = ceil_div(N, parts);
+  const int64_t* pick = rows.defined() ? rows.const_data_ptr<int64_t>() : nullptr;
+  at::Tensor sums = at::zeros({parts, J, J}, at::kFloat);
+  const Panels shape(true, 1, J, kDepth, at::kBFloat16, 0);
+  at::parallel_for(0, parts, grain(part * J * J), [&](int64_t begin, int64_t end) {
+    Panels right(true, 1, J, kDepth, at::kBFloat16, 0);
+    Tile<at::BFloat16> left(right.count * right.line * kDepth);
+    float* data = sums.mutable_data_ptr<float>();
+    for (int64_t n = begin * part; n < std::min(N, end * part); n += right.depth) {
+      const int64_t p = n / part;
+      right.depth = std::min({kDepth, N - n, (p + 1) * part - n});
+      right.padded_depth = round_up(right.depth, 2);
+      for (int64_t j = 0; j < right.count; j++) {
+        const Matrix from(x.unsqueeze(0), 2, 1, 0, right.begin(j));
+        const int64_t lines = std::clamp<int64_t>(I - right.begin(j), 0, right.width);
+        right.fill(0, j, lines,
+                   {from.data + (pick ? 0 : n * from.sk * x.element_size()), from.dtype, from.sf,
+                    from.sk},
+                   bias && j + 1 == right.count, pick ? pick + n : nullptr, 0, right.padded_depth);
+        transpose(left.data + right.begin(j) * kDepth, kDepth / 2, right.at(0, j, 0), right.line,
+                  right.padded_depth / 2, right.size(j));
+        for (int64_t i = 0; i <= j; i++) {
+          multiply_add(at::kBFloat16, right.size(i), right.size(j), right.padded_depth,
+                       left.data + right.begin(i) * kDepth, kDepth, right.at(0, j, 0), right.line,
+                       data + (p * J + right.begin(i)) * J + right.begin(j), J);
+        }
+      }
+    }
+    release(right);
+  });
+  at::Tensor sum = cov.contiguous();
+  const at::Tensor total = parts > 1 ? sums.sum(0) : sums;
+  for (int64_t j = 0; j < shape.count; j++) {
+    for (int64_t i = 0; i <= j; i++) {
+      const int64_t m = shape.begin(i), n = shape.begin(j);
+      add_tile(sum.mutable_data_ptr<float>(), J, m, shape.size(i), n, shape.size(j),
+               total.const_data_ptr<float>() + m * J + n, J);
+    }
+  }
+  if (!sum.is_same(cov)) cov.copy_(sum);
+}
+
 void covariance(at::Tensor& cov, const at::Tensor& x, const std::optional<at::Tensor>& mask,
                 bool bias) {
   const Letters size = check("covariance", "cov[J,J] x[N,I] mask[N]", {cov, x, mask}, bias);
@@ -74,6 +129,8 @@ void covariance(at::Tensor& cov, const at::Tensor& x, const std::optional<at::Te
   const at::Tensor rows = mask ? at::nonzero(*mask).flatten().contiguous() : at::Tensor();
   if (library_multiplies(x, rows.defined() ? rows.numel() : size.N, size.J)) {
     library_accumulate(cov, x, rows, bias);
+  } else if (stays_in_cache(x, size.J)) {
+    streamed(cov, x, rows, bias);
   } else if (x.scalar_type() == at::kDouble) {
     accumulate<double>(cov, x, rows, bias);
   } else {

@@ -1,5 +1,6 @@
 #include "endings.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "clones.h"
@@ -136,6 +137,8 @@
     }                                                                                        \
   }
 
+#define PAIRS 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+
 namespace ekfac_fast::cpu {
 
 using c10::BFloat16;
@@ -168,11 +171,23 @@ CLONES void convert(BFloat16* y, const float* x, int64_t n) {
   }
 }
 
-CLONES void interleave(BFloat16* y, const BFloat16* even, const BFloat16* odd, int64_t n) {
-  Word* __restrict to = reinterpret_cast<Word*>(y);
-  const Short* __restrict low = reinterpret_cast<const Short*>(even);
-  const Short* __restrict high = reinterpret_cast<const Short*>(odd);
-  for (int64_t i = 0; i < n; i++) to[i] = low[i] | static_cast<uint32_t>(high[i]) << 16;
+// The last block overlaps the one before: no loop over what is left of narrow rows.
+CLONES void interleave(BFloat16* y, int64_t ldy, const BFloat16* even, const BFloat16* odd,
+                       int64_t ldx, int64_t n, int64_t rows) {
+  typedef uint16_t Shorts __attribute__((vector_size(32), aligned(2), may_alias));
+  typedef uint32_t Words __attribute__((vector_size(64), aligned(2), may_alias));
+  for (int64_t r = 0; r < rows; r++) {
+    const Short* low = reinterpret_cast<const Short*>(even + r * ldx);
+    const Short* high = reinterpret_cast<const Short*>(odd + r * ldx);
+    Word* to = reinterpret_cast<Word*>(y + r * ldy);
+    for (int64_t i = 0; n < 16 && i < n; i++) to[i] = low[i] | static_cast<Word>(high[i]) << 16;
+    for (int64_t i0 = 0; n >= 16 && i0 < n; i0 += 16) {
+      const int64_t i = std::min(i0, n - 16);
+      const Shorts x = *reinterpret_cast<const Shorts*>(low + i);
+      const Shorts z = *reinterpret_cast<const Shorts*>(high + i);
+      *reinterpret_cast<Words*>(to + i) = (Words)__builtin_shufflevector(x, z, PAIRS);
+    }
+  }
 }
 
 ELEMENTWISE(float)

@@ -16,8 +16,9 @@ void convert(c10::BFloat16* y, const float* x, int64_t n);
 void convert(c10::BFloat16* y, const c10::BFloat16* x, int64_t n);
 void convert(c10::Half* y, const float* x, int64_t n);
 void convert(double* y, const double* x, int64_t n);
-// y[2 i], y[2 i + 1] = even[i], odd[i]
-void interleave(c10::BFloat16* y, const c10::BFloat16* even, const c10::BFloat16* odd, int64_t n);
+// y[r ldy + 2 i], y[r ldy + 2 i + 1] = even[r ldx + i], odd[r ldx + i]
+void interleave(c10::BFloat16* y, int64_t ldy, const c10::BFloat16* even, const c10::BFloat16* odd,
+                int64_t ldx, int64_t n, int64_t rows);
 
 // y[j ldy + i] = x[i ldx + j] for i < m, j < n: words of 32 bits, whatever they hold
 void transpose(void* y, int64_t ldy, const void* x, int64_t ldx, int64_t m, int64_t n);

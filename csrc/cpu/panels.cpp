@@ -83,8 +83,8 @@ void transpose_rows(Out* y, int64_t ld, int64_t n, int64_t depth, const Row& row
       transpose(y + k, ld, words, n, rows, n);
     } else {
       for (int64_t r = 0; r < rows; r += 2) {
-        interleave(words + r * n, as(row(k + r), even, n),
-                   r + 1 < rows ? as(row(k + r + 1), odd, n) : zeros, n);
+        interleave(words + r * n, 0, as(row(k + r), even, n),
+                   r + 1 < rows ? as(row(k + r + 1), odd, n) : zeros, 0, n, 1);
       }
       transpose(y + k, ld / 2, words, n, ceil_div(rows, 2), n);
     }
@@ -142,9 +142,15 @@ void fill_columns(Out* y, int64_t ld, int64_t n, int64_t depth, const In* x, int
     }
   }
   if constexpr (pair == 2) {
+    if constexpr (std::is_same_v<In, Out>) {
+      if (sf == 1 && !pick && done == 0) {
+        interleave(y, 2 * ld, x, x + sk, 2 * sk, n, depth / 2);
+        done = depth / 2 * 2;
+      }
+    }
     alignas(64) Out even[kTile], odd[kTile];
     for (; sf == 1 && done + 1 < depth; done += 2) {
-      interleave(y + done * ld, as(row(done), even, n), as(row(done + 1), odd, n), n);
+      interleave(y + done * ld, 0, as(row(done), even, n), as(row(done + 1), odd, n), 0, n, 1);
     }
   }
   for (int64_t k = done; k < depth; k++) {
