@@ -40,6 +40,11 @@ inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 inline int64_t slab_lines(int64_t depth) {
   return round_up(std::max<int64_t>(1, kSlabBytes / (4 * std::max<int64_t>(1, depth))), kTile);
 }
+// Panels of equal width waste less than full ones and a remainder.
+inline int64_t panel_width(int64_t extent) {
+  return std::max(
+      kLanes, round_up(ceil_div(extent, std::max<int64_t>(1, ceil_div(extent, kTile))), kLanes));
+}
 // How many units of so much work, in multiply-adds or bytes, are worth waking a thread for.
 inline int64_t grain(int64_t work) {
   return ceil_div(int64_t{1} << 20, std::max<int64_t>(1, work));
@@ -163,6 +168,49 @@ void product(const Panels& A, const Panels& B, const Ending& ending, int64_t par
     }
     release(A);
   });
+}
+
+// Every tile of A x, A a single matrix of few rows, x [K,N] of 16 bits: as few rows meet each packed
+// element, columns are packed a chunk at a time where they are met, not whole and beforehand.
+// ending(i, m, j, n0, n, C, ldc) for the row panel i of m rows and the column panel j.
+template <class Ending>
+void product_in_passing(const Panels& A, const at::Tensor& x, const Ending& ending) {
+  const int64_t depth = x.size(0), N = x.size(1);
+  const auto dtype = A.storage.scalar_type();
+  const int64_t wide = std::clamp<int64_t>(2 * kFew / std::max<int64_t>(1, A.extent), 1, 4);
+  const int64_t width = panel_width(N), span = wide * width;
+  at::parallel_for(
+      0, ceil_div(N, span), grain(A.extent * span * depth), [&](int64_t begin, int64_t end) {
+        Panels B(true, 1, span, kDepth, dtype, width);
+        const int64_t ld = B.count * B.line;
+        Tile<float> C(A.extent * ld);
+        for (int64_t n0 = begin * span; n0 < std::min(N, end * span); n0 += span) {
+          B.extent = std::min(span, N - n0);
+          B.count = ceil_div(B.extent, width);
+          for (int64_t k = 0, chunk = 0; k < depth; k += kDepth, chunk++) {
+            B.depth = std::min(kDepth, depth - k);
+            B.padded_depth = round_up(B.depth, 2);
+            for (int64_t j = 0; j < B.count; j++) {
+              const Matrix from(x.narrow(0, k, B.depth).unsqueeze(0), 2, 1, 0, n0 + B.begin(j));
+              B.fill(0, j, B.size(j), from, false, nullptr, 0, B.padded_depth);
+            }
+            for (int64_t i = 0; i < A.count; i++) {
+              for (int64_t j = 0; j < B.count; j++) {
+                multiply_add(dtype, A.size(i), B.size(j), std::min(B.padded_depth, A.padded_depth - k),
+                             A.at(0, i, chunk), A.ld(chunk), B.at(0, j, 0), B.line,
+                             C.data + A.begin(i) * ld + B.begin(j), ld, k > 0);
+              }
+            }
+          }
+          for (int64_t i = 0; i < A.count; i++) {
+            for (int64_t j = 0; j < B.count; j++) {
+              ending(i, A.size(i), n0 / width + j, n0 + B.begin(j), B.size(j),
+                     C.data + A.begin(i) * ld + B.begin(j), ld);
+            }
+          }
+        }
+        release(A);
+      });
 }
 
 }  // namespace ekfac_fast::cpu

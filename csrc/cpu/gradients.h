@@ -48,6 +48,25 @@ void stacked_product(const at::Tensor& G, const Panels& B, const Ending& ending,
   }
 }
 
+// The same of so few rows of 16 bits that Q [J,J] is packed where they meet it.
+template <class Ending>
+void passing_product(const at::Tensor& G, const at::Tensor& Q, const Ending& ending) {
+  const int64_t n = G.size(0), O = G.size(1), most = std::max<int64_t>(1, kTile / O);
+  const int64_t width = most * O <= kTile ? most * O : panel_width(O);
+  const int64_t across = ceil_div(G.size(2), kTile);
+  const Panels rows = pack_rows(G.view({1, n * O, G.size(2)}), {.width = width});
+  product_in_passing(rows, Q,
+                     [&](int64_t i, int64_t m, int64_t j, int64_t n0, int64_t columns,
+                         const float* C, int64_t ld) {
+                       if (O > kTile) {  // of one sequence
+                         return ending(0, rows.begin(i), m, n0, columns, C, ld, i * across + j);
+                       }
+                       for (int64_t b = 0; b < m / O; b++) {
+                         ending(i * most + b, 0, O, n0, columns, C + b * O * ld, ld, j);
+                       }
+                     });
+}
+
 // ending(b, o0, o, j0, j, tile, ld, index) for every tile of every Qg^T G_b Qa. Sequences are cut
 // into `parts`; tiles of one index run on one thread in the order of b, so an ending may accumulate
 // over b; index = part x tiles + tile.
@@ -62,7 +81,8 @@ void gradient_tiles(const at::Tensor& g, const at::Tensor& a, const std::optiona
   const int64_t step = sequences_at_once(size, a_late || g_late);
   std::optional<Panels> left, right;
   if (g_late) left = pack_rows(Qg->t().unsqueeze(0));
-  if (a_late && !g_late) right = pack_columns(Qa->unsqueeze(0), std::min(step, size.B) * size.O);
+  const bool passing = a_late && !g_late && Qa->element_size() == 2 && (size.O <= kTile || step == 1) && std::min(step, size.B) * size.O <= kFew;
+  if (a_late && !g_late && !passing) right = pack_columns(Qa->unsqueeze(0), std::min(step, size.B) * size.O);
   for (int64_t b0 = 0; b0 < size.B; b0 += step) {
     const int64_t n = std::min(step, size.B - b0);
     auto from = [&](int64_t b, auto... tile) { ending(b0 + b, tile...); };
@@ -79,6 +99,8 @@ void gradient_tiles(const at::Tensor& g, const at::Tensor& a, const std::optiona
     if (g_late) {
       if (a_late) G = rotate_tokens(G, *Qa, false);
       product<Acc>(*left, pack_columns(G, size.O), from, parts);
+    } else if (passing) {
+      if constexpr (std::is_same_v<Acc, float>) passing_product(G, *Qa, from);
     } else {
       stacked_product<Acc>(G, *right, from, parts);
     }

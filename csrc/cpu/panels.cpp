@@ -10,16 +10,6 @@ Matrix::Matrix(const at::Tensor& x, int64_t free_dim, int64_t k_dim, int64_t b, 
          (b * x.stride(0) + from * sf) * x.element_size();
 }
 
-namespace {
-
-// Panels of equal width waste less than full ones and a remainder.
-int64_t panel_width(int64_t extent) {
-  return std::max(
-      kLanes, round_up(ceil_div(extent, std::max<int64_t>(1, ceil_div(extent, kTile))), kLanes));
-}
-
-}  // namespace
-
 Panels::Panels(bool columns, int64_t batch, int64_t extent, int64_t depth, at::ScalarType compute,
                int64_t width)
     : columns(columns),
