@@ -82,6 +82,7 @@ void streamed(at::Tensor& cov, const at::Tensor& x, const at::Tensor& rows, bool
   const int64_t parts = std::clamp<int64_t>(N / kPart, 1, 8), part = ceil_div(N, parts);
   const int64_t* pick = rows.defined() ? rows.const_data_ptr<int64_t>() : nullptr;
   at::Tensor sums = at::zeros({parts, J, J}, at::kFloat);
+  const Matrix whole(x.unsqueeze(0), 2, 1, 0, 0);
   const Panels shape(true, 1, J, kDepth, at::kBFloat16, 0);
   at::parallel_for(0, parts, grain(part * J * J), [&](int64_t begin, int64_t end) {
     Panels right(true, 1, J, kDepth, at::kBFloat16, 0);
@@ -92,12 +93,8 @@ void streamed(at::Tensor& cov, const at::Tensor& x, const at::Tensor& rows, bool
       right.depth = std::min({kDepth, N - n, (p + 1) * part - n});
       right.padded_depth = round_up(right.depth, 2);
       for (int64_t j = 0; j < right.count; j++) {
-        const Matrix from(x.unsqueeze(0), 2, 1, 0, right.begin(j));
         const int64_t lines = std::clamp<int64_t>(I - right.begin(j), 0, right.width);
-        right.fill(0, j, lines,
-                   {from.data + (pick ? 0 : n * from.sk * x.element_size()), from.dtype, from.sf,
-                    from.sk},
-                   bias && j + 1 == right.count, pick ? pick + n : nullptr, 0, right.padded_depth);
+        right.fill(0, j, lines, whole.from(right.begin(j), pick ? 0 : n), bias && j + 1 == right.count, pick ? pick + n : nullptr, 0, right.padded_depth);
         transpose(left.data + right.begin(j) * kDepth, kDepth / 2, right.at(0, j, 0), right.line,
                   right.padded_depth / 2, right.size(j));
         for (int64_t i = 0; i <= j; i++) {

@@ -1,5 +1,6 @@
 // s_qb += <P_q, G_b>: the product [Q,OJ] x [OJ,B], of which the right side is made a tile at a time
 // and met by every query while it is in cache. Per token, g P_q meets a, tile by tile.
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -22,6 +23,7 @@ constexpr int64_t kHeldBytes = int64_t{4} << 20;
 constexpr int64_t kLibraryBytes = int64_t{16} << 20;  // of whole gradients
 constexpr int64_t kBlocks = 64;                       // partial sums at most
 constexpr int64_t kGroup = 64;                        // sequences that meet P at a time
+constexpr int64_t kSmall = 2048;                      // elements of a gradient
 constexpr int64_t kSequences = 8;                     // fewer: P is read for them alone
 
 // Whether the same piece of all rows lies in the same few lines of the caches.
@@ -257,49 +259,101 @@ void by_sequence(at::Tensor& s, const at::Tensor& P, const at::Tensor& g, const 
   s.add_(partial.sum(0));
 }
 
-// s [Q,B,T]: row n of g P_q, dotted with row n of (a, 1).
+// sums[q,n] += sum_f (P_q x_n)[f] y_nf for P [Q,F,K], x [N,K], y [N,F]: products [F,N], rows of P as
+// they lie, whose rows meet those of y^T.
 template <class Acc>
-void by_token(at::Tensor& s, const at::Tensor& P, const at::Tensor& g, const at::Tensor& a,
-              bool bias, const Letters& size) {
-  const int64_t N = size.B * size.T;
-  const at::Tensor inputs = a.reshape({N, size.I}).to(s.scalar_type()).contiguous();
-  at::Tensor total = at::zeros({size.Q, N}, at::dtype(s.scalar_type()));
-  Acc* sums = total.mutable_data_ptr<Acc>();
-  const Acc* data = inputs.const_data_ptr<Acc>();
-  // Part of row n of the product, its columns from j on.
-  auto close = [&](int64_t q, int64_t n, int64_t j, int64_t columns, const Acc* row) {
-    Acc& sum = sums[q * N + n];
-    const int64_t inner = std::min(columns, size.I - j);
-    if (inner > 0) sum += dot(row, data + n * size.I + j, inner);
-    if (bias && j + columns == size.J) sum += row[columns - 1];
-  };
-  // Of a few queries; of more, packed tokens meet them all.
-  if (P.scalar_type() == s.scalar_type() && size.J <= kNarrow && size.Q < 4) {
-    const at::Tensor rows = g.reshape({N, size.O});
-    for (int64_t q = 0; q < size.Q; q++) {
-      const at::Tensor product = at::mm(rows, P.select(0, q));
-      for (int64_t n = 0; n < N; n++) {
-        close(q, n, 0, size.J, product.const_data_ptr<Acc>() + n * size.J);
-      }
-    }
-    s.add_(total.view({size.Q, size.B, size.T}));
-    return;
-  }
-  const Panels A = pack_rows(g.reshape({1, N, size.O})), B = pack_columns(P, N);
-  at::parallel_for(0, size.Q * A.count, 1, [&](int64_t begin, int64_t end) {
+void add_forms(Acc* sums, const at::Tensor& P, const at::Tensor& x, const at::Tensor& y) {
+  const int64_t Q = P.size(0), N = x.size(0);
+  const at::Tensor turned = y.t().to(c10::CppTypeToScalarType<Acc>::value).contiguous();
+  const Acc* data = turned.const_data_ptr<Acc>();
+  const Panels A = pack_rows(P), B = pack_columns(x.t().unsqueeze(0), kFew + 1);
+  const int64_t work = A.extent * B.width * A.depth;
+  at::parallel_for(0, B.count * Q, grain(work), [&](int64_t begin, int64_t end) {
     Tile<Acc> C(A.width * B.line);
     for (int64_t unit = begin; unit < end; unit++) {
-      const int64_t q = unit / A.count, i = unit % A.count;
-      for (int64_t j = 0; j < B.count; j++) {
-        multiply<Acc>(A, 0, i, B, q, j, C.data, B.line);
-        for (int64_t r = 0; r < A.size(i); r++) {
-          close(q, A.begin(i) + r, B.begin(j), B.size(j), C.data + r * B.line);
+      const int64_t p = unit / Q, q = unit % Q, first = B.begin(p);
+      for (int64_t i = 0; i < A.count; i++) {
+        multiply<Acc>(A, q, i, B, 0, p, C.data, B.line);
+        for (int64_t f = 0; f < A.size(i); f++) {
+          add_products(sums + q * N + first, data + (A.begin(i) + f) * N + first,
+                       C.data + f * B.line, Acc(0), B.size(p));
         }
       }
     }
     release(A);
   });
-  s.add_(total.view({size.Q, size.B, size.T}));
+}
+
+// Whether products per token of narrow inputs and few queries are at::mm's: it packs neither side.
+bool library_multiplies(const at::Tensor& P) {
+  return P.scalar_type() == at::kFloat && compute_dtype(at::kFloat) == at::kFloat &&
+         P.size(2) <= kNarrow && P.size(0) < 4;
+}
+
+// The same by rows: y_n P_q of a row panel, dotted with x_n, for y [N,F], x [N,K].
+template <class Acc>
+void add_dots(Acc* sums, const at::Tensor& P, const at::Tensor& y, const at::Tensor& x) {
+  const int64_t Q = P.size(0), N = x.size(0), K = x.size(1);
+  const at::Tensor rows = x.to(c10::CppTypeToScalarType<Acc>::value).contiguous();
+  const Acc* data = rows.const_data_ptr<Acc>();
+  auto close = [&](int64_t q, int64_t m0, int64_t m, int64_t j, int64_t n, const Acc* C,
+                   int64_t ld) {
+    for (int64_t r = m0; r < m0 + m; r++, C += ld) sums[q * N + r] += dot(C, data + r * K + j, n);
+  };
+  if (library_multiplies(P)) {
+    for (int64_t q = 0; q < Q; q++) {
+      const at::Tensor product = at::mm(y, P.select(0, q));
+      close(q, 0, N, 0, K, product.const_data_ptr<Acc>(), K);
+    }
+    return;
+  }
+  const Panels A = pack_rows(y.unsqueeze(0));
+  if constexpr (std::is_same_v<Acc, float>) {
+    if (N <= kFew && P.element_size() == 2) {
+      return at::parallel_for(0, Q, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t q = begin; q < end; q++) {
+          const Matrix columns(P, 2, 1, q, 0);
+          const Passing product{A, columns, P.size(1), K};
+          product(0, product.count,
+                  [&](int64_t i, int64_t m, int64_t, int64_t j, int64_t n, const Acc* C,
+                      int64_t ld) { close(q, A.begin(i), m, j, n, C, ld); });
+        }
+      });
+    }
+  }
+  const Panels B = pack_columns(P, N);
+  at::parallel_for(0, Q * A.count, 1, [&](int64_t begin, int64_t end) {
+    Tile<Acc> C(A.width * B.line);
+    for (int64_t unit = begin; unit < end; unit++) {
+      const int64_t q = unit / A.count, i = unit % A.count;
+      for (int64_t j = 0; j < B.count; j++) {
+        multiply<Acc>(A, 0, i, B, q, j, C.data, B.line);
+        close(q, A.begin(i), A.size(i), B.begin(j), B.size(j), C.data, B.line);
+      }
+    }
+    release(A);
+  });
+}
+
+// s [Q,B,T]: g_n^T P_q (a_n, 1) for every token. A long side is contracted first, and a narrow one
+// last, by whole vectors of tokens where these pay for the turning.
+template <class Acc>
+void by_token(const at::Tensor& s, const at::Tensor& P, const at::Tensor& g, const at::Tensor& a,
+              bool bias, const Letters& size) {
+  const int64_t N = size.B * size.T, O = size.O, J = size.J, Q = size.Q;
+  at::Tensor total = at::zeros({Q, N}, at::dtype(s.scalar_type()));
+  Acc* sums = total.mutable_data_ptr<Acc>();
+  const at::Tensor outputs = g.reshape({N, O}), rows = a.reshape({N, size.I});
+  const at::Tensor inputs = bias ? at::constant_pad_nd(rows, {0, 1}, 1) : rows;
+  if (J >= 2 * O && N > kLanes && (Q >= 4 || N <= kFew)) {
+    add_forms(sums, P, inputs, outputs);
+  } else if (J <= kNarrow && !library_multiplies(P) &&
+             N >= (O <= kDepth || J <= kNarrow / 2 ? kTile / 2 : 4 * kTile)) {
+    add_forms(sums, P.mT(), outputs, inputs);
+  } else {
+    add_dots(sums, P, outputs, inputs);
+  }
+  s.add_(total.view({Q, size.B, size.T}));
 }
 
 void dense_scores(at::Tensor& s, const at::Tensor& P, const at::Tensor& g, const at::Tensor& a,
@@ -309,6 +363,8 @@ void dense_scores(at::Tensor& s, const at::Tensor& P, const at::Tensor& g, const
   if (s.numel() == 0 || P.numel() == 0) return;
   auto run = [&]<class Acc>(Acc) {
     if (s.dim() == 3) return by_token<Acc>(s, P, g, a, bias, size);
+    // A gradient of one token is an outer product: not made.
+    if (size.T == 1 && size.B >= kLanes && size.O * size.J >= kSmall) return by_token<Acc>(s.unsqueeze(2), P, g, a, bias, size);
     const at::Tensor rows = P.stride(2) == 1 ? P : P.contiguous();
     if constexpr (std::is_same_v<Acc, float>) {
       if (product_is_faster(rows, size)) {

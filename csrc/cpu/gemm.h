@@ -69,6 +69,10 @@ struct Matrix {
   Matrix(const void* data, at::ScalarType dtype, int64_t sf, int64_t sk)
       : data(static_cast<const char*>(data)), dtype(dtype), sf(sf), sk(sk) {}
   Matrix(const at::Tensor& x, int64_t free_dim, int64_t k_dim, int64_t b, int64_t from);
+  // The part from (f, k) on.
+  Matrix from(int64_t f, int64_t k) const {
+    return {data + (f * sf + k * sk) * c10::elementSize(dtype), dtype, sf, sk};
+  }
 };
 
 // One side of a product, cut into panels along its free dimension (m or n).
@@ -172,45 +176,46 @@ void product(const Panels& A, const Panels& B, const Ending& ending, int64_t par
 
 // Every tile of A x, A a single matrix of few rows, x [K,N] of 16 bits: as few rows meet each packed
 // element, columns are packed a chunk at a time where they are met, not whole and beforehand.
-// ending(i, m, j, n0, n, C, ldc) for the row panel i of m rows and the column panel j.
-template <class Ending>
-void product_in_passing(const Panels& A, const at::Tensor& x, const Ending& ending) {
-  const int64_t depth = x.size(0), N = x.size(1);
-  const auto dtype = A.storage.scalar_type();
-  const int64_t wide = std::clamp<int64_t>(2 * kFew / std::max<int64_t>(1, A.extent), 1, 4);
-  const int64_t width = panel_width(N), span = wide * width;
-  at::parallel_for(
-      0, ceil_div(N, span), grain(A.extent * span * depth), [&](int64_t begin, int64_t end) {
-        Panels B(true, 1, span, kDepth, dtype, width);
-        const int64_t ld = B.count * B.line;
-        Tile<float> C(A.extent * ld);
-        for (int64_t n0 = begin * span; n0 < std::min(N, end * span); n0 += span) {
-          B.extent = std::min(span, N - n0);
-          B.count = ceil_div(B.extent, width);
-          for (int64_t k = 0, chunk = 0; k < depth; k += kDepth, chunk++) {
-            B.depth = std::min(kDepth, depth - k);
-            B.padded_depth = round_up(B.depth, 2);
-            for (int64_t j = 0; j < B.count; j++) {
-              const Matrix from(x.narrow(0, k, B.depth).unsqueeze(0), 2, 1, 0, n0 + B.begin(j));
-              B.fill(0, j, B.size(j), from, false, nullptr, 0, B.padded_depth);
-            }
-            for (int64_t i = 0; i < A.count; i++) {
-              for (int64_t j = 0; j < B.count; j++) {
-                multiply_add(dtype, A.size(i), B.size(j), std::min(B.padded_depth, A.padded_depth - k),
-                             A.at(0, i, chunk), A.ld(chunk), B.at(0, j, 0), B.line,
-                             C.data + A.begin(i) * ld + B.begin(j), ld, k > 0);
-              }
-            }
-          }
+struct Passing {
+  const Panels& A;
+  const Matrix& x;
+  int64_t depth, N;
+  int64_t width = panel_width(N);  // of a column panel
+  int64_t span = width * std::clamp<int64_t>(2 * kFew / std::max<int64_t>(1, A.extent), 1, 4);
+  int64_t count = ceil_div(N, span);
+
+  // ending(i, m, j, n0, n, C, ldc) for every row panel i, of m rows, and every column panel j of
+  // the spans [begin, end), in this order.
+  template <class Ending>
+  void operator()(int64_t begin, int64_t end, const Ending& ending) const {
+    const auto dtype = A.storage.scalar_type();
+    Panels B(true, 1, span, kDepth, dtype, width);
+    const int64_t ld = B.count * B.line;
+    Tile<float> C(A.extent * ld);
+    for (int64_t n0 = begin * span; n0 < std::min(N, end * span); n0 += span) {
+      B.extent = std::min(span, N - n0);
+      B.count = ceil_div(B.extent, width);
+      for (int64_t k = 0, chunk = 0; k < depth; k += kDepth, chunk++) {
+        B.depth = std::min(kDepth, depth - k);
+        B.padded_depth = round_up(B.depth, 2);
+        const int64_t K = std::min(B.padded_depth, A.padded_depth - k);
+        for (int64_t j = 0; j < B.count; j++) {
+          B.fill(0, j, B.size(j), x.from(n0 + B.begin(j), k), false, nullptr, 0, B.padded_depth);
           for (int64_t i = 0; i < A.count; i++) {
-            for (int64_t j = 0; j < B.count; j++) {
-              ending(i, A.size(i), n0 / width + j, n0 + B.begin(j), B.size(j),
-                     C.data + A.begin(i) * ld + B.begin(j), ld);
-            }
+            multiply_add(dtype, A.size(i), B.size(j), K, A.at(0, i, chunk), A.ld(chunk),
+                         B.at(0, j, 0), B.line, C.data + A.begin(i) * ld + B.begin(j), ld, k > 0);
           }
         }
-        release(A);
-      });
-}
+      }
+      for (int64_t i = 0; i < A.count; i++) {
+        for (int64_t j = 0; j < B.count; j++) {
+          ending(i, A.size(i), n0 / width + j, n0 + B.begin(j), B.size(j),
+                 C.data + A.begin(i) * ld + B.begin(j), ld);
+        }
+      }
+    }
+    release(A);
+  }
+};
 
 }  // namespace ekfac_fast::cpu

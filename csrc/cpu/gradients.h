@@ -55,16 +55,17 @@ void passing_product(const at::Tensor& G, const at::Tensor& Q, const Ending& end
   const int64_t width = most * O <= kTile ? most * O : panel_width(O);
   const int64_t across = ceil_div(G.size(2), kTile);
   const Panels rows = pack_rows(G.view({1, n * O, G.size(2)}), {.width = width});
-  product_in_passing(rows, Q,
-                     [&](int64_t i, int64_t m, int64_t j, int64_t n0, int64_t columns,
-                         const float* C, int64_t ld) {
-                       if (O > kTile) {  // of one sequence
-                         return ending(0, rows.begin(i), m, n0, columns, C, ld, i * across + j);
-                       }
-                       for (int64_t b = 0; b < m / O; b++) {
-                         ending(i * most + b, 0, O, n0, columns, C + b * O * ld, ld, j);
-                       }
-                     });
+  const Matrix columns(Q.unsqueeze(0), 2, 1, 0, 0);
+  const Passing product{rows, columns, Q.size(0), Q.size(1)};
+  auto close = [&](int64_t i, int64_t m, int64_t j, int64_t n0, int64_t n, const float* C,
+                   int64_t ld) {
+    if (O > kTile) return ending(0, rows.begin(i), m, n0, n, C, ld, i * across + j);
+    for (int64_t b = 0; b < m / O; b++) {
+      ending(i * most + b, 0, O, n0, n, C + b * O * ld, ld, j);
+    }
+  };
+  at::parallel_for(0, product.count, grain(rows.extent * product.span * product.depth),
+                   [&](int64_t begin, int64_t end) { product(begin, end, close); });
 }
 
 // ending(b, o0, o, j0, j, tile, ld, index) for every tile of every Qg^T G_b Qa. Sequences are cut
