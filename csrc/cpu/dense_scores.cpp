@@ -11,6 +11,7 @@
 #include "../check.h"
 #include "endings.h"
 #include "gradients.h"
+#include "isa.h"
 
 namespace ekfac_fast::cpu {
 namespace {
@@ -29,11 +30,30 @@ constexpr int64_t kSequences = 8;                     // fewer: P is read for th
 // Whether the same piece of all rows lies in the same few lines of the caches.
 bool collides(const at::Tensor& P) { return P.stride(0) * P.element_size() % 4096 == 0; }
 
-// Instead of dot products, which convert bf16 first.
+// Sequences whose whole gradients the library writes at a time; 0 where ours are faster: of few
+// tokens, or so large that P would be read more often.
+int64_t library_sequences(const at::Tensor& g, const at::Tensor& a, const Letters& size) {
+  const int64_t fit = kLibraryBytes / (g.element_size() * size.O * size.J);
+  const int64_t group = std::min(size.B, kGroup);
+  return library_forms(g, a, size.J) && size.T >= 32 && group <= fit ? group : 0;
+}
+
+// Instead of dot products, which convert 16 bits first or, of bf16 as it lies, meet few rows at a
+// time.
 bool product_is_faster(const at::Tensor& P, const Letters& size) {
   const bool bf16 = compute_dtype(P.scalar_type()) == at::kBFloat16;
   if (size.B >= kSequences) return size.Q >= (bf16 ? 4 : 12);
-  return bf16 && size.Q >= 12 && !collides(P);
+  return bf16 && P.scalar_type() == at::kFloat && size.Q >= 12 && !collides(P);
+}
+
+// Whether bf16 is dotted as it lies: of few sequences P is read once, of few queries turning
+// gradients would take longer than their products.
+bool dots_as_it_lies(const at::Tensor& P, const at::Tensor& g, const at::Tensor& a,
+                     const Letters& size) {
+  if (P.scalar_type() != at::kBFloat16 || !has_bf16_products()) return false;
+  if (size.B < kSequences) return true;
+  if (size.Q < 4) return false;
+  return library_sequences(g, a, size) ? size.Q <= 8 : size.Q < 8 && size.J > kTile;
 }
 
 // Gradient tiles of a group of sequences, [m,n] of [O,J] from (o,j) on, `area` apart, and the
@@ -48,12 +68,12 @@ struct Held {
 
 // A few rows of P_q as dot products read them: in place if they are Acc already, else widened into
 // `room`.
-template <class Acc>
-const Acc* query_rows(const at::Tensor& P, int64_t q, int64_t o, int64_t m, int64_t j, int64_t n,
-                      Acc* room, int64_t& ld) {
-  auto from = [&]<class In>(In) -> const Acc* {
+template <class Out>
+const Out* query_rows(const at::Tensor& P, int64_t q, int64_t o, int64_t m, int64_t j, int64_t n,
+                      Out* room, int64_t& ld) {
+  auto from = [&]<class In>(In) -> const Out* {
     const In* data = P.const_data_ptr<In>() + q * P.stride(0) + o * P.stride(1) + j;
-    if constexpr (std::is_same_v<In, Acc>) {
+    if constexpr (std::is_same_v<In, Out>) {
       ld = P.stride(1);
       return data;
     } else {
@@ -62,8 +82,8 @@ const Acc* query_rows(const at::Tensor& P, int64_t q, int64_t o, int64_t m, int6
       return room;
     }
   };
-  if constexpr (std::is_same_v<Acc, double>)
-    return from(double{});
+  if constexpr (sizeof(Out) != 4)  // fp64 and bf16 are never converted
+    return from(Out{});
   else if (P.scalar_type() == at::kBFloat16)
     return from(at::BFloat16{});
   else if (P.scalar_type() == at::kHalf)
@@ -76,6 +96,7 @@ const Acc* query_rows(const at::Tensor& P, int64_t q, int64_t o, int64_t m, int6
 // their way to the cache; rows of P are multiplied as they lie, unless they are to be converted,
 // end in half a pair, or would all meet in the same few lines of the caches.
 struct Product {
+  using Stream = float;
   static constexpr bool kNarrows = true;     // gradients to the operands' dtype
   static constexpr int64_t kArea = 1 << 15;  // elements of turned gradients
   const at::Tensor& P;
@@ -140,19 +161,20 @@ struct Product {
 
 // Few queries or sequences: four of one meet four of the other, sixteen dot products from eight
 // streams, in pieces that stay in the first-level cache.
-template <class Acc>
+template <class Acc, class In = Acc>
 struct Dots {
-  static constexpr bool kNarrows = false;
-  static constexpr int64_t kPiece = 16384;  // elements of a stream
+  using Stream = In;
+  static constexpr bool kNarrows = !std::is_same_v<In, Acc>;
+  static constexpr int64_t kPiece = kNarrows ? 4096 : 16384;  // elements of a stream
   // A single sequence is as fast as P is read: long rows of it, as they lie.
   static Cut cut(const Letters& size) {
-    if (size.B >= kSequences) return {kTile / 2, 2 * kTile, kGroup};
+    if (size.B >= kSequences) return {kTile / 2, (kNarrows ? 1 : 2) * kTile, kGroup};
     return {std::clamp(round_up(4 * kPiece / size.J, kLanes), kTile / 4, kTile), 16 * kTile,
             kSequences};
   }
   const at::Tensor& P;
   const Letters& size;
-  Tile<Acc> room{4 * kPiece};
+  Tile<In> room{kNarrows ? 0 : 4 * kPiece};
 
   void close(const Held<Acc>& held) {
     const int64_t columns = std::min(kPiece, held.n), rows = kPiece / columns;
@@ -167,7 +189,7 @@ struct Dots {
     const int64_t Q = P.size(0);
     for (int64_t q = 0; q < Q; q += 4) {
       const int64_t queries = std::min<int64_t>(4, Q - q);
-      const Acc *x[4], *y[4];
+      const In *x[4], *y[4];
       int64_t ld = 0;
       for (int64_t k = 0; k < queries; k++) {
         x[k] = query_rows(P, q + k, held.o + r, m, held.j + j, n, room.data + k * kPiece, ld);
@@ -175,7 +197,7 @@ struct Dots {
       for (int64_t b = 0; b < held.sequences; b += 4) {
         const int64_t sequences = std::min<int64_t>(4, held.sequences - b);
         for (int64_t k = 0; k < sequences; k++) {
-          y[k] = static_cast<const Acc*>(held.G) + (b + k) * held.area + r * held.ld + j;
+          y[k] = static_cast<const In*>(held.G) + (b + k) * held.area + r * held.ld + j;
         }
         dots(held.sums + q * size.B + held.b + b, size.B, 1, x, queries, ld, y, sequences, held.ld,
              m, n);
@@ -184,18 +206,12 @@ struct Dots {
   }
 };
 
-// Sequences whose whole gradients the library writes at a time; 0 where ours are faster: of few
-// tokens, or so large that P would be read more often.
-int64_t library_sequences(const at::Tensor& g, const at::Tensor& a, const Letters& size) {
-  const int64_t fit = kLibraryBytes / (g.element_size() * size.O * size.J);
-  const int64_t group = std::min(size.B, kGroup);
-  return library_forms(g, a, size.J) && size.T >= 32 && group <= fit ? group : 0;
-}
-
 // s [Q,B].
 template <class Acc, class Closing>
 void by_sequence(at::Tensor& s, const at::Tensor& P, const at::Tensor& g, const at::Tensor& a,
                  bool bias, const Letters& size) {
+  using Stream = typename Closing::Stream;
+  constexpr bool same = std::is_same_v<Stream, Acc>;
   const bool exact = Closing::kNarrows || g.scalar_type() == s.scalar_type();
   const int64_t library = exact ? library_sequences(g, a, size) : 0;
   const Cut cut = library ? Cut{Closing::cut(size).rows, size.J, library} : Closing::cut(size);
@@ -222,13 +238,14 @@ void by_sequence(at::Tensor& s, const at::Tensor& P, const at::Tensor& g, const 
     at::Tensor G;
     if (library) G = unrotated_gradients(g.narrow(0, b0, b1 - b0), a.narrow(0, b0, b1 - b0), bias);
     at::parallel_for(0, blocks, grain(work), [&](int64_t begin, int64_t end) {
-      Tile<Acc> room(library ? 0 : group * area);
+      Tile<Stream> room(library ? 0 : group * area);
+      Tile<Acc> wide(library || same ? 0 : cut.rows * width);
       Closing closing{P, size};
       for (int64_t tile = begin * a_block; tile < std::min(tiles, end * a_block); tile++) {
         const int64_t o = tile / across * cut.rows, j = tile % across * columns;
         for (int64_t b = b0; b < b1; b += group) {
           Held<Acc> held{room.data,
-                         s.scalar_type(),
+                         c10::CppTypeToScalarType<Stream>::value,
                          area,
                          columns,
                          b,
@@ -244,8 +261,15 @@ void by_sequence(at::Tensor& s, const at::Tensor& P, const at::Tensor& g, const 
           }
           for (int64_t k = 0; !library && k < held.sequences; k++) {
             for (int64_t p = j / width; p * width < j + held.n; p++) {
-              multiply<Acc>(*A, b + k, o / cut.rows, *B, b + k, p,
-                            room.data + k * area + p * width - j, columns);
+              Stream* to = room.data + k * area + p * width - j;
+              if constexpr (same) {
+                multiply<Acc>(*A, b + k, o / cut.rows, *B, b + k, p, to, columns);
+              } else {
+                multiply<Acc>(*A, b + k, o / cut.rows, *B, b + k, p, wide.data, width);
+                for (int64_t r = 0; r < held.m; r++) {
+                  convert(to + r * columns, wide.data + r * width, B->size(p));
+                }
+              }
             }
           }
           // Whole rows that follow each other are one.
@@ -367,6 +391,9 @@ void dense_scores(at::Tensor& s, const at::Tensor& P, const at::Tensor& g, const
     if (size.T == 1 && size.B >= kLanes && size.O * size.J >= kSmall) return by_token<Acc>(s.unsqueeze(2), P, g, a, bias, size);
     const at::Tensor rows = P.stride(2) == 1 ? P : P.contiguous();
     if constexpr (std::is_same_v<Acc, float>) {
+      if (dots_as_it_lies(rows, g, a, size)) {
+        return by_sequence<Acc, Dots<Acc, at::BFloat16>>(s, rows, g, a, bias, size);
+      }
       if (product_is_faster(rows, size)) {
         return by_sequence<Acc, Product>(s, rows, g, a, bias, size);
       }

@@ -56,6 +56,8 @@ double dot(const double* x, const double* y, int64_t n);
 // S[p sx + q sy] += sum_ri X_p[r,i] Y_q[r,i] for p < nx, q < ny, each at most 4; over m rows of n
 void dots(float* S, int64_t sx, int64_t sy, const float* const* X, int64_t nx, int64_t ldx,
           const float* const* Y, int64_t ny, int64_t ldy, int64_t m, int64_t n);
+void dots(float* S, int64_t sx, int64_t sy, const c10::BFloat16* const* X, int64_t nx, int64_t ldx,
+          const c10::BFloat16* const* Y, int64_t ny, int64_t ldy, int64_t m, int64_t n);
 void dots(double* S, int64_t sx, int64_t sy, const double* const* X, int64_t nx, int64_t ldx,
           const double* const* Y, int64_t ny, int64_t ldy, int64_t m, int64_t n);
 

@@ -120,6 +120,10 @@ void fill_columns(Out* y, int64_t ld, int64_t n, int64_t depth, const In* x, int
       alignas(64) Out words[kLanes * kTile];
       for (int64_t f = 0; f < n; f += kLanes) {
         const int64_t lines = std::min(kLanes, n - f);
+        if (std::is_same_v<In, Out> && sf % pair == 0) {  // words already
+          transpose(y + f * pair, ld, x + f * sf, sf / pair, lines, depth / pair);
+          continue;
+        }
         for (int64_t k = 0; k < depth; k += kTile) {
           const int64_t some = std::min(kTile, depth - k);
           for (int64_t l = 0; l < lines; l++) {
