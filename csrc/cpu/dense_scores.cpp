@@ -43,7 +43,7 @@ int64_t library_sequences(const at::Tensor& g, const at::Tensor& a, const Letter
 bool product_is_faster(const at::Tensor& P, const Letters& size) {
   const bool bf16 = compute_dtype(P.scalar_type()) == at::kBFloat16;
   if (size.B >= kSequences) return size.Q >= (bf16 ? 4 : 12);
-  return bf16 && P.scalar_type() == at::kFloat && size.Q >= 12 && !collides(P);
+  return bf16 && size.Q >= 12 && !collides(P);
 }
 
 // Whether bf16 is dotted as it lies: of few sequences P is read once, of few queries turning
@@ -51,7 +51,8 @@ bool product_is_faster(const at::Tensor& P, const Letters& size) {
 bool dots_as_it_lies(const at::Tensor& P, const at::Tensor& g, const at::Tensor& a,
                      const Letters& size) {
   if (P.scalar_type() != at::kBFloat16 || !has_bf16_products()) return false;
-  if (size.B < kSequences) return true;
+  // Every vector of odd rows lies across two lines of the caches.
+  if (size.B < kSequences) return size.B < 4 || size.J % 2 == 0 || size.Q < kGroup;
   if (size.Q < 4) return false;
   return library_sequences(g, a, size) ? size.Q <= 8 : size.Q < 8 && size.J > kTile;
 }
@@ -165,7 +166,7 @@ template <class Acc, class In = Acc>
 struct Dots {
   using Stream = In;
   static constexpr bool kNarrows = !std::is_same_v<In, Acc>;
-  static constexpr int64_t kPiece = kNarrows ? 4096 : 16384;  // elements of a stream
+  static constexpr int64_t kPiece = 16384;  // elements of a stream that is read once
   // A single sequence is as fast as P is read: long rows of it, as they lie.
   static Cut cut(const Letters& size) {
     if (size.B >= kSequences) return {kTile / 2, (kNarrows ? 1 : 2) * kTile, kGroup};
@@ -177,7 +178,8 @@ struct Dots {
   Tile<In> room{kNarrows ? 0 : 4 * kPiece};
 
   void close(const Held<Acc>& held) {
-    const int64_t columns = std::min(kPiece, held.n), rows = kPiece / columns;
+    const int64_t most = kNarrows && size.B >= kSequences ? kPiece / 4 : kPiece;
+    const int64_t columns = std::min(most, held.n), rows = most / columns;
     for (int64_t r = 0; r < held.m; r += rows) {
       for (int64_t j = 0; j < held.n; j += columns) {
         piece(held, r, std::min(rows, held.m - r), j, std::min(columns, held.n - j));

@@ -12,6 +12,7 @@
 #include "../check.h"
 #include "endings.h"
 #include "gemm.h"
+#include "scratch.h"
 
 namespace ekfac_fast::cpu {
 namespace {
@@ -48,7 +49,9 @@ struct Side {
         A(library ? Panels(rows.cut(x), false, rows.width)
                   : pack_rows(rows.cut(x), {.width = rows.width})),
         B(library ? Panels(factors, true, width) : pack_columns(factors, N, {.width = width})) {
-    if (library) whole = at::mm(x.reshape({N, -1}), factors[0]);
+    if (!library) return;
+    whole = scratch({N, factors.size(2)}, x.scalar_type());
+    at::mm_out(whole, x.reshape({N, -1}), factors[0]);
   }
   // The product of a row panel and a column panel.
   void tile(int64_t b, int64_t i, int64_t p, Acc* room) const {
@@ -177,9 +180,12 @@ void low_rank_scores(at::Tensor& s, const at::Tensor& L, const at::Tensor& R, co
             {s, L, R, g, a}, bias);
   if (s.numel() == 0 || size.K == 0 || size.T == 0) return;
   // A slab of queries against a slab of sequences at a time; a tile of the rank, if it is larger.
+  // Factors side by side are not packed for few rows: they need no slabs.
   const int64_t lines = slab_lines(std::max(size.O, size.I));
   const int64_t group = std::max<int64_t>(1, kTile / size.K);
-  const int64_t queries = round_up(ceil_div(lines, size.K), group);
+  const bool in_place = size.B * size.T <= kFew && L.stride(0) == size.K * L.stride(2) &&
+                        R.stride(0) == size.K * R.stride(1);
+  const int64_t queries = in_place ? size.Q : round_up(ceil_div(lines, size.K), group);
   // What the library multiplies is written whole: no more of it than a slab, either.
   const int64_t columns = std::min(queries, size.Q) * std::min(kTile, size.K);
   const int64_t sequences = ceil_div(std::min(lines, slab_lines(columns)), size.T);
