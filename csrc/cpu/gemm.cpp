@@ -18,7 +18,8 @@ at::ScalarType compute_dtype(at::ScalarType dtype) {
 
 bool library_multiplies(int64_t rows, int64_t depth, int64_t columns, at::ScalarType dtype) {
   return dtype == at::kBFloat16 && has_bf16_products() &&
-         (rows <= 2 * kFew || columns <= kTile / 2 || depth % 2 == 1);
+         ((rows <= kFew && rows <= depth) || columns <= kTile / 2 ||
+          (depth % 2 == 1 && 2 * depth > columns));
 }
 
 void multiply_add(at::ScalarType dtype, int64_t M, int64_t N, int64_t K, const void* x, int64_t lda,
