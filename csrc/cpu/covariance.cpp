@@ -12,8 +12,8 @@
 namespace ekfac_fast::cpu {
 namespace {
 
-constexpr int64_t kNarrowest = 256;
-constexpr int64_t kPart = 16 * kDepth;
+constexpr int64_t kStreamed = 2 * kTile;  // features whose covariance stays in cache
+constexpr int64_t kPart = 16 * kDepth;    // rows worth sums of their own
 
 template <class Acc>
 void add_tile(Acc* cov, int64_t J, int64_t m0, int64_t m, int64_t n0, int64_t n, const Acc* C,
@@ -72,11 +72,11 @@ void accumulate(at::Tensor& cov, const at::Tensor& x, const at::Tensor& rows, bo
 
 // Whether one covariance and a chunk of packed rows stay in the second-level cache.
 bool stays_in_cache(const at::Tensor& x, int64_t J) {
-  return compute_dtype(x.scalar_type()) == at::kBFloat16 && J <= kNarrowest;
+  return compute_dtype(x.scalar_type()) == at::kBFloat16 && J <= kStreamed;
 }
 
-// Narrow bf16: rows stream past sums that stay, a chunk of them packed at a time; its words, turned,
-// are the left operand. Parts depend on the shape alone, so results repeat.
+// Narrow bf16: rows stream past sums that stay, a chunk of them packed at a time; its words,
+// turned, are the left operand. Parts depend on the shape alone, so results repeat.
 void streamed(at::Tensor& cov, const at::Tensor& x, const at::Tensor& rows, bool bias) {
   const int64_t J = cov.size(0), I = x.size(1), N = rows.defined() ? rows.numel() : x.size(0);
   const int64_t parts = std::clamp<int64_t>(N / kPart, 1, 8), part = ceil_div(N, parts);
@@ -94,7 +94,8 @@ void streamed(at::Tensor& cov, const at::Tensor& x, const at::Tensor& rows, bool
       right.padded_depth = round_up(right.depth, 2);
       for (int64_t j = 0; j < right.count; j++) {
         const int64_t lines = std::clamp<int64_t>(I - right.begin(j), 0, right.width);
-        right.fill(0, j, lines, whole.from(right.begin(j), pick ? 0 : n), bias && j + 1 == right.count, pick ? pick + n : nullptr, 0, right.padded_depth);
+        right.fill(0, j, lines, whole.from(right.begin(j), pick ? 0 : n),
+                   bias && j + 1 == right.count, pick ? pick + n : nullptr, 0, right.padded_depth);
         transpose(left.data + right.begin(j) * kDepth, kDepth / 2, right.at(0, j, 0), right.line,
                   right.padded_depth / 2, right.size(j));
         for (int64_t i = 0; i <= j; i++) {

@@ -1,7 +1,5 @@
 // s_qb += <P_q, G_b>: the product [Q,OJ] x [OJ,B], of which the right side is made a tile at a time
-// and met by every query while it is in cache. Per token, g P_q meets a, tile by tile.
-#include <ATen/ops/constant_pad_nd.h>
-#include <ATen/ops/mm.h>
+// and met by every query while it is in cache. Per token: `token_scores.cpp`.
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -12,6 +10,7 @@
 #include "endings.h"
 #include "gradients.h"
 #include "isa.h"
+#include "token_scores.h"
 
 namespace ekfac_fast::cpu {
 namespace {
@@ -38,8 +37,7 @@ int64_t library_sequences(const at::Tensor& g, const at::Tensor& a, const Letter
   return library_forms(g, a, size.J) && size.T >= 32 && group <= fit ? group : 0;
 }
 
-// Instead of dot products, which convert 16 bits first or, of bf16 as it lies, meet few rows at a
-// time.
+// Whether the product of all queries at a time is faster than dot products, four by four.
 bool product_is_faster(const at::Tensor& P, const Letters& size) {
   const bool bf16 = compute_dtype(P.scalar_type()) == at::kBFloat16;
   if (size.B >= kSequences) return size.Q >= (bf16 ? 4 : 12);
@@ -161,12 +159,12 @@ struct Product {
 };
 
 // Few queries or sequences: four of one meet four of the other, sixteen dot products from eight
-// streams, in pieces that stay in the first-level cache.
+// streams In, in pieces that stay in the caches; bf16 as it lies.
 template <class Acc, class In = Acc>
 struct Dots {
   using Stream = In;
   static constexpr bool kNarrows = !std::is_same_v<In, Acc>;
-  static constexpr int64_t kPiece = 16384;  // elements of a stream that is read once
+  static constexpr int64_t kPiece = 16384;  // elements of a stream
   // A single sequence is as fast as P is read: long rows of it, as they lie.
   static Cut cut(const Letters& size) {
     if (size.B >= kSequences) return {kTile / 2, (kNarrows ? 1 : 2) * kTile, kGroup};
@@ -176,9 +174,9 @@ struct Dots {
   const at::Tensor& P;
   const Letters& size;
   Tile<In> room{kNarrows ? 0 : 4 * kPiece};
+  int64_t most = kNarrows && size.B >= kSequences ? kPiece / 4 : kPiece;
 
   void close(const Held<Acc>& held) {
-    const int64_t most = kNarrows && size.B >= kSequences ? kPiece / 4 : kPiece;
     const int64_t columns = std::min(most, held.n), rows = most / columns;
     for (int64_t r = 0; r < held.m; r += rows) {
       for (int64_t j = 0; j < held.n; j += columns) {
@@ -285,112 +283,17 @@ void by_sequence(at::Tensor& s, const at::Tensor& P, const at::Tensor& g, const 
   s.add_(partial.sum(0));
 }
 
-// sums[q,n] += sum_f (P_q x_n)[f] y_nf for P [Q,F,K], x [N,K], y [N,F]: products [F,N], rows of P as
-// they lie, whose rows meet those of y^T.
-template <class Acc>
-void add_forms(Acc* sums, const at::Tensor& P, const at::Tensor& x, const at::Tensor& y) {
-  const int64_t Q = P.size(0), N = x.size(0);
-  const at::Tensor turned = y.t().to(c10::CppTypeToScalarType<Acc>::value).contiguous();
-  const Acc* data = turned.const_data_ptr<Acc>();
-  const Panels A = pack_rows(P), B = pack_columns(x.t().unsqueeze(0), kFew + 1);
-  const int64_t work = A.extent * B.width * A.depth;
-  at::parallel_for(0, B.count * Q, grain(work), [&](int64_t begin, int64_t end) {
-    Tile<Acc> C(A.width * B.line);
-    for (int64_t unit = begin; unit < end; unit++) {
-      const int64_t p = unit / Q, q = unit % Q, first = B.begin(p);
-      for (int64_t i = 0; i < A.count; i++) {
-        multiply<Acc>(A, q, i, B, 0, p, C.data, B.line);
-        for (int64_t f = 0; f < A.size(i); f++) {
-          add_products(sums + q * N + first, data + (A.begin(i) + f) * N + first,
-                       C.data + f * B.line, Acc(0), B.size(p));
-        }
-      }
-    }
-    release(A);
-  });
-}
-
-// Whether products per token of narrow inputs and few queries are at::mm's: it packs neither side.
-bool library_multiplies(const at::Tensor& P) {
-  return P.scalar_type() == at::kFloat && compute_dtype(at::kFloat) == at::kFloat &&
-         P.size(2) <= kNarrow && P.size(0) < 4;
-}
-
-// The same by rows: y_n P_q of a row panel, dotted with x_n, for y [N,F], x [N,K].
-template <class Acc>
-void add_dots(Acc* sums, const at::Tensor& P, const at::Tensor& y, const at::Tensor& x) {
-  const int64_t Q = P.size(0), N = x.size(0), K = x.size(1);
-  const at::Tensor rows = x.to(c10::CppTypeToScalarType<Acc>::value).contiguous();
-  const Acc* data = rows.const_data_ptr<Acc>();
-  auto close = [&](int64_t q, int64_t m0, int64_t m, int64_t j, int64_t n, const Acc* C,
-                   int64_t ld) {
-    for (int64_t r = m0; r < m0 + m; r++, C += ld) sums[q * N + r] += dot(C, data + r * K + j, n);
-  };
-  if (library_multiplies(P)) {
-    for (int64_t q = 0; q < Q; q++) {
-      const at::Tensor product = at::mm(y, P.select(0, q));
-      close(q, 0, N, 0, K, product.const_data_ptr<Acc>(), K);
-    }
-    return;
-  }
-  const Panels A = pack_rows(y.unsqueeze(0));
-  if constexpr (std::is_same_v<Acc, float>) {
-    if (N <= kFew && P.element_size() == 2) {
-      return at::parallel_for(0, Q, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t q = begin; q < end; q++) {
-          const Matrix columns(P, 2, 1, q, 0);
-          const Passing product{A, columns, P.size(1), K};
-          product(0, product.count,
-                  [&](int64_t i, int64_t m, int64_t, int64_t j, int64_t n, const Acc* C,
-                      int64_t ld) { close(q, A.begin(i), m, j, n, C, ld); });
-        }
-      });
-    }
-  }
-  const Panels B = pack_columns(P, N);
-  at::parallel_for(0, Q * A.count, 1, [&](int64_t begin, int64_t end) {
-    Tile<Acc> C(A.width * B.line);
-    for (int64_t unit = begin; unit < end; unit++) {
-      const int64_t q = unit / A.count, i = unit % A.count;
-      for (int64_t j = 0; j < B.count; j++) {
-        multiply<Acc>(A, 0, i, B, q, j, C.data, B.line);
-        close(q, A.begin(i), A.size(i), B.begin(j), B.size(j), C.data, B.line);
-      }
-    }
-    release(A);
-  });
-}
-
-// s [Q,B,T]: g_n^T P_q (a_n, 1) for every token. A long side is contracted first, and a narrow one
-// last, by whole vectors of tokens where these pay for the turning.
-template <class Acc>
-void by_token(const at::Tensor& s, const at::Tensor& P, const at::Tensor& g, const at::Tensor& a,
-              bool bias, const Letters& size) {
-  const int64_t N = size.B * size.T, O = size.O, J = size.J, Q = size.Q;
-  at::Tensor total = at::zeros({Q, N}, at::dtype(s.scalar_type()));
-  Acc* sums = total.mutable_data_ptr<Acc>();
-  const at::Tensor outputs = g.reshape({N, O}), rows = a.reshape({N, size.I});
-  const at::Tensor inputs = bias ? at::constant_pad_nd(rows, {0, 1}, 1) : rows;
-  if (J >= 2 * O && N > kLanes && (Q >= 4 || N <= kFew)) {
-    add_forms(sums, P, inputs, outputs);
-  } else if (J <= kNarrow && !library_multiplies(P) &&
-             N >= (O <= kDepth || J <= kNarrow / 2 ? kTile / 2 : 4 * kTile)) {
-    add_forms(sums, P.mT(), outputs, inputs);
-  } else {
-    add_dots(sums, P, outputs, inputs);
-  }
-  s.add_(total.view({Q, size.B, size.T}));
-}
-
 void dense_scores(at::Tensor& s, const at::Tensor& P, const at::Tensor& g, const at::Tensor& a,
                   bool bias) {
   const Letters size =
       check("dense_scores", "s[Q,B]|[Q,B,T] P[Q,O,J] g[B,T,O] a[B,T,I]", {s, P, g, a}, bias);
   if (s.numel() == 0 || P.numel() == 0) return;
+  if (s.dim() == 3) return token_scores(s, P, g, a, bias, size);
+  // A gradient of one token is an outer product: not made.
+  if (size.T == 1 && size.B >= kLanes && size.O * size.J >= kSmall) {
+    return token_scores(s.unsqueeze(2), P, g, a, bias, size);
+  }
   auto run = [&]<class Acc>(Acc) {
-    if (s.dim() == 3) return by_token<Acc>(s, P, g, a, bias, size);
-    // A gradient of one token is an outer product: not made.
-    if (size.T == 1 && size.B >= kLanes && size.O * size.J >= kSmall) return by_token<Acc>(s.unsqueeze(2), P, g, a, bias, size);
     const at::Tensor rows = P.stride(2) == 1 ? P : P.contiguous();
     if constexpr (std::is_same_v<Acc, float>) {
       if (dots_as_it_lies(rows, g, a, size)) {

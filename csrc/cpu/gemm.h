@@ -56,8 +56,9 @@ inline int64_t grain(int64_t work) {
 at::ScalarType compute_dtype(at::ScalarType dtype);
 
 // Whether bf16 is better multiplied by at::mm: pairing the k of a matrix that few rows meet costs
-// more than the product, as does copying rows that end in half a pair, or rows for few columns. The
-// library needs none of it.
+// more than the product, as does copying long rows that end in half a pair, or rows for few
+// columns. The library needs none of it, but writes the product: of a depth below its rows that
+// costs more.
 bool library_multiplies(int64_t rows, int64_t depth, int64_t columns, at::ScalarType dtype);
 
 // A matrix in place: element (f, k) of the free and the summed dimension is data[f * sf + k * sk].
@@ -174,8 +175,9 @@ void product(const Panels& A, const Panels& B, const Ending& ending, int64_t par
   });
 }
 
-// Every tile of A x, A a single matrix of few rows, x [K,N] of 16 bits: as few rows meet each packed
-// element, columns are packed a chunk at a time where they are met, not whole and beforehand.
+// Every tile of A x, A a single matrix of few rows, x [K,N] of 16 bits: as few rows meet each
+// packed element, columns are packed a chunk at a time where they are met, not whole and
+// beforehand.
 struct Passing {
   const Panels& A;
   const Matrix& x;

@@ -48,20 +48,17 @@ void stacked_product(const at::Tensor& G, const Panels& B, const Ending& ending,
   }
 }
 
-// The same of so few rows of 16 bits that Q [J,J] is packed where they meet it.
+// The same of so few rows of 16 bits that Q [J,J] is packed where they meet it, O at most a tile.
 template <class Ending>
 void passing_product(const at::Tensor& G, const at::Tensor& Q, const Ending& ending) {
-  const int64_t n = G.size(0), O = G.size(1), most = std::max<int64_t>(1, kTile / O);
-  const int64_t width = most * O <= kTile ? most * O : panel_width(O);
-  const int64_t across = ceil_div(G.size(2), kTile);
-  const Panels rows = pack_rows(G.view({1, n * O, G.size(2)}), {.width = width});
-  const Matrix columns(Q.unsqueeze(0), 2, 1, 0, 0);
-  const Passing product{rows, columns, Q.size(0), Q.size(1)};
-  auto close = [&](int64_t i, int64_t m, int64_t j, int64_t n0, int64_t n, const float* C,
+  const int64_t n = G.size(0), O = G.size(1), most = kTile / O;
+  const Panels rows = pack_rows(G.view({1, n * O, G.size(2)}), {.width = most * O});
+  const Matrix right(Q.unsqueeze(0), 2, 1, 0, 0);
+  const Passing product{rows, right, Q.size(0), Q.size(1)};
+  auto close = [&](int64_t i, int64_t m, int64_t j, int64_t n0, int64_t columns, const float* C,
                    int64_t ld) {
-    if (O > kTile) return ending(0, rows.begin(i), m, n0, n, C, ld, i * across + j);
     for (int64_t b = 0; b < m / O; b++) {
-      ending(i * most + b, 0, O, n0, n, C + b * O * ld, ld, j);
+      ending(i * most + b, 0, O, n0, columns, C + b * O * ld, ld, j);
     }
   };
   at::parallel_for(0, product.count, grain(rows.extent * product.span * product.depth),
@@ -82,8 +79,11 @@ void gradient_tiles(const at::Tensor& g, const at::Tensor& a, const std::optiona
   const int64_t step = sequences_at_once(size, a_late || g_late);
   std::optional<Panels> left, right;
   if (g_late) left = pack_rows(Qg->t().unsqueeze(0));
-  const bool passing = a_late && !g_late && Qa->element_size() == 2 && (size.O <= kTile || step == 1) && std::min(step, size.B) * size.O <= kFew;
-  if (a_late && !g_late && !passing) right = pack_columns(Qa->unsqueeze(0), std::min(step, size.B) * size.O);
+  const bool passing = a_late && !g_late && Qa->element_size() == 2 && size.O <= kTile &&
+                       std::min(step, size.B) * size.O <= kFew;
+  if (a_late && !g_late && !passing) {
+    right = pack_columns(Qa->unsqueeze(0), std::min(step, size.B) * size.O);
+  }
   for (int64_t b0 = 0; b0 < size.B; b0 += step) {
     const int64_t n = std::min(step, size.B - b0);
     auto from = [&](int64_t b, auto... tile) { ending(b0 + b, tile...); };

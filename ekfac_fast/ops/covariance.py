@@ -5,7 +5,8 @@
     mask  [N]    bool or 0/1  rows with 0 contribute nothing, not even a NaN; None keeps every row
     bias                      the rows are (x, 1): J = I + 1, the last row of cov is the column sum
 
-Kernels skip masked rows, compute one triangle and accumulate in fp32 whatever the operands are.
+Kernels skip masked rows, compute one triangle and accumulate in fp32 whatever the operands are. On
+a CPU an fp32 covariance of one tile (J <= 144) or of few rows (N <= 32) is `addmm` itself.
 """
 
 from collections.abc import Iterator
@@ -46,6 +47,7 @@ def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
         ("a tile and one more", 129, 257, False),
         ("a tile less one", 63, 255, True),
         ("long sum", 4096, 48, False),
+        ("sum in parts", 8449, 15, True),
         ("no rows", 0, 7, True),
     ):
         shape = Shape(B=N, I=I, bias=bias)

@@ -5,8 +5,11 @@
     g, a  [B,T,O], [B,T,I]  operands     as in `eigenvalues`; bias: column J of P meets a constant 1
 
 Per sequence, kernels contract each gradient tile with all queries while it is in cache; per token
-(Eq. 31) they contract g with P_q and close the sum with a. No [B,O,J] or [Q,B,T,O] tensor exists.
-Scans call `laid_out` on P once.
+(Eq. 31) they contract P_q with the longer of g and a and close the sum with the other. No [B,O,J]
+or [Q,B,T,O] tensor exists. Scans call `laid_out` on P once.
+
+On a CPU gradients of at least 32 tokens are `bmm` itself, of a few sequences at a time, in bf16 or
+of narrow layers; so are fp32 products per token of narrow inputs and fewer than four queries `mm`.
 """
 
 from collections.abc import Iterator
@@ -55,6 +58,11 @@ def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
         ("a tile and one more", 17, 9, 65, 129, 65, False),
         ("a tile less one", 7, 2, 127, 63, 127, True),
         ("many queries of narrow layers", 21, 13, 6, 17, 9, True),
+        ("narrow inputs", 5, 3, 40, 17, 60, True),
+        ("a query of narrow inputs", 1, 3, 11, 20, 30, True),
+        ("few queries", 6, 9, 5, 140, 30, True),
+        ("few queries of narrow layers", 6, 9, 33, 30, 20, False),
+        ("one token", 4, 19, 1, 70, 40, True),
         ("no queries", 0, 2, 4, 5, 6, True),
         ("no sequences", 3, 0, 4, 5, 6, True),
     ):

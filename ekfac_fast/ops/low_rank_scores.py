@@ -7,6 +7,9 @@
 
 Two products and the reduction over rank and tokens in one pass: no [B,T,Q,K] tensor, and dense
 queries L_q R_q are never rebuilt. Scans call `laid_out` on their factors once.
+
+On a CPU bf16 products of few rows or columns, and all of fewer than `LANES` columns, are `mm`
+itself.
 """
 
 from collections.abc import Iterator

@@ -86,6 +86,7 @@ def layers(dtype: torch.dtype, device: str = "cpu") -> Iterator[Layer]:
     yield layer("a tile and one more", 2, 33, 129, 65)
     yield layer("a tile less one", 2, 65, 127, 255, bias=True)
     yield layer("more rows than meet columns in place", 9, 30, 40, 50, bias=True)
+    yield layer("wide eigenvectors that few rows meet", 4, 60, 300, 50, bias=True)
     yield layer("no sequences", 0, 16, 8, 12, bias=True)
     for order in ORDERS:
         yield layer(f"forced order {order}", 2, 40, 48, 24, bias=True, order=order)
