@@ -1,6 +1,7 @@
 """A race of a small job from end to end, by real processes."""
 
 import json
+import sys
 import zipfile
 from pathlib import Path
 
@@ -167,6 +168,19 @@ def test_dense_queries_fit_a_quarter_of_the_memory() -> None:
     assert job.dense_at_once({**given, "memory": 4 * 400 * 3}) == 3
     assert job.dense_at_once({**given, "memory": 1 << 40}) == 10
     assert job.dense_at_once({**given, "memory": 1}) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("import os; os.kill(os.getpid(), 9)", "ended by SIGKILL"),
+        ("import os; os._exit(3)", "ended with 3"),
+        ("raise ValueError('no\\n\\n  such layer  ')", "such layer"),
+    ],
+)
+def test_the_last_line_of_an_error(text, reason) -> None:
+    with pytest.raises(environments.Failed, match=f"^{reason}$"):
+        environments.said([sys.executable, "-c", text])
 
 
 def wheel(folder: Path, version: str) -> Path:
