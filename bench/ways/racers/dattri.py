@@ -96,20 +96,29 @@ with stage("fit"):
         factors, fisher = fitted.fit_raw(stream)
     fitted.save_fisher(factors, f"{out}/fisher", fisher=fisher)
     del fitted, stream, factors, fisher
+
+
+def asked(queries: list[dict]) -> np.ndarray:
+    """Scores [Q,N] of some queries. The attributor knows texts by their content: it has one column
+    for queries that are equal, in the order of their first; its `agnostic_matrix` would add up rows.
+    """
+    found = scorer.attribute(
+        Rows(job["scan"], BATCH),
+        Rows(queries, QUERIES),
+        hook_config=hooks,
+        damping=0.1,
+        relative_damping=True,
+        fisher_dir=f"{out}/fisher",
+    ).scores
+    texts = [tuple(x["input_ids"]) for x in queries]
+    columns = {text: at for at, text in enumerate(dict.fromkeys(texts))}
+    if found.shape != (len(job["scan"]), len(columns)):
+        raise SystemExit(f"scores {[*found.shape]}, not {len(job['scan'])} x {len(columns)}")
+    return found[:, [columns[text] for text in texts]].T.float().numpy()
+
+
 with stage("queries and scan"):
     scorer, once = EKFACAttributor(given, task=AttributionTask(loss, model)), dense_at_once(job)
-    scores = [
-        scorer.attribute(
-            Rows(job["scan"], BATCH),
-            Rows(job["queries"][at : at + once], QUERIES),
-            hook_config=hooks,
-            damping=0.1,
-            relative_damping=True,
-            fisher_dir=f"{out}/fisher",
-        ).agnostic_matrix()
-        for at in range(0, len(job["queries"]), once)
-    ]
-matrix = torch.cat([each for _, each in scores], 1).T
-if matrix.shape != (len(job["queries"]), len(job["scan"])):
-    raise SystemExit(f"scores {[*matrix.shape]}: texts that are equal were taken for one")
-np.save(f"{out}/scores.npy", matrix.float().numpy())
+    chunks = [job["queries"][at : at + once] for at in range(0, len(job["queries"]), once)]
+    scores = np.concatenate([asked(chunk) for chunk in chunks])
+np.save(f"{out}/scores.npy", scores)
