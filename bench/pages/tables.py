@@ -12,7 +12,7 @@ from pathlib import Path
 from measure.rows import GEMM, OURS, Row, latest, read
 
 from . import predict
-from .markdown import duration, table
+from .markdown import cell, duration, table
 
 RESULTS = Path(__file__).parents[1] / "results"
 MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
@@ -148,24 +148,32 @@ def stages(rows: list[Row]) -> str:
 
 
 def race(rows: list[Row]) -> str:
-    """Whole jobs, the fastest contestant first."""
+    """Whole jobs, the fastest contestant first; last those that did not arrive, and why."""
     lines = []
     for row in latest(rows):
         s, theirs = row.shape, row.seconds.get("kronfluence")
-        job = f"{row.name}, {s['fit']} fitted, {s['scan']} scored, {s['queries']} queries"
+        job = f"{row.name}, {s['blocks']} blocks, {s['fit']} fitted, {s['scan']} scored, "
+        job += f"{s['queries']} queries"
+        versions, rho = row.details.get("versions", {}), row.details["spearman"]
+        label = {
+            name: f"{name} {versions.get(name, '')}".strip() for name in row.seconds | row.failed
+        }
         for name in sorted(row.seconds, key=row.seconds.__getitem__):
             stages = row.details["stages"][name]
             lines.append(
                 [
                     job,
-                    name,
+                    label[name],
                     duration(row.seconds[name]),
                     f"{theirs / row.seconds[name]:.2f}x" if theirs else "",
                     f"{row.extra_bytes[name] / 2**30:.1f}",
-                    f"{row.details['spearman'][name]:.3f}",
+                    f"{rho[name]:.3f}" if name in rho else "",
                     ", ".join(f"{stage} {duration(x)}" for stage, x in stages.items()),
                 ]
             )
+            job = ""
+        for name, reason in row.failed.items():
+            lines.append([job, label[name], "failed", "", "", "", cell(reason)])
             job = ""
     head = ["job", "", "total", "", "peak GiB", "rho to ours", "stages"]
     return f"{table(head, lines)}\n\n{machine(rows)}"

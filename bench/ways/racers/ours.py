@@ -14,15 +14,13 @@ with stage("start"):
 
     import ekfac_fast
 
-    from .job import mlps
-
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
 job = json.loads(Path(job_file).read_text())
 passes = {"autocast": torch.bfloat16 if dtype == "bfloat16" else None}
 data = {part: [{"input_ids": x} for x in job[part]] for part in ("fit", "scan")}
 with stage("fit"):
-    layers = mlps(model, job["blocks"])
-    factors = ekfac_fast.fit(model, data["fit"], out=f"{out}/factors", layers=layers, **passes)
+    where = {"out": f"{out}/factors", "layers": job["layers"]}
+    factors = ekfac_fast.fit(model, data["fit"], **where, **passes)
 with stage("queries"):
     queries = ekfac_fast.prepare_queries(model, factors, job["queries"], rank=32, **passes)
 with stage("scan"):

@@ -24,11 +24,8 @@ with stage("start"):
     from transformers import AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 
-    from ways.racers.job import mlps
-
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
 job = json.loads(Path(job_file).read_text())
-names = mlps(model, job["blocks"])
 for name, module in list(model.named_modules()):
     if isinstance(module, Conv1D):  # kronfluence knows only nn.Linear
         linear = torch.nn.Linear(*module.weight.shape)
@@ -80,7 +77,7 @@ class NextToken(Task):
 
     def get_influence_tracked_modules(self):
         """MLPs of the first blocks."""
-        return names
+        return job["layers"]
 
     def get_attention_mask(self, batch):
         """Real positions."""
