@@ -99,8 +99,10 @@ with stage("fit"):
 
 
 def asked(queries: list[dict]) -> np.ndarray:
-    """Scores [Q,N] of some queries. The attributor knows texts by their content: it has one column
-    for queries that are equal, in the order of their first; its `agnostic_matrix` would add up rows.
+    """Scores [Q,N] of some queries.
+
+    The attributor knows texts by their content: it has one column for queries that are equal, in
+    the order of their first; its `agnostic_matrix` would add up rows.
     """
     found = scorer.attribute(
         Rows(job["scan"], BATCH),
