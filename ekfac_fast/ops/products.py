@@ -69,9 +69,9 @@ class _Linear(torch.autograd.Function):
         return onednn(x.contiguous(), W, b)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None, None]:
-        return onednn(grad_outputs[0].contiguous(), ctx.W.t()), None, None
+        # A layer itself, so that a backward pass can be differentiated.
+        return _Linear.apply(grad_outputs[0], ctx.W.t(), None), None, None
 
 
 class Products(TorchFunctionMode):
