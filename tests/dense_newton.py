@@ -92,8 +92,10 @@ def mlp(classes):
 
 
 def regression(n=12):
-    x = torch.randn(n, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    return mlp(2), Regression(), [(r, r[:, :2].sin(), torch.ones(2, 2)) for r in x]
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 2, 3, dtype=torch.float64, generator=rng)
+    signs = torch.randn(n, 2, 2, dtype=torch.float64, generator=rng).sign()
+    return mlp(2), Regression(), [(r, r[:, :2].sin(), s) for r, s in zip(x, signs, strict=True)]
 
 
 def classification(n=12):
