@@ -200,6 +200,7 @@ def prepare_queries(
     damping = check_damping(damping)
     instance("factors", factors, Factors, "what fit returns, or Factors(folder)")
     out = None if out is None else path("out", out)
+    whole("refine_seed", refine_seed, 0, 2**64 - 1)
     if refine is None and (dataset is not None or refine_examples is not None):
         raise ArgumentError(
             "dataset and refine_examples are a refinement's: give refine, or no such"
@@ -340,7 +341,8 @@ def _refinement(
     if not facts or "refine" not in facts:
         return None
     names = ("residual", "before", "iterations", "outcomes")
-    return Refinement(facts["refine"]["method"], *(tensors[f"{prefix}{n}"] for n in names))
+    told, found = facts["refine"], (tensors[f"{prefix}{n}"] for n in names)
+    return Refinement(told["method"], len(told["examples"]), *found)
 
 
 def _layer(layer: Layer, tensors: dict[str, Tensor], prefix: str) -> LayerQueries:

@@ -56,17 +56,26 @@ WORDS = {
 
 @dataclass(frozen=True)
 class Refinement:
-    """What a refinement came to, one number a query: [Q].
+    """What a refinement on a sample of so many `examples` came to, one number a query: [Q].
 
     `residual` is ||grad f - (H + damping) x|| / ||grad f|| of the solution that was kept, `before`
     that of EK-FAC's; `iterations` are those that x has taken, `outcomes` how they ended.
     """
 
     method: str
+    examples: int
     residual: Tensor
     before: Tensor
     iterations: Tensor
     outcomes: Tensor
+
+    @property
+    def title(self) -> str:
+        """What was done, and the largest residual."""
+        return (
+            f"{self.method} on {self.examples} examples, relative residual at most "
+            f"{self.residual.max():.2e} (EK-FAC {self.before.max():.2e})"
+        )
 
     def told(self, q: int) -> str:
         """A query's, in words."""
@@ -137,7 +146,7 @@ class Refining:
         self.method, self.steps = method_of(refine)
         if dataset is None:
             raise ArgumentError("refine needs the training data: give dataset=")
-        size, self.seed = sized(dataset), whole("refine_seed", seed, 0, 2**64 - 1)
+        size, self.seed = sized(dataset), seed
         count = min(size, EXAMPLES) if examples is None else whole("refine_examples", examples)
         if count > size:
             raise ArgumentError(f"refine_examples is {count}, but the data set has {size}")
