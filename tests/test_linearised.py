@@ -75,6 +75,16 @@ def test_attention_is_switched_for_the_pass_alone(attention):
     assert model.config._attn_implementation == attention
 
 
+def test_a_model_in_bf16_has_attention_that_is_differentiated_twice():
+    """Not our own backward pass of attention, which is differentiable once."""
+    model, task, data = MADE["Llama"]()
+    layers = chosen(model, "Llama")
+    model.set_attn_implementation("sdpa")
+    _, expected = products(model.float(), task, data, layers)
+    _, found = products(model.bfloat16(), task, data, layers)
+    close(flat(found, layers), flat(expected, layers), 0.1)
+
+
 class Twice(nn.Module):
     """One layer used twice, and an activation that changes its output in place."""
 
