@@ -108,11 +108,12 @@ class Calls:
         run = {"model": model, "out": "out"}
         files = {"tokenizer": Words(), "context": 24}
         preparing = {"factors": nothing, "queries": nothing, "rank": whole(), "damping": damping}
+        absent = {x: lambda x: x is None for x in ("refine", "dataset", "refine_examples")}
         return {
             "fit": (fit, run | {"dataset": data}, PASS | FIT),
             "prepare_queries": (
                 prepare_queries, run | {"factors": factors, "queries": asked()},
-                PASS | preparing | {"out": lambda x: x is None or writable(x)},
+                PASS | preparing | absent | {"out": lambda x: x is None or writable(x)},
             ),
             "score": (score, run | {"queries": queries, "dataset": data}, PASS | SCORE),
             "self_scores": (

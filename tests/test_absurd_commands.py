@@ -74,6 +74,8 @@ COMMANDS: dict[str, tuple[list[str], dict[str, Callable[[str], bool]]]] = {
     "score": (
         ["MODEL", "FACTORS", "QUERIES", "DATA"],
         CUT | {"--rank": number(0), "--damping": damping, "--top-k": number(1),
+               "--refine": nothing, "--refine-examples": nothing,
+               "--refine-seed": number(0, 2**64 - 1),
                "--candidates": one_of("tfidf:3"), "--train-size": number(1)},
     ),
     "self": (["MODEL", "FACTORS", "DATA"], CUT | {"--damping": damping}),

@@ -13,6 +13,7 @@ import pytest
 
 from ekfac_fast.cli.inputs import load_tokenizer
 from ekfac_fast.data import read, tokenize
+from ekfac_fast.stages.queries import Queries
 from ekfac_fast.stages.scores import Scores
 
 ROOT = Path(__file__).parent.parent
@@ -123,6 +124,22 @@ def test_a_planted_passage_comes_first(demo, tmp_path):
     data = tokenize(read(tmp_path / "corpus.jsonl"), load_tokenizer(str(model), False), 64)
     texts = [data.source(index) for index, _ in Scores(tmp_path / "s").top(0, 5)]
     assert sorted(int(re.search(r"line (\d+)$", text)[1]) - 1 for text in texts) == places
+
+
+def test_refined_queries_tell_their_residuals(demo, tmp_path):
+    folder, _ = demo
+    given = [folder / "demo" / x for x in ("model", "factors", "queries.jsonl", "corpus")]
+    more = ["--refine", "cg:2", "--refine-examples", 6, "--no-detail"]
+    said = run("score", *given, "--out", "s", *more, cwd=tmp_path)
+    assert "cg:2 on 6 examples, relative residual at most" in said
+    residual = Queries.load(tmp_path / "s").residual
+    lines = [line for line in said.splitlines() if ", 2 iterations" in line]
+    assert len(lines) == len(residual)
+    assert f"-> {residual[0]:.2e}, 2 iterations" in lines[0]
+    run("report", "s", folder / "demo/corpus", cwd=tmp_path)
+    assert "cg:2 on 6 examples" in (tmp_path / "report.html").read_text()
+    refused = run("score", *given, "--out", "t", "--refine", "cg:0", cwd=tmp_path, ok=False)
+    assert "expected at least 1 iteration" in refused
 
 
 def test_errors_name_the_file_and_the_line(demo, tmp_path):

@@ -25,7 +25,7 @@ from safetensors import safe_open
 from ekfac_fast import fit, prepare_queries, score
 from ekfac_fast.store.folder import Store
 
-STAGES = ("fit", "queries", "score", "heap", "details", "self")
+STAGES = ("fit", "queries", "refined", "score", "heap", "details", "self")
 COMMANDS = ("fit", "score", "self")
 JOBS = [("api", stage) for stage in STAGES] + [("command", stage) for stage in COMMANDS]
 
@@ -81,6 +81,9 @@ def job(way, stage, out, made):
     factors = Factors(made / "api-fit")
     if stage == "queries":
         return prepare_queries(model, factors, questions, rank=4, out=out, **known)
+    if stage == "refined":
+        more = {"refine": "cg:3", "dataset": data, "refine_examples": 12}
+        return prepare_queries(model, factors, questions, rank=4, out=out, **more, **known)
     if stage == "self":
         return self_scores(model, factors, data, out=out, **known)
     more = {"heap": {"top_k": 3}, "details": {"per_token": True}}.get(stage, {})

@@ -26,6 +26,9 @@ from .options import (
     Model,
     Out,
     Precision,
+    Refine,
+    RefineExamples,
+    RefineSeed,
     SplitBy,
     TooLong,
     Trust,
@@ -123,6 +126,9 @@ def score(
     out: Out,
     rank: Annotated[int, typer.Option(help="of a query's gradients; 0: full rank")] = 32,
     damping: Damping = None,
+    refine: Refine = None,
+    refine_examples: RefineExamples = None,
+    refine_seed: RefineSeed = 0,
     top_k: Annotated[int | None, typer.Option(help="keep so many a query, no matrix")] = None,
     candidates: Annotated[str | None, typer.Option(help="tfidf:COUNT scans only those")] = None,
     train_size: Annotated[
@@ -147,8 +153,9 @@ def score(
     )
     runs.score_job(
         source, Factors(factors), queries, corpus, cutting, out, console, rank=rank or None,
-        damping=damping, top_k=top_k, candidates=candidates, train_size=train_size,
-        batch_tokens=batch_tokens, detail=detail,
+        damping=damping, refine=refine, refine_examples=refine_examples, refine_seed=refine_seed,
+        top_k=top_k, candidates=candidates, train_size=train_size, batch_tokens=batch_tokens,
+        detail=detail,
     )  # fmt: skip
     runs.print_top(console, out, corpus, source.tokenizer)
 

@@ -21,6 +21,11 @@ BatchTokens = Annotated[
     int | None, typer.Option(help="tokens a batch; default 4096, on a CPU 1024")
 ]
 Damping = Annotated[float | None, typer.Option(help="absolute; default 0.1 x mean eigenvalue")]
+Refine = Annotated[str | None, typer.Option(help="queries further: cg:10, lissa:5000, astra:300")]
+RefineExamples = Annotated[
+    int | None, typer.Option(help="of the corpus, for --refine; default 256")
+]
+RefineSeed = Annotated[int, typer.Option(help="of their choice")]
 Trust = Annotated[bool, typer.Option(help="run code that comes with the model")]
 Precision = Annotated[
     Dtype, typer.Option(help="of the model's passes; auto: bfloat16 where it is fast")

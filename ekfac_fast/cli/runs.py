@@ -35,6 +35,7 @@ SPOKEN = {
     Stage.EIGENDECOMPOSITION: "eigendecompositions",
     Stage.EIGENVALUE: "corrected eigenvalues",
     Stage.QUERIES: "prepare the queries",
+    Stage.REFINEMENT: "refine the queries",
     Stage.SCAN: "scan the corpus",
     Stage.DETAIL: "details of the top sequences",
 }
@@ -73,6 +74,9 @@ def score_job(
     *,
     rank: int | None,
     damping: float | None,
+    refine: str | None = None,
+    refine_examples: int | None = None,
+    refine_seed: int = 0,
     batch_tokens: int | None = None,
     detail: bool = True,
     **settings: Any,
@@ -86,20 +90,27 @@ def score_job(
             "progress": progress,
         }
         prepared = prepare_queries(
-            source.model, factors, asked, rank=rank, damping=damping, out=out / QUERIES, **passes
-        )
+            source.model, factors, asked, rank=rank, damping=damping, refine=refine,
+            dataset=None if refine is None else data, refine_examples=refine_examples,
+            refine_seed=refine_seed, out=out / QUERIES, **passes,
+        )  # fmt: skip
         begun = Store.load(out / QUERIES)
         with begun.threads():
             scores = score(
                 source.model, prepared, data, out=out, per_token=detail, **passes, **settings
             )
     prepared.save(out)
+    names = [_name(asked.records[i], i) for i in range(len(asked))]
+    if prepared.refinement is not None:
+        console.say(prepared.refinement.title)
+        for q, name in enumerate(names):
+            console.say(f"  {name}: {prepared.refinement.told(q)}")
     seconds = factors.seconds | begun.state["seconds"] | scores.stages
     run = {
         "model": source.path,
         "factors": str(factors.folder),
         "cutting": asdict(cutting),
-        "names": [_name(asked.records[i], i) for i in range(len(asked))],
+        "names": names,
         "damping_rule": DAMPING_RULE if damping is None else "the same in every layer, as given",
         "seconds": {stage: seconds[stage] for stage in Stage if stage in seconds},
     }
@@ -154,6 +165,8 @@ def report_job(
     times += [StageTime(name, seconds) for name, seconds in run.get("stages", ())]
     settings = [*((name, str(value)) for name, value in run["cutting"].items())]
     settings.append(("factors", run["factors"]))
+    if queries.refinement is not None:
+        settings.append(("queries refined", queries.refinement.title))
     about = run_facts(
         scores, factors, queries, run["model"], run["damping_rule"], times, settings, notes
     )

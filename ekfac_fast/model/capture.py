@@ -87,7 +87,7 @@ class Capture:
             ModelError: a tracked layer did not run, its rows cannot be told apart by sequences, or
                 it does not compute W x + b of its own parameters.
         """
-        with alone(self.model), _grad():
+        with alone(self.model), gradients_on():
             calls, value = self._forward(loss, consume, grid)
             calls.losses = value.numel()
             with self._hooked(calls):
@@ -360,7 +360,7 @@ def alone(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _grad() -> Iterator[None]:
+def gradients_on() -> Iterator[None]:
     """Gradients on, whatever the caller has switched off."""
     with torch.inference_mode(False), torch.enable_grad():
         yield

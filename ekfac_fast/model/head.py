@@ -2,6 +2,7 @@
 
 z_t = W h_t + b
 loss_t = logsumexp(z_t) - z_t[y_t]        d loss_t / d h_t = softmax(z_t) W - W[y_t]
+Hessian in h_t = W^T (diag p - p p^T) W                    p = softmax(z_t)
 
 A batch's logits are its largest tensor by far (1024 tokens x 49152: 200 MB, of which a backward
 pass holds three); here they live a few rows at a time, only where a token is predicted, and the
@@ -9,7 +10,7 @@ gradient is made with them. Several draws of labels share all products.
 """
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from ..ops.products import linear
 from ..ops.shapes import wide
 from .sampling import inverted
 
+# A matrix by its product with a stack of vectors.
+Hessian = Callable[[Tensor], Tensor]
 # Logits that exist at a time, in bytes; on a CPU they stay in its last cache between their steps.
 LOGITS, LOGITS_GPU = 1 << 25, 1 << 28
 # Sequence and position of each label.
@@ -102,6 +105,25 @@ def predicting(labels: Tensor) -> Places:
     """
     b, t = (labels >= 0).nonzero(as_tuple=True)
     return b, t
+
+
+def softmax_hessian(p: Tensor, u: Tensor) -> Tensor:
+    """(diag p - p p^T) u, the Hessian of -log p of whichever label: p [n,V], u [...,n,V]."""
+    pu = p * u
+    return pu.addcmul_(p, pu.sum(-1, keepdim=True), value=-1)
+
+
+def token_hessian(h: Tensor, head: nn.Linear, u: Tensor) -> Tensor:
+    """W^T (diag p - p p^T) W u, the Hessian of `token_losses` in h: h [n,D], u [Q,n,D]."""
+    W, b, found = head.weight, head.bias, torch.empty_like(u)
+    some = max(1, (LOGITS if h.device.type == "cpu" else LOGITS_GPU) // (4 * len(W)))
+    for at in range(0, len(h), some):
+        rows = slice(at, at + some)
+        p = linear(h[rows], W, b).softmax(-1, dtype=wide(h.dtype))
+        for each, out in zip(u[:, rows], found[:, rows], strict=True):
+            curved = softmax_hessian(p, linear(each, W).to(p.dtype))
+            out.copy_(linear(curved.to(W.dtype), W.t()))
+    return found
 
 
 def token_losses(

@@ -10,13 +10,19 @@ here unchanged:
     get_influence_tracked_modules()                 layer names, or None for the default
     get_attention_mask(batch)                       [B,T] of real positions, or None
 
+A refinement of queries needs the training loss in two pieces, of any task but `LanguageModelTask`:
+
+    compute_outputs(batch, model)                   what the loss is a function of, e.g. logits
+    compute_output_loss(outputs, batch)             that function, the sum of compute_train_loss
+
 Sign: score = + grad(measurement)^T (G + damping)^-1 grad(train loss). `LanguageModelTask` measures
 the completion's negative log-likelihood, so positive means that the sequence raises its
 log-probability.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -25,9 +31,18 @@ from torch.nn import functional as F
 
 from ..checks import whole
 from ..data.batches import IGNORED
-from ..errors import DataError, ModelError
+from ..errors import ArgumentError, DataError, ModelError
 from ..ops.shapes import wide
-from .head import Places, inspect_head, predicting, states, token_losses
+from .head import (
+    Hessian,
+    Places,
+    inspect_head,
+    predicting,
+    softmax_hessian,
+    states,
+    token_hessian,
+    token_losses,
+)
 from .sampling import inverted, uniforms
 
 # Tokens on which a model is tried out before a run.
@@ -102,6 +117,22 @@ class LanguageModelTask:
     def negative_log_likelihoods(self, batch: Any, model: nn.Module) -> Tensor:
         """-log p of every example's labelled tokens: [B], nats."""
         return self._losses(batch, model)[0].sum(1)
+
+    def linear_outputs(self, batch: Any, model: nn.Module) -> tuple[Tensor, Hessian]:
+        """What the training loss is a function of at every position that predicts, and its Hessian.
+
+        Logits [n,V]; or what the head reads, [n,D], where logits are the head's output as it is.
+        """
+        inputs = self._inputs(batch, model)
+        b, t = predicting(_targets(batch))
+        read = states(model, inputs)
+        if read is None:
+            z = self._logits(batch, model)[b, t]
+            p = z.detach().softmax(-1, dtype=wide(z.dtype))
+            return z, partial(softmax_hessian, p)
+        head, h = read
+        h = _text(h, batch)[b, t]
+        return h, partial(token_hessian, h.detach(), head)
 
     def get_influence_tracked_modules(self) -> list[str] | None:
         """The default: MLP matrices."""
@@ -196,6 +227,35 @@ class LanguageModelTask:
                 "is_decoder=True); write a Task for others"
             )
         return whole.shape[1] - last - 1
+
+
+def linear_outputs(task: Task, batch: Any, model: nn.Module) -> tuple[Tensor, Hessian]:
+    """What a task's training loss is a function of, and the loss's Hessian in it.
+
+    Raises:
+        ArgumentError: the task does not tell.
+    """
+    outputs, loss = (getattr(task, x, None) for x in ("compute_outputs", "compute_output_loss"))
+    if callable(outputs) and callable(loss):
+        y: Tensor = outputs(batch=batch, model=model)
+        return y, partial(_hessian, partial(loss, batch=batch), y.detach())
+    own = LanguageModelTask.compute_train_loss
+    if isinstance(task, LanguageModelTask) and type(task).compute_train_loss is own:
+        return task.linear_outputs(batch, model)
+    raise ArgumentError(
+        f"refine: the Hessian of {type(task).__name__}'s loss in the model's outputs is not known. "
+        "Give the task compute_outputs(batch, model) and compute_output_loss(outputs, batch), of "
+        "which compute_train_loss is one after the other"
+    )
+
+
+def _hessian(loss: Callable[[Tensor], Tensor], y: Tensor, u: Tensor) -> Tensor:
+    """The Hessian of a loss at y, times vectors u [Q,*y]."""
+    y = y.requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(y), y, create_graph=True)
+    if not gradient.requires_grad:  # a loss that is linear
+        return torch.zeros_like(u)
+    return torch.stack([torch.autograd.grad(gradient, y, x, retain_graph=True)[0] for x in u])
 
 
 def _text(x: Tensor, batch: Any) -> Tensor:

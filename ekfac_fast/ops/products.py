@@ -69,9 +69,9 @@ class _Linear(torch.autograd.Function):
         return onednn(x.contiguous(), W, b)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None, None]:
-        return onednn(grad_outputs[0].contiguous(), ctx.W.t()), None, None
+        # A layer itself, so that a backward pass can be differentiated.
+        return _Linear.apply(grad_outputs[0], ctx.W.t(), None), None, None
 
 
 class Products(TorchFunctionMode):
@@ -115,6 +115,8 @@ def _attention(
     enable_gqa: bool = False,
 ) -> tuple[Any, ...] | None:
     """What `attention` takes in the place of PyTorch's function; None where it does not pay."""
+    if not torch.backends.cuda.flash_sdp_enabled():
+        return None  # fused attention is not wanted, here nor on a CPU
     cast = torch.is_autocast_enabled("cpu") and Q.device.type == "cpu"
     dtype = torch.get_autocast_dtype("cpu") if cast else Q.dtype
     if dropout_p or dtype != torch.bfloat16 or torch._C._are_functorch_transforms_active():

@@ -1,6 +1,6 @@
-"""Query gradients: preconditioned, truncated in the eigenbasis, rotated back as thin factors."""
+"""Queries prepared: gradients preconditioned or refined, then truncated, kept in weight space."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack, get_args
@@ -9,25 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import Whole, check_json, choice, instance, path, whole
-from ..curvature.basis import Basis, SharedRotation
-from ..curvature.low_rank import captured_energy, rotate_back, truncate
+from ..curvature.basis import Eigenvectors
 from ..curvature.query_gradients import Dense, LowRank, QueryGradients
 from ..data.batches import Indexable
 from ..data.choices import OnLongExample
-from ..errors import ArgumentError, DataError, NotFiniteError, StoreError
-from ..model.capture import LayerBatch
+from ..errors import ArgumentError, DataError, StoreError
 from ..model.layers import Layer
-from ..model.tasks import LanguageModelTask
 from ..store.files import load_json, load_tensors, save_json, save_tensors
 from ..store.fingerprint import fingerprint
-from ..store.folder import Store
-from .factors import Factors, LayerFactors, bases, check_damping
-from .outgoing import Outgoing
-from .run import Batch, Consumer, Run, RunArguments, Stage
+from ..store.folder import Pieces, Store
+from .factors import Factors, check_damping
+from .measured import Gradients, Measuring, Preconditioning, represented
+from .refine import Refinement, Refining
+from .run import Run, RunArguments, Stage
 
-# Dense preconditioned gradients of this size exist at a time, before they are truncated.
-DENSE_BYTES = 1 << 30
 TENSORS, FACTS = "queries.safetensors", "queries.json"
+# Of a run under way: what the pass over the queries found, and what a refinement made of it.
+PIECES = ("shard", "refined")
 SCHEMA = {
     "layers": [{"name": str, "I": Whole(1), "O": Whole(1), "bias": bool}],
     "rank": (None, Whole(1)),
@@ -68,7 +66,8 @@ class Queries:
 
     `measurements` [Q] are the measured values, -log p(completion | prompt) for language models;
     `examples` the queries' token ids and labels (empty for other tasks); `damping` one a layer;
-    `facts` what they were prepared from (empty where they were put together by hand).
+    `facts` what they were prepared from (empty where they were put together by hand); `refinement`
+    what one came to.
     """
 
     layers: tuple[LayerQueries, ...]
@@ -77,6 +76,7 @@ class Queries:
     measurements: Tensor
     examples: tuple[tuple[Tensor, Tensor], ...]
     facts: dict[str, Any] | None = None
+    refinement: Refinement | None = None
 
     def __len__(self) -> int:
         return len(self.measurements)
@@ -87,6 +87,11 @@ class Queries:
         if self.facts:
             return fingerprint(self.facts)
         return fingerprint([(x.L, x.R, x.P) for x in self.layers])
+
+    @property
+    def residual(self) -> Tensor | None:
+        """||grad f - (H + damping) x|| / ||grad f|| of every refined query: [Q]."""
+        return None if self.refinement is None else self.refinement.residual
 
     def preconditioned(self, layer: str) -> Tensor:
         """(G + damping)^-1 grad f of one layer: [Q,O,J].
@@ -116,6 +121,7 @@ class Queries:
             tensors |= {f"{at}.{n}": x.contiguous() for n, x in parts.items() if x is not None}
         for at, (ids, labels) in enumerate(self.examples):
             tensors |= {f"ids.{at}": ids, f"labels.{at}": labels}
+        tensors |= {f"refinement.{n}": x for n, x in _told(self.refinement).items()}
         save_tensors(Path(folder) / TENSORS, tensors)
         layers = [vars(queries.layer) for queries in self.layers]
         told = {"layers": layers, "rank": self.rank, "damping": self.damping, "facts": self.facts}
@@ -144,6 +150,7 @@ class Queries:
                 tensors["measurements"],
                 examples,
                 told.get("facts"),
+                _refinement(told.get("facts"), tensors, "refinement."),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise StoreError(
@@ -159,6 +166,10 @@ def prepare_queries(
     *,
     rank: int | None = 32,
     damping: float | None = None,
+    refine: str | None = None,
+    dataset: Indexable | None = None,
+    refine_examples: int | None = None,
+    refine_seed: int = 0,
     out: str | Path | None = None,
     **arguments: Unpack[RunArguments],
 ) -> Queries:
@@ -170,11 +181,18 @@ def prepare_queries(
         queries: examples whose `labels` are -100 on the prompt.
         rank: K of the factors that represent a query; None keeps full rank.
         damping: absolute, added to every eigenvalue; None: a tenth of each layer's mean eigenvalue.
+        refine: "cg:10" goes on from there by so many conjugate gradient steps on the Gauss-Newton
+            matrix of all tracked layers together, before a rank is taken; also "lissa:5000" and
+            "astra:300". See `stages/refine.py`.
+        dataset: the training data, of which a refinement takes a sample.
+        refine_examples: how many examples of it (256, or all where there are fewer).
+        refine_seed: of the choice.
         out: a folder to keep what is prepared, and to continue in after a kill.
         arguments: see `RunArguments`.
 
     Raises:
-        ArgumentError: the factors belong to another model.
+        ArgumentError: the factors belong to another model, or a refinement cannot be (see
+            `Refining`).
         DataError: a query is longer than the model has positions, or has nothing to measure.
         NotFiniteError: a measurement or a gradient is not finite.
     """
@@ -182,6 +200,11 @@ def prepare_queries(
     damping = check_damping(damping)
     instance("factors", factors, Factors, "what fit returns, or Factors(folder)")
     out = None if out is None else path("out", out)
+    whole("refine_seed", refine_seed, 0, 2**64 - 1)
+    if refine is None and (dataset is not None or refine_examples is not None):
+        raise ArgumentError(
+            "dataset and refine_examples are a refinement's: give refine, or no such"
+        )
     layers = factors.layers(model)
     choice("on_long", arguments.get("on_long", "refuse"), get_args(OnLongExample))
     run = Run(model, queries, {**arguments, "on_long": "refuse"})
@@ -193,68 +216,133 @@ def prepare_queries(
     }
     factors.check_model(facts["model"], "prepare_queries")
     _check_targets(run)
-    dampings = factors.dampings(layers, damping)
+    job = _Preparation(run, factors, layers, factors.dampings(layers, damping), rank)
+    if refine is not None:
+        job.refining = Refining(
+            model, factors, layers, job.dampings, dataset, refine, refine_examples, refine_seed,
+            arguments,
+        )  # fmt: skip
+        facts["refine"] = job.refining.facts
     if out is None:
-        held: dict[int, dict[str, Tensor]] = {}
-        batches = run.batches.divided()
-        _precondition(run, factors, layers, dampings, rank, batches, (), held.__setitem__)
-        parts = [held[number] for number in range(len(batches))]
-        return _put_together(run, layers, dampings, rank, batches, parts, facts)
+        return job.prepared(run.batches.divided(), facts, lambda _: _Held(), None)
     with Store.open(out, kind="queries", facts=facts) as store:
-        pieces = store.pieces()
         if not store.finished:
             batches = store.batches(run.batches.divided)
-            done, keep = tuple(pieces.done), pieces.write
-            _precondition(run, factors, layers, dampings, rank, batches, done, keep)
-            parts = [pieces.read(number) for number in range(len(batches))]
-            _put_together(run, layers, dampings, rank, batches, parts, facts).save(out)
+            job.prepared(batches, facts, store.pieces, store).save(out)
             store.finish(seconds=run.seconds)
-        pieces.remove()
+        for name in PIECES:
+            store.pieces(name).remove()
     return Queries.load(out)
 
 
-def _precondition(
-    run: Run,
-    factors: Factors,
-    layers: Sequence[Layer],
-    dampings: dict[str, float],
-    rank: int | None,
-    batches: Sequence[Sequence[int]],
-    done: Sequence[int],
-    keep: Callable[[int, dict[str, Tensor]], None],
-) -> None:
-    """The pass over the queries."""
-    consumer = Preconditioning(run, factors, layers, dampings, rank, keep)
-    run.each(
-        Stage.QUERIES,
-        layers,
-        batches,
-        consumer,
-        done=done,
-        loss=consumer.loss,
-        what="measurement",
-    )
+class _Held:
+    """Pieces of a folder, where there is none."""
+
+    def __init__(self) -> None:
+        self.held: dict[int, dict[str, Tensor]] = {}
+        self.done: set[int] = set()
+        self.write, self.read = self.held.__setitem__, self.held.__getitem__
 
 
-def _put_together(
-    run: Run,
-    layers: Sequence[Layer],
-    dampings: dict[str, float],
-    rank: int | None,
-    batches: Sequence[Sequence[int]],
-    parts: Sequence[dict[str, Tensor]],
-    facts: dict[str, Any],
-) -> Queries:
-    """The queries of all batches, in their own order."""
-    order = torch.tensor([i for batch in batches for i in batch]).argsort()
-    every = {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
-    examples: tuple[tuple[Tensor, Tensor], ...] = ()
-    if run.batches.language:
-        loaded = map(run.batches.example, range(run.batches.size))
-        examples = tuple((x.input_ids, x.labels) for x in loaded)
-    found = tuple(_layer(x, every, f"{x.name} ") for x in layers)
-    damping = tuple(dampings[x.name] for x in layers)
-    return Queries(found, rank, damping, every["measurements"], examples, facts)
+@dataclass
+class _Preparation:
+    """One run of `prepare_queries`."""
+
+    run: Run
+    factors: Factors
+    layers: Sequence[Layer]
+    dampings: dict[str, float]
+    rank: int | None
+    refining: Refining | None = None
+
+    def prepared(
+        self,
+        batches: Sequence[Sequence[int]],
+        facts: dict[str, Any],
+        pieces_of: Callable[[str], Pieces | _Held],
+        store: Store | None,
+    ) -> Queries:
+        """The pass over the queries, and what is made of it."""
+        found = pieces_of(PIECES[0])
+        consumer: Measuring = Gradients(self.run, found.write)
+        if self.refining is None:
+            consumer = Preconditioning(
+                self.run, self.factors, self.layers, self.dampings, self.rank, found.write
+            )
+        self.run.each(
+            Stage.QUERIES, self.layers, batches, consumer, done=tuple(found.done),
+            loss=consumer.loss, what="measurement",
+        )  # fmt: skip
+        parts = [found.read(number) for number in range(len(batches))]
+        if self.refining is not None:
+            every = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            order = [i for batch in batches for i in batch]
+            batches, parts = self._refined(self.refining, every, order, pieces_of(PIECES[1]), store)
+        return self._put_together(batches, parts, facts)
+
+    def _refined(
+        self,
+        refining: Refining,
+        every: dict[str, Tensor],
+        order: Sequence[int],
+        pieces: Pieces | _Held,
+        store: Store | None,
+    ) -> tuple[list[list[int]], list[dict[str, Tensor]]]:
+        """Groups of queries, and what became of each."""
+        some, parts = refining.at_once, []
+        groups = [list(order[at : at + some]) for at in range(0, len(order), some)]
+        for number, group in enumerate(groups):
+            if number not in pieces.done:
+                mine, name = slice(number * some, (number + 1) * some), f"refinement_{number}_state"
+                b = {x.name: every[x.name][mine] for x in self.layers}
+                solved, told = refining.solve(b, group, store, name)
+                part = {f"refined {n}": x for n, x in told.items()}
+                for layer, x in solved.items():
+                    for form, y in represented(x, Eigenvectors(None, None), self.rank).items():
+                        part[f"{layer} {form}"] = y.cpu()
+                pieces.write(number, part | {"measurements": every["measurements"][mine]})
+                if store is not None:
+                    store.remove_state(name)
+            parts.append(pieces.read(number))
+        self.run.seconds |= refining.run.seconds
+        return groups, parts
+
+    def _put_together(
+        self,
+        batches: Sequence[Sequence[int]],
+        parts: Sequence[dict[str, Tensor]],
+        facts: dict[str, Any],
+    ) -> Queries:
+        """The queries of all batches, in their own order."""
+        run, order = self.run, torch.tensor([i for batch in batches for i in batch]).argsort()
+        every = {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
+        examples: tuple[tuple[Tensor, Tensor], ...] = ()
+        if run.batches.language:
+            loaded = map(run.batches.example, range(run.batches.size))
+            examples = tuple((x.input_ids, x.labels) for x in loaded)
+        found = tuple(_layer(x, every, f"{x.name} ") for x in self.layers)
+        damping = tuple(self.dampings[x.name] for x in self.layers)
+        refinement = _refinement(facts, every, "refined ")
+        return Queries(
+            found, self.rank, damping, every["measurements"], examples, facts, refinement
+        )
+
+
+def _told(refinement: Refinement | None) -> dict[str, Tensor]:
+    """The tensors of a refinement."""
+    named = {} if refinement is None else vars(refinement)
+    return {name: x for name, x in named.items() if isinstance(x, Tensor)}
+
+
+def _refinement(
+    facts: dict[str, Any] | None, tensors: dict[str, Tensor], prefix: str
+) -> Refinement | None:
+    """A refinement from tensors by name; None where there was none."""
+    if not facts or "refine" not in facts:
+        return None
+    names = ("residual", "before", "iterations", "outcomes")
+    told, found = facts["refine"], (tensors[f"{prefix}{n}"] for n in names)
+    return Refinement(told["method"], len(told["examples"]), *found)
 
 
 def _layer(layer: Layer, tensors: dict[str, Tensor], prefix: str) -> LayerQueries:
@@ -273,90 +361,3 @@ def _check_targets(run: Run) -> None:
                 f"query {index}: no token of it is measured (labels are -100 throughout, or only "
                 "at the first token, which nothing predicts)"
             )
-
-
-class Preconditioning(Consumer):
-    """P = (Qg^T G Qa) / (lam + damping) of every query, low rank, in weight space."""
-
-    def __init__(
-        self,
-        run: Run,
-        factors: Mapping[str, LayerFactors],
-        layers: Sequence[Layer],
-        damping: dict[str, float],
-        rank: int | None,
-        keep: Callable[[int, dict[str, Tensor]], None],
-    ) -> None:
-        self.run, self.rank, self.keep = run, rank, keep
-        self.bases = bases(factors, layers, damping, run.dtype, run.device)
-        self.rotate = SharedRotation()
-        self.found: Outgoing[str] = Outgoing()
-
-    def loss(self, batch: Batch) -> Tensor:
-        """The measurement, summed over the batch; each query's own value is kept."""
-        task, model = self.run.task, self.run.model
-        if isinstance(task, LanguageModelTask) and measures_each(task):
-            values = task.negative_log_likelihoods(batch.inputs, model)
-            self.found["measurements"] = values.detach().float()
-            return values.sum()
-        value = task.compute_measurement(batch=batch.inputs, model=model)
-        self.found["measurements"] = self._alone(batch, value)
-        return value
-
-    def _alone(self, batch: Batch, value: Tensor) -> Tensor:
-        """A task measures sums: each query's own value takes a pass of its own."""
-        if len(batch.indices) == 1:
-            return value.detach().float().reshape(1)
-        with torch.no_grad():
-            each = [
-                self.run.task.compute_measurement(
-                    batch=self.run.batches.load([index]), model=self.run.model
-                )
-                for index in batch.indices
-            ]
-        return torch.stack([x.detach().float().reshape(()) for x in each])
-
-    def add(self, seen: LayerBatch, batch: Batch) -> None:
-        """One layer of a batch of queries, a gigabyte of dense gradients at a time."""
-        name, g = seen.layer.name, seen.g
-        whole = self.bases[name].at(g.device)
-        basis, a, bias = self.rotate(whole, g, seen.a, seen.layer.bias, seen.shared, seen.readers)
-        some = max(1, DENSE_BYTES // (4 * seen.layer.O * seen.layer.J))
-        parts = [
-            represented(
-                basis.precondition(g[b : b + some], a[b : b + some], bias), whole, self.rank
-            )
-            for b in range(0, len(g), some)
-        ]
-        for part in parts[0]:
-            self.found[f"{name} {part}"] = torch.cat([x[part] for x in parts])
-
-    def end(self, batch: Batch) -> None:
-        """Keep the batch."""
-        found = self.found.take()
-        for name, x in found.items():
-            finite = x.isfinite().flatten(1).all(1) if x.ndim > 1 else x.isfinite()
-            if not bool(finite.all()):
-                query = batch.indices[int((~finite).nonzero()[0])]
-                raise NotFiniteError(
-                    f"query {query}: {name} is not finite: its gradient overflowed, or is NaN "
-                    "where the measurement is not"
-                )
-        self.keep(batch.number, found)
-
-
-def measures_each(task: LanguageModelTask) -> bool:
-    """Whether the measurement is the sum of `negative_log_likelihoods`, and not a class's own."""
-    return type(task).compute_measurement is LanguageModelTask.compute_measurement
-
-
-def represented(P: Tensor, basis: Basis, rank: int | None) -> dict[str, Tensor]:
-    """P [Q,O,J] of the eigenbasis in weight space, whole or as L and R."""
-    if rank is None:
-        return {"P": basis.rotate_back(P), "energy": torch.ones(len(P))}
-    assert basis.Qg is not None
-    assert basis.Qa is not None
-    L, R = truncate(P, rank)
-    energy = captured_energy(P, L, R).float()
-    L, R = rotate_back(L, R, basis.Qg.to(P.dtype), basis.Qa.to(P.dtype))
-    return {"L": L, "R": R, "energy": energy}

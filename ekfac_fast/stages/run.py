@@ -44,6 +44,7 @@ class Stage(StrEnum):
     EIGENDECOMPOSITION = "eigendecomposition"
     EIGENVALUE = "eigenvalue"
     QUERIES = "queries"
+    REFINEMENT = "refinement"
     SCAN = "scan"
     DETAIL = "detail"
 
