@@ -43,7 +43,7 @@ with stage("start"):
     logging.disable(logging.INFO)
     torch.manual_seed(0)
 job = json.loads(Path(job_file).read_text())
-TOKENS = 4096  # of a batch, or what the model sees at most: it takes no more
+TOKENS = 4096  # of a batch, as the others' 32 sequences; at most what the model sees: its own limit
 
 
 def others() -> str:
