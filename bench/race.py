@@ -136,6 +136,7 @@ def race(
                 found[name].append(run(name, pythons[name], model, task, out, memory))
             except Failed as error:
                 failed[name] = str(error)
+                shutil.rmtree(out)  # gigabytes, of some
                 print(error.told[-3000:], file=sys.stderr)
                 print(f"{turn + 1}: {name} failed: {error}", flush=True)
             else:

@@ -116,6 +116,7 @@ def test_who_fails_is_told_and_the_others_race_on(small: Path, monkeypatch, caps
         assert len(row.samples[OURS]) == 2
         assert row.details["stages"][OURS].keys() == {"scan"}
         assert row.details["memory_bytes"] == 2 << 30
+    assert not (small.parent / "crashes").exists()
     assert "first" in capsys.readouterr().err
     shown = tables.race(rows).splitlines()
     assert shown[2].startswith("| small, 1 blocks, 24 fitted, 36 scored, 1 queries | ours |")
