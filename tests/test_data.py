@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from ekfac_fast.data import read, read_queries, tokenize
-from ekfac_fast.data.batches import example
+from ekfac_fast.data.examples import example
 from ekfac_fast.errors import DataError, Notice
 
 TEXT = "The quick brown fox jumps over the lazy dog. A context manager is used by with. " * 30

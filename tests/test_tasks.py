@@ -9,8 +9,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from ekfac_fast import LanguageModelTask, fit, prepare_queries, score
-from ekfac_fast.data.batches import Batches, collate, example
+from ekfac_fast.data.batches import Batches, collate
+from ekfac_fast.data.examples import example
 from ekfac_fast.errors import ArgumentError, DataError, ModelError
+from ekfac_fast.stages.run import Run
 
 
 class LogitDifference(LanguageModelTask):
@@ -118,6 +120,30 @@ def test_packed_documents_are_kept_apart(tmp_path):
     each = [{"input_ids": x} for x in (a, b, c)]
     apart = torch.tensor(score(model, prepared, each, out=tmp_path / "a").matrix[:])
     close(got, torch.stack([apart[:, 0] + apart[:, 1], apart[:, 2]], 1), 1e-6)
+
+
+@pytest.mark.parametrize("kind", [T.OPTForCausalLM, T.RobertaForCausalLM, T.GptOssForCausalLM])
+def test_documents_that_a_model_does_not_keep_apart_are_refused(kind):
+    """It takes `position_ids`, and attends to what lies before all the same."""
+    config = kind.config_class(
+        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, ffn_dim=32, word_embed_proj_dim=16, is_decoder=True,
+        num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1, head_dim=8,
+        layer_types=["full_attention"],
+    )  # fmt: skip
+    model, ids = kind(config).eval(), torch.arange(3, 12)
+    first = 2 if kind is T.RobertaForCausalLM else 0
+    positions = torch.cat([torch.arange(5), torch.arange(4)]) + first
+    Run(model, [{"input_ids": ids, "position_ids": torch.arange(9) + first}], {})
+    with pytest.raises(ModelError, match="does not keep the documents of a sequence apart"):
+        Run(model, [{"input_ids": ids, "position_ids": positions}], {})
+
+
+def test_no_document_predicts_the_next_ones_first_token():
+    positions = [2, 3, 4, 2, 3]
+    one = example([{"input_ids": [5, 6, 7, 8, 9], "position_ids": positions}], 0)
+    assert one.labels.tolist() == [5, 6, 7, -100, 9]
+    assert one.packed
 
 
 def test_fields_that_the_model_does_not_take_are_refused():

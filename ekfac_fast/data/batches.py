@@ -1,17 +1,11 @@
 """Any indexable data set -> checked examples -> batches on the model's device.
 
-An example of a language model is a mapping with `input_ids` [T] int, optional `attention_mask` [T]
-(0: padding), optional `labels` [T] (Hugging Face: unshifted, -100 ignored, absent = input_ids) and
-optional `id`. Further tensors, arrays or lists (`position_ids`, `token_type_ids`) go to the model
-as they are. A data set is anything with `__len__` and `__getitem__` that gives such mappings; any
-other example is batched by torch's default collate.
+What is no example of a language model (`examples`) is batched by torch's default collate.
 """
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from numbers import Integral
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -19,145 +13,16 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import default_collate
 
-from ..checks import choice, shown, sized, whole
+from ..checks import choice, sized, whole
 from ..errors import DataError
 from ..store.fingerprint import Digest
 from .choices import OnLongExample
+from .examples import IGNORED, Example, Indexable, example, named
 
-IGNORED = -100
 # On a CPU activations and logits of more leave the caches: slower, and three times the memory.
 BATCH_TOKENS = {"cpu": 1024}
 DEVICE_BATCH_TOKENS = 4096
 BATCH_SIZE = 16
-
-
-class Indexable(Protocol):
-    """A list, a torch data set, a Hugging Face data set."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> Any: ...
-
-
-@dataclass(frozen=True, eq=False)
-class Example:
-    """One sequence without padding: input_ids [T], labels [T], int64; `dropped` tokens were cut.
-
-    `id` is part of the key that samples its labels: the record's "id" where that is an integer, so
-    that labels stay the same in another order or a larger data set; else its index. `fields` are
-    further values [T] for the model.
-    """
-
-    input_ids: Tensor
-    labels: Tensor
-    id: int
-    dropped: int = 0
-    fields: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-    @property
-    def targets(self) -> int:
-        """How many positions have a loss: the first has none, nothing predicts it."""
-        return int((self.labels[1:] != IGNORED).sum())
-
-
-def example(
-    dataset: Indexable,
-    index: int,
-    vocab_size: int | None = None,
-    context: int | None = None,
-) -> Example:
-    """Example `index`, checked and without its padding; DataError names it.
-
-    Longer than `context` tokens: its end is cut off, and counted in `dropped`.
-    """
-    record, where = dataset[index], named(dataset, index)
-    if not isinstance(record, Mapping) or "input_ids" not in record:
-        raise DataError(f"{where}: is a {type(record).__name__}, not a mapping with 'input_ids'")
-    ids = _integers(record["input_ids"], f"{where}: input_ids")
-    beside = {
-        name: _beside(ids, value, f"{where}: {name}")
-        for name, value in record.items()
-        if name not in ("input_ids", "id") and _is_sequence(name, value, where)
-    }
-    labels, mask = beside.pop("labels", None), beside.pop("attention_mask", None)
-    if mask is not None and not np.isin(mask, (0, 1)).all():
-        raise DataError(f"{where}: attention_mask holds other values than 0 (padding) and 1")
-    if labels is None:
-        # Where positions start again, another document begins: nothing before predicts it.
-        starts = beside.get("position_ids", np.ones(1)) == 0
-        labels = np.where(starts, IGNORED, ids)
-    real = np.arange(len(ids)) if mask is None else np.flatnonzero(mask)
-    if len(real) == 0:
-        raise DataError(f"{where}: has no tokens")
-    start, stop = int(real[0]), int(real[-1]) + 1
-    if mask is not None and stop - start > len(real):
-        hole = int(np.flatnonzero(mask[start:stop] == 0)[0]) + start
-        raise DataError(f"{where}: attention_mask is 0 at position {hole}, between real tokens")
-    dropped = max(0, stop - start - context) if context else 0
-    stop -= dropped
-    _within(ids[start:stop], vocab_size, start, f"{where}: token id")
-    _within(
-        np.where(labels == IGNORED, 0, labels)[start:stop], vocab_size, start, f"{where}: label"
-    )
-    own = record.get("id")
-    if isinstance(own, Integral) and not -(2**63) <= int(own) < 2**63:
-        raise DataError(f"{where}: id {own} does not fit 64 bits; leave it out, or number anew")
-    return Example(
-        torch.tensor(ids[start:stop]),
-        torch.tensor(labels[start:stop]),
-        int(own) if isinstance(own, Integral) and not isinstance(own, bool) else index,
-        dropped,
-        {name: torch.tensor(values[start:stop]) for name, values in beside.items()},
-    )
-
-
-def named(dataset: Indexable, index: int) -> str:
-    """An example in a message: by file and line where its data set knows them."""
-    source = getattr(dataset, "source", None)
-    return f"example {index}" + (f" ({source(index)})" if callable(source) else "")
-
-
-def _is_sequence(name: str, value: Any, where: str) -> bool:
-    """Whether a field is one number a token; text and single values are about the example."""
-    if isinstance(value, Tensor | np.ndarray):
-        found = value.ndim > 0
-    else:
-        found = isinstance(value, Sequence) and not isinstance(value, str | bytes)
-    if name in ("labels", "attention_mask", "position_ids") and not found and value is not None:
-        raise DataError(f"{where}: {name} is {shown(value)}, not one number a token")
-    return found
-
-
-def _integers(values: Any, what: str) -> np.ndarray:
-    """values as int64 [T]."""
-    try:
-        values = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values)
-    except ValueError as error:  # rows of different lengths
-        raise DataError(f"{what} must be integers [T] ({error})") from error
-    if values.ndim != 1 or (values.dtype.kind not in "iub" and len(values)):
-        raise DataError(f"{what} must be integers [T], not {values.dtype} {list(values.shape)}")
-    return values.astype(np.int64)
-
-
-def _beside(ids: np.ndarray, values: Any, what: str) -> np.ndarray:
-    """Values, one for each token."""
-    values = _integers(values, what)
-    if len(values) != len(ids):
-        raise DataError(f"{what} has {len(values)} positions, input_ids has {len(ids)}")
-    return values
-
-
-def _within(ids: np.ndarray, vocab_size: int | None, start: int, what: str) -> None:
-    """Raise DataError at the first id that is negative or not in the vocabulary."""
-    outside = np.flatnonzero((ids < 0) | (ids >= vocab_size if vocab_size else False))
-    if len(outside):
-        at = int(outside[0])
-        raise DataError(
-            f"{what} {ids[at]} at position {at + start} is outside the vocabulary"
-            + (f" of {vocab_size}. Is this the model's own tokenizer?" if vocab_size else "")
-        )
 
 
 def divided(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
@@ -203,7 +68,8 @@ class Batches:
 
     Language-model examples are batched by `batch_tokens`, padded on the right and given `index`
     [B], the examples' ids. Of one longer than the model has positions, the end is cut off
-    (`truncated` of them; `without_targets` have nothing left to predict), or it is refused.
+    (`truncated` of them; `without_targets` have nothing left to predict), or it is refused. Some
+    may hold several documents (`packed`).
     Mappings for a model with an encoder and a decoder are batched by `batch_size`, every field
     padded to its own longest. Anything else is batched by `batch_size` through torch's default
     collate. All of the data is read once here: what is wrong with it shows before any pass, and
@@ -242,6 +108,7 @@ class Batches:
             # Another shape of labels (classes of a whole sequence): a task of the user's own.
             self.language = np.ndim(labels) == 1 and len(labels) == len(first["input_ids"])
         self.truncated = self.without_targets = 0
+        self.packed = False
         self.lengths: list[int] = []
         self._digest = Digest()
         if self.language:
@@ -267,6 +134,7 @@ class Batches:
                 )
             self.truncated += one.dropped > 0
             self.without_targets += one.targets == 0
+            self.packed |= one.packed
             self.lengths.append(len(one))
             self._digest.add(_content(one))
 

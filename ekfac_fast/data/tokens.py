@@ -14,9 +14,9 @@ from torch.utils.data import Dataset
 
 from ..checks import choice, require, shown, sized, told, whole
 from ..errors import ArgumentError, DataError
-from .batches import IGNORED, Indexable
 from .choices import OnLong
 from .encoding import PIECE, encoded
+from .examples import IGNORED, Indexable
 from .records import checked, read
 
 TOKENIZED_AT_ONCE = 256

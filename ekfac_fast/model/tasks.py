@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..checks import whole
-from ..data.batches import IGNORED
+from ..data.examples import IGNORED
 from ..errors import ArgumentError, DataError, ModelError
 from ..ops.shapes import wide
 from .head import (
@@ -180,13 +180,16 @@ class LanguageModelTask:
             inputs["use_cache"] = False
         return inputs
 
-    def check(self, batch: Any, model: nn.Module, padded: bool = False) -> int:
+    def check(
+        self, batch: Any, model: nn.Module, padded: bool = False, packed: bool = False
+    ) -> int:
         """Refuse a model whose prediction depends on what it predicts, or on padding.
 
         Returns how many positions the model adds before the text.
 
         Raises:
-            ModelError: another last token changes the logits before it, or (`padded`) padding does.
+            ModelError: another last token changes the logits before it, or (`padded`) padding does,
+                or (`packed`) another document before it in the same sequence.
         """
         mask = batch["attention_mask"]
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
@@ -226,7 +229,27 @@ class LanguageModelTask:
                 "LanguageModelTask takes causal language models (BERT and its kin: with "
                 "is_decoder=True); write a Task for others"
             )
+        if packed:
+            self._check_packed(one, model, tolerance)
         return whole.shape[1] - last - 1
+
+    def _check_packed(self, one: dict[str, Any], model: nn.Module, tolerance: float) -> None:
+        """Refuse a model that does not keep documents apart where positions start again."""
+        ids, at = one["input_ids"], one["position_ids"]
+        T = ids.shape[1]
+        alone = one | {"position_ids": at[:, :1] + torch.arange(T, device=at.device)}
+        # The same document twice, the first time in another order.
+        both = {n: torch.cat([x, x], 1) if x.shape[1:] == (T,) else x for n, x in alone.items()}
+        both["input_ids"] = torch.cat([(ids.flip(1) + 1) % (int(ids.max()) + 1), ids], 1)
+        with torch.no_grad():
+            expected = self._logits(alone, model)[0].float()
+            found = self._logits(both, model)[0, -T:].float()
+        if (found - expected).abs().max() > max(tolerance, 1e-4) * expected.abs().max():
+            raise ModelError(
+                "position_ids start again where another document begins, but this model does not "
+                "keep the documents of a sequence apart (they are attended to, or a state runs "
+                "on): give every document as an example of its own"
+            )
 
 
 def linear_outputs(task: Task, batch: Any, model: nn.Module) -> tuple[Tensor, Hessian]:

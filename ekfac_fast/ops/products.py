@@ -24,7 +24,7 @@ WORTHWHILE = 1 << 24
 
 
 def onednn(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
-    """x W^T + b by oneDNN: x [N,I] and W [O,I] fp32, W of any strides -> [N,O]."""
+    """x W^T + b by oneDNN: x [N,I] and W [O,I] fp32 -> [N,O]; W or W^T is contiguous."""
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, W, b, "none", [], "")
     return y
 
@@ -38,7 +38,7 @@ def available() -> bool:
 
 
 def linear(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
-    """x W^T + b on whichever product is fastest: x [...,I], W [O,I] of any strides -> [...,O]."""
+    """x W^T + b on whichever product is fastest: x [...,I], W [O,I] -> [...,O]."""
     return onednn(x, W, b) if _pays(x, W, b) else F.linear(x, W, b)
 
 

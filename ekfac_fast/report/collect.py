@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from ..data.batches import IGNORED, data_fingerprint
+from ..data.batches import data_fingerprint
+from ..data.examples import IGNORED
 from ..data.tokens import Tokens
 from ..errors import StoreError
 from ..stages.factors import Factors

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..data.batches import Indexable, example
+from ..data.examples import Indexable, example
 from ..errors import ArgumentError, DataError
 from ..extras import optional
 

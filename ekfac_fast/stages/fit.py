@@ -23,7 +23,7 @@ from ..curvature.basis import Eigenvectors, SharedRotation
 from ..curvature.eigen import FP32_FROM, Job, eigendecompositions, largest_first
 from ..curvature.offload import placed
 from ..curvature.sums import Sum
-from ..data.batches import Indexable
+from ..data.examples import Indexable
 from ..errors import ArgumentError, ModelError
 from ..model.capture import LayerBatch
 from ..model.layers import Layer, select_layers

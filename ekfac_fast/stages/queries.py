@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ..checks import Whole, check_json, choice, instance, path, whole
 from ..curvature.basis import Eigenvectors
 from ..curvature.query_gradients import Dense, LowRank, QueryGradients
-from ..data.batches import Indexable
 from ..data.choices import OnLongExample
+from ..data.examples import Indexable
 from ..errors import ArgumentError, DataError, StoreError
 from ..model.layers import Layer
 from ..store.files import load_json, load_tensors, save_json, save_tensors

@@ -28,7 +28,8 @@ from ..curvature.solvers import (
     difference,
     dot,
 )
-from ..data.batches import Indexable, divided
+from ..data.batches import divided
+from ..data.examples import Indexable
 from ..errors import ArgumentError, Notice
 from ..model.capture import alone
 from ..model.layers import Layer

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import instance, require, shown, told
-from ..data.batches import Batches, Indexable, collate
+from ..data.batches import Batches, collate
 from ..data.choices import OnLongExample
+from ..data.examples import Indexable
 from ..errors import ArgumentError, DataError, NotFiniteError
 from ..model.capture import Capture, LayerBatch, alone
 from ..model.identity import forward_state, model_fingerprint, task_state
@@ -160,14 +161,14 @@ class Run:
         shortest = min(range(len(lengths)), key=lambda i: (lengths[i] < 2, lengths[i]))
         padded = any(len({lengths[i] for i in some}) > 1 for some in self.batches.divided())
         one = self.batches.load([shortest])
-        key = (type(self.task), str(self.autocast), padded, *sorted(one))
+        key = (type(self.task), str(self.autocast), padded, self.batches.packed, *sorted(one))
         state, found = _checked.get(self.model, (None, {}))
         if state != (now := (self.fingerprint, *forward_state(self.model))):
             found = {}
             _checked[self.model] = (now, found)
         if key not in found:
             with alone(self.model), self.settings():
-                found[key] = self.task.check(one, self.model, padded)
+                found[key] = self.task.check(one, self.model, padded, self.batches.packed)
         self.before = found[key]
 
     @cached_property

@@ -19,7 +19,7 @@ from ..curvature.basis import SharedRotation
 from ..curvature.choice import contraction
 from ..curvature.memory import free_bytes
 from ..curvature.query_gradients import Dense, QueryGradients
-from ..data.batches import Indexable
+from ..data.examples import Indexable
 from ..errors import ArgumentError, NotFiniteError
 from ..model.capture import LayerBatch
 from ..model.layers import Layer

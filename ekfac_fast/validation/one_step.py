@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from ..data.batches import Batches, Indexable
+from ..data.batches import Batches
+from ..data.examples import Indexable
 from ..model.tasks import LanguageModelTask
 from ..stages.queries import Queries
 from ..stages.scores import Scores

@@ -1,0 +1,157 @@
+"""One example of a language model, checked.
+
+It is a mapping with `input_ids` [T] int, optional `attention_mask` [T] (0: padding), optional
+`labels` [T] (Hugging Face: unshifted, -100 ignored, absent = input_ids) and optional `id`. Further
+tensors, arrays or lists (`position_ids`, `token_type_ids`) go to the model as they are. A data set
+is anything with `__len__` and `__getitem__` that gives such mappings.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Integral
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..checks import shown
+from ..errors import DataError
+
+IGNORED = -100
+
+
+class Indexable(Protocol):
+    """A list, a torch data set, a Hugging Face data set."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One sequence without padding: input_ids [T], labels [T], int64; `dropped` tokens were cut.
+
+    `id` is part of the key that samples its labels: the record's "id" where that is an integer, so
+    that labels stay the same in another order or a larger data set; else its index. `fields` are
+    further values [T] for the model.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    id: int
+    dropped: int = 0
+    fields: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def targets(self) -> int:
+        """How many positions have a loss: the first has none, nothing predicts it."""
+        return int((self.labels[1:] != IGNORED).sum())
+
+    @property
+    def packed(self) -> bool:
+        """Whether positions start again: several documents in one sequence."""
+        at = self.fields.get("position_ids")
+        return at is not None and bool((at[1:] <= at[:-1]).any())
+
+
+def example(
+    dataset: Indexable,
+    index: int,
+    vocab_size: int | None = None,
+    context: int | None = None,
+) -> Example:
+    """Example `index`, checked and without its padding; DataError names it.
+
+    Longer than `context` tokens: its end is cut off, and counted in `dropped`.
+    """
+    record, where = dataset[index], named(dataset, index)
+    if not isinstance(record, Mapping) or "input_ids" not in record:
+        raise DataError(f"{where}: is a {type(record).__name__}, not a mapping with 'input_ids'")
+    ids = _integers(record["input_ids"], f"{where}: input_ids")
+    beside = {
+        name: _beside(ids, value, f"{where}: {name}")
+        for name, value in record.items()
+        if name not in ("input_ids", "id") and _is_sequence(name, value, where)
+    }
+    labels, mask = beside.pop("labels", None), beside.pop("attention_mask", None)
+    if mask is not None and not np.isin(mask, (0, 1)).all():
+        raise DataError(f"{where}: attention_mask holds other values than 0 (padding) and 1")
+    if labels is None:
+        # Where positions start again, another document begins: nothing before predicts it.
+        labels = ids.copy()
+        if "position_ids" in beside:
+            labels[1:][np.diff(beside["position_ids"]) <= 0] = IGNORED
+    real = np.arange(len(ids)) if mask is None else np.flatnonzero(mask)
+    if len(real) == 0:
+        raise DataError(f"{where}: has no tokens")
+    start, stop = int(real[0]), int(real[-1]) + 1
+    if mask is not None and stop - start > len(real):
+        hole = int(np.flatnonzero(mask[start:stop] == 0)[0]) + start
+        raise DataError(f"{where}: attention_mask is 0 at position {hole}, between real tokens")
+    dropped = max(0, stop - start - context) if context else 0
+    stop -= dropped
+    _within(ids[start:stop], vocab_size, start, f"{where}: token id")
+    _within(
+        np.where(labels == IGNORED, 0, labels)[start:stop], vocab_size, start, f"{where}: label"
+    )
+    own = record.get("id")
+    if isinstance(own, Integral) and not -(2**63) <= int(own) < 2**63:
+        raise DataError(f"{where}: id {own} does not fit 64 bits; leave it out, or number anew")
+    return Example(
+        torch.tensor(ids[start:stop]),
+        torch.tensor(labels[start:stop]),
+        int(own) if isinstance(own, Integral) and not isinstance(own, bool) else index,
+        dropped,
+        {name: torch.tensor(values[start:stop]) for name, values in beside.items()},
+    )
+
+
+def named(dataset: Indexable, index: int) -> str:
+    """An example in a message: by file and line where its data set knows them."""
+    source = getattr(dataset, "source", None)
+    return f"example {index}" + (f" ({source(index)})" if callable(source) else "")
+
+
+def _is_sequence(name: str, value: Any, where: str) -> bool:
+    """Whether a field is one number a token; text and single values are about the example."""
+    if isinstance(value, Tensor | np.ndarray):
+        found = value.ndim > 0
+    else:
+        found = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    if name in ("labels", "attention_mask", "position_ids") and not found and value is not None:
+        raise DataError(f"{where}: {name} is {shown(value)}, not one number a token")
+    return found
+
+
+def _integers(values: Any, what: str) -> np.ndarray:
+    """values as int64 [T]."""
+    try:
+        values = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values)
+    except ValueError as error:  # rows of different lengths
+        raise DataError(f"{what} must be integers [T] ({error})") from error
+    if values.ndim != 1 or (values.dtype.kind not in "iub" and len(values)):
+        raise DataError(f"{what} must be integers [T], not {values.dtype} {list(values.shape)}")
+    return values.astype(np.int64)
+
+
+def _beside(ids: np.ndarray, values: Any, what: str) -> np.ndarray:
+    """Values, one for each token."""
+    values = _integers(values, what)
+    if len(values) != len(ids):
+        raise DataError(f"{what} has {len(values)} positions, input_ids has {len(ids)}")
+    return values
+
+
+def _within(ids: np.ndarray, vocab_size: int | None, start: int, what: str) -> None:
+    """Raise DataError at the first id that is negative or not in the vocabulary."""
+    outside = np.flatnonzero((ids < 0) | (ids >= vocab_size if vocab_size else False))
+    if len(outside):
+        at = int(outside[0])
+        raise DataError(
+            f"{what} {ids[at]} at position {at + start} is outside the vocabulary"
+            + (f" of {vocab_size}. Is this the model's own tokenizer?" if vocab_size else "")
+        )
