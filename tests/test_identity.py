@@ -17,6 +17,7 @@ from torch import nn
 from ekfac_fast import Factors, LanguageModelTask, Notice, Scores, fit, prepare_queries, score
 from ekfac_fast import self_scores as self_influence
 from ekfac_fast.errors import ArgumentError, NotFiniteError, StoreError
+from ekfac_fast.report.collect import check_together
 from ekfac_fast.store.folder import Store
 
 
@@ -254,3 +255,39 @@ def test_a_journal_of_fewer_batches_is_noticed(run, tmp_path):
     journal.write_bytes(b"".join(lines[1:]))
     with pytest.raises(StoreError, match="batches are marked, though the scan is finished"):
         _ = Scores(tmp_path).matrix
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_gradients_switched_off_around_every_stage(off, run, tmp_path):
+    model, data, _, _, _ = run
+
+    def results(folder):
+        factors = fit(model, data, out=folder / "f")
+        prepared = prepare_queries(
+            model, factors, asked(), rank=4, refine="cg:2", dataset=data, refine_examples=4
+        )
+        scores = score(model, prepared, data, out=folder / "s", per_token=True)
+        own = self_influence(model, factors, data, out=folder / "z")
+        return scores.matrix[:], own.matrix[:], scores.details(0)[0].per_layer_token
+
+    expected = results(tmp_path / "on")
+    with off():
+        found = results(tmp_path / "off")
+    for x, y in zip(found, expected, strict=True):
+        assert np.array_equal(x, y)
+
+
+def test_a_report_of_a_changed_corpus_is_refused(run, tmp_path):
+    model, data, factors, _, _ = run
+    prepared = prepare_queries(model, factors, asked(), rank=4)
+    scores = score(model, prepared, data, out=tmp_path)
+    other = [dict(x) for x in data]
+    other[3] = {**other[3], "input_ids": other[3]["input_ids"][::-1]}
+    check_together(scores, factors, prepared, data)
+    for what, *given in (
+        ("the corpus", factors, prepared, other),
+        ("the queries", factors, prepare_queries(model, factors, asked(2), rank=4), data),
+        ("the factors", fit(model, other, out=tmp_path / "f"), prepared, data),
+    ):
+        with pytest.raises(StoreError, match=f"^{what}: not what was scored"):
+            check_together(scores, *given)

@@ -47,6 +47,7 @@ from .waiting import Waiting
 COVARIANCE_DRAW, EIGENVALUE_DRAW = 1, 0
 
 
+@torch.inference_mode(False)
 def fit(
     model: nn.Module,
     dataset: Indexable,

@@ -159,6 +159,7 @@ class Queries:
             ) from error
 
 
+@torch.inference_mode(False)
 def prepare_queries(
     model: nn.Module,
     factors: Factors,

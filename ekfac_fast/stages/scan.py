@@ -41,6 +41,7 @@ DETAILED, LOWEST = 20, 5
 SHARE_OF_A_STAGE = 0.5
 
 
+@torch.inference_mode(False)
 def score(
     model: nn.Module,
     queries: Queries,
@@ -107,6 +108,7 @@ def score(
     return Scores(out)
 
 
+@torch.inference_mode(False)
 def self_scores(
     model: nn.Module,
     factors: Factors,

@@ -5,6 +5,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from ..checks import Whole, check_json
 from ..errors import ArgumentError, StoreError
@@ -78,6 +79,11 @@ class Scores:
             )
         return matrix.values
 
+    @cached_property
+    def _heap(self) -> dict[str, Tensor]:
+        """Of all queries, read and checked once."""
+        return self.store.load_state(HEAP).tensors
+
     def top(self, query: int, k: int, *, lowest: bool = False) -> list[tuple[int, float]]:
         """The k highest (or lowest) scores: (index, raw score), best first, ties by index."""
         kept = self.store.facts["top_k"]
@@ -88,8 +94,7 @@ class Scores:
         else:
             if lowest or k > kept:
                 raise ArgumentError(f"{self.folder} holds only the top {kept} of each query")
-            state = self.store.load_state(HEAP).tensors
-            indices, values = state["indices"][query].numpy(), state["values"][query].numpy()
+            indices, values = (self._heap[x][query].numpy() for x in ("indices", "values"))
             indices, values = indices[indices >= 0], values[indices >= 0]
         order = np.lexsort((indices, values if lowest else -values))[:k]
         return [(int(indices[i]), float(values[i])) for i in order]
