@@ -17,7 +17,7 @@ from dense_ekfac import (
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from ekfac_fast.curvature.eigen import Job
-from ekfac_fast.errors import StoreError
+from ekfac_fast.errors import Notice, StoreError
 from ekfac_fast.stages.factors import Factors, LayerFactors
 from ekfac_fast.stages.fit import fit
 from ekfac_fast.stages.queries import prepare_queries
@@ -131,7 +131,8 @@ def test_bad_input_is_named(tmp_path):
 def test_long_sequences_are_cut_and_counted_or_refused(tmp_path):
     data = [*corpus(3), {"input_ids": [1] * (CONTEXT + 5)}]
     model = gpt2()
-    factors = fit(model, data, out=tmp_path / "f")
+    with pytest.warns(Notice, match="of 4 examples 1 are longer"):
+        factors = fit(model, data, out=tmp_path / "f")
     assert Store.load(tmp_path / "f").state["truncated"] == 1
     queries = prepare_queries(model, factors, asked())
     message = rf"example 3: {CONTEXT + 5} tokens, the model has {CONTEXT} positions"

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ekfac_fast import LanguageModelTask, fit, prepare_queries, score
 from ekfac_fast.data.batches import Batches, collate
 from ekfac_fast.data.examples import example
-from ekfac_fast.errors import ArgumentError, DataError, ModelError
+from ekfac_fast.errors import ArgumentError, DataError, ModelError, Notice
 from ekfac_fast.stages.run import Run
 
 
@@ -79,10 +79,12 @@ def test_queries_are_never_cut_and_measure_something(tmp_path):
         prepare_queries(model, factors, [*asked(1), silent])
 
 
-def test_training_examples_without_targets_are_counted(tmp_path):
+def test_training_examples_without_targets_are_counted():
     ids = list(range(CONTEXT + 6))
     cut = {"input_ids": ids, "labels": [-100] * CONTEXT + ids[CONTEXT:]}
-    batches = Batches([*corpus(3), cut], gpt2())
+    told = f"of 4 examples 1 are longer than the model's {CONTEXT} .* 1 have nothing to predict"
+    with pytest.warns(Notice, match=told):
+        batches = Batches([*corpus(3), cut], gpt2())
     assert (batches.truncated, batches.without_targets) == (1, 1)
 
 

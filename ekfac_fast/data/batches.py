@@ -4,6 +4,7 @@ What is no example of a language model (`examples`) is batched by torch's defaul
 """
 
 import inspect
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -14,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import default_collate
 
 from ..checks import choice, sized, whole
-from ..errors import DataError
+from ..errors import DataError, Notice
 from ..store.fingerprint import Digest
 from .choices import OnLongExample
 from .examples import IGNORED, Example, Indexable, example, named
@@ -137,6 +138,14 @@ class Batches:
             self.packed |= one.packed
             self.lengths.append(len(one))
             self._digest.add(_content(one))
+        if on_long == "truncate" and (self.truncated or self.without_targets):
+            warnings.warn(
+                f"of {self.size} examples {self.truncated} are longer than the model's "
+                f"{self.context} positions and lose their end, {self.without_targets} have nothing "
+                "to predict and no influence",
+                Notice,
+                stacklevel=4,
+            )
 
     def divided(self) -> list[list[int]]:
         """Indices of every batch; a pure function of lengths and budget."""
