@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
+from ekfac_fast.curvature.memory import free_bytes
 from measure.environment import environment
 from measure.rows import OURS, Row, append
 from pages import tables
@@ -181,12 +182,6 @@ def versions(names: list[str]) -> dict[str, str]:
     return found
 
 
-def at_hand() -> int:
-    """Bytes of memory that are free, by the kernel's estimate."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
-
-
 def main(words: list[str] | None = None) -> None:
     """Race, print, append to bench/results/race.jsonl: a row for each number of queries."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -208,7 +203,7 @@ def main(words: list[str] | None = None) -> None:
     pythons, failed = installed(chosen.only, ENVIRONMENTS)
     for name, reason in failed.items():
         print(f"{name}: {reason}", flush=True)
-    memory = int(chosen.memory * 2**30) if chosen.memory else at_hand()
+    memory = int(chosen.memory * 2**30) if chosen.memory else free_bytes(torch.device("cpu"))
     for queries in chosen.queries:
         shape = {
             "fit": chosen.fit,

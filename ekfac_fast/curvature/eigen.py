@@ -4,7 +4,7 @@ C = (sum / count, symmetrised) = Q diag(values) Q^T, values ascending
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -141,10 +141,10 @@ def _in_batches(
         for start in range(0, len(group), take):
             some = group[start : start + take]
             stack = torch.stack([job.mean(device, dtype) for job in some])
+            solved: Iterable[Solved]
             try:
-                solved = list(zip(*solve(stack), strict=True))
+                solved = zip(*solve(stack), strict=True)
             except torch.OutOfMemoryError:
                 torch.cuda.empty_cache()
-                solved = [_stored(job, solve(cov)) for job, cov in zip(some, stack, strict=True)]
-            for job, one in zip(some, solved, strict=True):
-                yield _stored(job, one)
+                solved = map(solve, stack)
+            yield from map(_stored, some, solved)

@@ -147,12 +147,14 @@ class Batches:
                 stacklevel=4,
             )
 
-    def divided(self) -> list[list[int]]:
-        """Indices of every batch; a pure function of lengths and budget."""
+    def divided(self, among: Sequence[int] | None = None) -> list[list[int]]:
+        """Indices of every batch, of all examples or of some; by lengths and budget alone."""
+        every = range(self.size) if among is None else among
         if self.language:
-            return divided(self.lengths, self.batch_tokens)
-        every = list(range(self.size))
-        return [every[i : i + self.batch_size] for i in range(0, self.size, self.batch_size)]
+            lengths = [self.lengths[i] for i in every]
+            return [[every[i] for i in some] for some in divided(lengths, self.batch_tokens)]
+        size = self.batch_size
+        return [list(every[i : i + size]) for i in range(0, len(every), size)]
 
     def tokens(self, indices: Sequence[int]) -> int:
         """Real tokens (or examples, where there are none) of a batch."""

@@ -10,7 +10,7 @@ gradient is made with them. Several draws of labels share all products.
 """
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -113,12 +113,16 @@ def softmax_hessian(p: Tensor, u: Tensor) -> Tensor:
     return pu.addcmul_(p, pu.sum(-1, keepdim=True), value=-1)
 
 
+def _some(h: Tensor, W: Tensor) -> Iterator[slice]:
+    """Rows of h [n,D], as many at a time as may have logits."""
+    some = max(1, (LOGITS if h.device.type == "cpu" else LOGITS_GPU) // (4 * len(W)))
+    return (slice(at, at + some) for at in range(0, len(h), some))
+
+
 def token_hessian(h: Tensor, head: nn.Linear, u: Tensor) -> Tensor:
     """W^T (diag p - p p^T) W u, the Hessian of `token_losses` in h: h [n,D], u [Q,n,D]."""
     W, b, found = head.weight, head.bias, torch.empty_like(u)
-    some = max(1, (LOGITS if h.device.type == "cpu" else LOGITS_GPU) // (4 * len(W)))
-    for at in range(0, len(h), some):
-        rows = slice(at, at + some)
+    for rows in _some(h, W):
         p = linear(h[rows], W, b).softmax(-1, dtype=wide(h.dtype))
         for each, out in zip(u[:, rows], found[:, rows], strict=True):
             curved = softmax_hessian(p, linear(each, W).to(p.dtype))
@@ -164,9 +168,7 @@ class _Losses(torch.autograd.Function):
         losses = h.new_zeros(chosen.shape, dtype=wide(h.dtype))
         first = torch.empty_like(h)  # gradients of the first draw's losses
         edges = chosen.new_zeros(())
-        some = max(1, (LOGITS if device == "cpu" else LOGITS_GPU) // (4 * len(W)))
-        for at in range(0, len(h), some):
-            rows = slice(at, at + some)
+        for rows in _some(h, W):
             log_p = linear(h[rows], W, b).to(losses.dtype).log_softmax(-1)
             p = log_p
             if draws is not None:

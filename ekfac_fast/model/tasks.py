@@ -127,7 +127,7 @@ class LanguageModelTask:
         b, t = predicting(_targets(batch))
         read = states(model, inputs)
         if read is None:
-            z = self._logits(batch, model)[b, t]
+            z = _text(_all_logits(inputs, model), batch)[b, t]
             p = z.detach().softmax(-1, dtype=wide(z.dtype))
             return z, partial(softmax_hessian, p)
         head, h = read

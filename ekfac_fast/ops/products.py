@@ -119,11 +119,15 @@ def _attention(
         return None  # fused attention is not wanted, here nor on a CPU
     cast = torch.is_autocast_enabled("cpu") and Q.device.type == "cpu"
     dtype = torch.get_autocast_dtype("cpu") if cast else Q.dtype
-    if dropout_p or dtype != torch.bfloat16 or torch._C._are_functorch_transforms_active():
+    if (
+        dropout_p
+        or dtype != torch.bfloat16
+        or not (cast or Q.dtype == K.dtype == V.dtype)
+        or not pays(Q, K, V, attn_mask, enable_gqa)
+        or torch._C._are_functorch_transforms_active()
+    ):
         return None
-    Q, K, V = (x.to(dtype) if cast else x for x in (Q, K, V))
-    if enable_gqa and Q.ndim == K.ndim == V.ndim == 4:
+    Q, K, V = (x.to(dtype) for x in (Q, K, V))
+    if enable_gqa:
         K, V = (x.repeat_interleave(Q.shape[1] // x.shape[1], 1) for x in (K, V))
-    if not Q.dtype == K.dtype == V.dtype or not pays(Q, K, V, attn_mask):
-        return None
     return Q, K, V, attn_mask, is_causal, scale

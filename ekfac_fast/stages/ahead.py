@@ -5,8 +5,6 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Any
 
-import torch
-
 from ..data.batches import Batches, moved
 
 
@@ -21,12 +19,10 @@ class Ahead:
         self._device = batches.device
         self._unread, self._read = map(batches.gathered, order), deque[Any]()
 
-    @torch.inference_mode(False)
     def read(self) -> None:
         """One more, if there is one."""
         self._read.extend(islice(self._unread, 1))
 
-    @torch.inference_mode(False)
     def take(self) -> Any:
         """The next, on the model's device."""
         if not self._read:

@@ -28,7 +28,6 @@ from ..curvature.solvers import (
     difference,
     dot,
 )
-from ..data.batches import divided
 from ..data.examples import Indexable
 from ..errors import ArgumentError, Notice
 from ..model.capture import alone
@@ -221,20 +220,10 @@ class Refining:
         """(H + damping) v, with H of the whole sample, or of some of its examples."""
         run, sums = self.run, {name: torch.zeros_like(x) for name, x in v.items()}
         every = range(run.batches.size) if examples is None else examples
-        for batch in self._batches(every):
-            with torch.inference_mode(False):
-                inputs = run.batches.load(batch)
-            outputs = partial(linear_outputs, run.task, inputs, run.model)
+        for batch in run.batches.divided(every):
+            outputs = partial(linear_outputs, run.task, run.batches.load(batch), run.model)
             self._linearised.add_product(outputs, v, sums)
         return {n: x.div_(len(every)).add_(v[n], alpha=self.dampings[n]) for n, x in sums.items()}
-
-    def _batches(self, examples: Sequence[int]) -> list[list[int]]:
-        batches = self.run.batches
-        if not batches.language:
-            size = batches.batch_size
-            return [list(examples[i : i + size]) for i in range(0, len(examples), size)]
-        lengths = [batches.lengths[i] for i in examples]
-        return [[examples[i] for i in some] for some in divided(lengths, batches.batch_tokens)]
 
     def minibatch(self, step: int) -> list[int]:
         """The examples of one step of a descent: every epoch has an order of its own."""

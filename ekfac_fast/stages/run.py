@@ -216,6 +216,7 @@ class Run:
         if self.progress:
             self.progress(stage.value, done, total)
 
+    @torch.inference_mode(False)
     def each(
         self,
         stage: Stage,

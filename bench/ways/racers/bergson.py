@@ -38,7 +38,7 @@ with stage("start"):
     from datasets import Dataset
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from .job import dense_at_once
+    from .job import dense_at_once, labelled
 
     logging.disable(logging.INFO)
     torch.manual_seed(0)
@@ -57,8 +57,7 @@ def others() -> str:
 
 def data(part: str) -> DataConfig:
     """A part of the job as a data set on disk."""
-    rows = [x if isinstance(x, dict) else {"input_ids": x, "labels": x} for x in job[part]]
-    Dataset.from_list(rows).save_to_disk(f"{out}/data/{part}")
+    Dataset.from_list(labelled(job[part])).save_to_disk(f"{out}/data/{part}")
     return DataConfig(dataset=f"{out}/data/{part}")
 
 

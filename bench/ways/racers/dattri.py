@@ -30,7 +30,7 @@ with stage("start"):
     from torch.nn import functional as F
     from transformers import AutoModelForCausalLM
 
-    from .job import dense_at_once
+    from .job import dense_at_once, labelled
 
     warnings.filterwarnings("ignore", message=".*have no trainable parameter")
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
@@ -47,7 +47,7 @@ class Rows(torch.utils.data.Dataset):
     """
 
     def __init__(self, rows, batch):
-        rows = [x if isinstance(x, dict) else {"input_ids": x, "labels": x} for x in rows]
+        rows = labelled(rows)
         batches = [rows[at : at + batch] for at in range(0, len(rows), batch)]
         self.rows = [(row, max(len(x["labels"]) for x in rows)) for rows in batches for row in rows]
 

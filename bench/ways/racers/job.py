@@ -95,6 +95,11 @@ def mlps(model: Path, blocks: int) -> dict[str, int]:
     return {name: shapes.get_submodule(name).weight.numel() for name in chosen}
 
 
+def labelled(rows: list) -> list[dict]:
+    """Queries as they are, and sequences with every token as a label."""
+    return [x if isinstance(x, dict) else {"input_ids": x, "labels": x} for x in rows]
+
+
 def dense_at_once(job: dict) -> int:
     """How many queries a tool that keeps them dense in fp32 is given a pass: a quarter of the
     memory for one copy.

@@ -24,6 +24,8 @@ with stage("start"):
     from transformers import AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 
+    from ways.racers.job import labelled
+
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
 job = json.loads(Path(job_file).read_text())
 for name, module in list(model.named_modules()):
@@ -39,7 +41,7 @@ class Rows(torch.utils.data.Dataset):
     """Token ids with their labels."""
 
     def __init__(self, rows):
-        self.rows = [x if isinstance(x, dict) else {"input_ids": x, "labels": x} for x in rows]
+        self.rows = labelled(rows)
 
     def __len__(self):
         return len(self.rows)
