@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ekfac_fast.ops import attention as module
 from ekfac_fast.ops.attention import LONGEST, attention, pays
-from ekfac_fast.ops.products import Products
+from ekfac_fast.ops.products import Products, multiplied
 
 pytestmark = pytest.mark.skipif(not module.available(), reason="another PyTorch")
 
@@ -78,6 +78,7 @@ def test_what_it_is_not_for():
     assert not pays(Q, K[:, :1], V[:, :1])
 
 
+@pytest.mark.skipif(not multiplied(torch.bfloat16), reason="no products of bf16")
 @pytest.mark.parametrize("autocast", [True, False])
 def test_a_model_with_grouped_queries_takes_it(autocast, monkeypatch):
     torch.manual_seed(0)

@@ -56,12 +56,16 @@ def load(
     """A Hugging Face causal language model in evaluation mode, on a GPU if there is one."""
     transformers = optional("transformers", "hf")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    lowered = autocast(dtype, torch.device(device))
     with loading(path):
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            path, trust_remote_code=trust_remote_code
+            path,
+            trust_remote_code=trust_remote_code,
+            # A checkpoint of bf16 is computed in fp32 where that was asked for.
+            dtype="auto" if lowered else torch.float32,
         )
     tokenizer = load_tokenizer(path, trust_remote_code)
-    return Source(path, model.to(device).eval(), tokenizer, autocast(dtype, torch.device(device)))
+    return Source(path, model.to(device).eval(), tokenizer, lowered)
 
 
 def autocast(dtype: Dtype, device: torch.device) -> torch.dtype | None:

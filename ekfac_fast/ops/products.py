@@ -4,12 +4,14 @@ y = x W^T + b        dx = g W        and no gradient of W
 
 On x86 with AVX-512, PyTorch gives fp32 products to MKL; oneDNN, which it carries too, has been as
 fast or faster on every processor measured: 1.05 to 1.3 times, three times where MKL does not know
-the vendor. Which one it is depends on dtype and shape alone, so a continued run ends in the same
-bits; `ekfac-fast doctor` shows both rates.
+the vendor. With AVX2 alone they are alike, and neither multiplies bf16 or fp16: PyTorch's own loops
+do, at a sixth of the rate of fp32, or at a 140th where W^T is contiguous (Hugging Face's `Conv1D`),
+so there the numbers are widened. Which product it is depends on dtype and shape alone, so a
+continued run ends in the same bits; `ekfac-fast doctor` shows the rates.
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -29,6 +31,13 @@ def onednn(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
     return y
 
 
+def widened(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
+    """x W^T + b of 16-bit x [N,I], W [O,I] and b [O], multiplied in fp32 and rounded: [N,O]."""
+    with torch.autocast("cpu", enabled=False):
+        y = F.linear(x.float(), W.float(), None if b is None else b.float())
+    return y.to(x.dtype)
+
+
 @cache
 def available() -> bool:
     """Whether oneDNN is here, on a processor on which it has been measured."""
@@ -37,27 +46,49 @@ def available() -> bool:
     return known and has
 
 
+@cache
+def multiplied(dtype: torch.dtype) -> bool:
+    """Whether PyTorch has products of this dtype here, and not plain loops."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return True
+    name = "bf16" if dtype == torch.bfloat16 else "fp16"
+    return bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")())
+
+
+def product(dtype: torch.dtype) -> Callable[..., Tensor] | None:
+    """The product of a CPU's matrices that is faster here than `F.linear`, if one is."""
+    if dtype == torch.float32:
+        return onednn if available() else None
+    return None if multiplied(dtype) else widened
+
+
 def linear(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
     """x W^T + b on whichever product is fastest: x [...,I], W [O,I] -> [...,O]."""
-    return onednn(x, W, b) if _pays(x, W, b) else F.linear(x, W, b)
+    some = product(x.dtype) if _pays(x, W, b) else None
+    return some(x, W, b) if some else F.linear(x, W, b)
 
 
 def _plain(x: Any) -> bool:
-    return type(x) in (Tensor, nn.Parameter) and x.dtype == torch.float32
+    return type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.is_floating_point()
 
 
 def _pays(x: Any, W: Any, b: Any) -> bool:
     return (
         _plain(x)
         and _plain(W)
-        and (b is None or _plain(b))
-        and x.device.type == "cpu"
+        and (b is None or (_plain(b) and b.ndim == 1))
         and x.ndim >= 2
         and W.ndim == 2
         and 2 * x.numel() * W.shape[0] >= WORTHWHILE
-        and not torch.is_autocast_enabled("cpu")
-        and available()
     )
+
+
+def _dtype(*given: Tensor | None) -> torch.dtype | None:
+    """In which these are multiplied on a CPU, under autocast or not; None if they do not match."""
+    found = {x.dtype for x in given if x is not None}
+    if torch.is_autocast_enabled("cpu") and torch.float64 not in found:
+        return torch.get_autocast_dtype("cpu")
+    return found.pop() if len(found) == 1 else None
 
 
 class _Linear(torch.autograd.Function):
@@ -65,8 +96,9 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-        ctx.W = W
-        return onednn(x.contiguous(), W, b)
+        ctx.W, some = W, product(x.dtype)
+        assert some
+        return some(x.contiguous(), W, b)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None, None]:
@@ -75,7 +107,7 @@ class _Linear(torch.autograd.Function):
 
 
 class Products(TorchFunctionMode):
-    """While it is entered, frozen linear layers run on `linear`, attention on `attention`.
+    """While it is entered, frozen linear layers run on `product`, attention on `attention`.
 
     No module is touched: `nn.Linear` calls `F.linear`, Hugging Face's `Conv1D` calls `torch.addmm`.
     """
@@ -85,23 +117,27 @@ class Products(TorchFunctionMode):
     ) -> Any:
         """One call of a function of torch."""
         if func is F.scaled_dot_product_attention and (here := _attention(*args, **(kwargs or {}))):
-            return attention(*here)
+            return here()
         if not kwargs:
-            if func is F.linear and _frozen(*args):
-                return _Linear.apply(args[0], args[1], args[2] if len(args) > 2 else None)
-            if func is torch.addmm and args[0].ndim == 1 and _frozen(args[1], args[2].t(), args[0]):
-                return _Linear.apply(args[1], args[2].t(), args[0])
+            if func is F.linear and (these := _frozen(*args)):
+                return _Linear.apply(*these)
+            if func is torch.addmm and (these := _frozen(args[1], args[2].t(), args[0])):
+                return _Linear.apply(*these)
         return func(*args, **(kwargs or {}))
 
 
-def _frozen(x: Tensor, W: Tensor, b: Tensor | None = None) -> bool:
-    """Whether `_Linear` is this layer: worth it, and only the input's gradient is wanted."""
-    return (
-        _pays(x, W, b)
-        and not W.requires_grad
-        and (b is None or not b.requires_grad)
-        and not torch._C._are_functorch_transforms_active()
-    )
+def _frozen(x: Tensor, W: Tensor, b: Tensor | None = None) -> tuple[Tensor | None, ...] | None:
+    """What `_Linear` takes; None unless it is faster, and only the input's gradient is wanted."""
+    if (
+        not _pays(x, W, b)
+        or not (dtype := _dtype(x, W, b))
+        or not product(dtype)
+        or W.requires_grad
+        or (b is not None and b.requires_grad)
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return None
+    return x.to(dtype), W.to(dtype), None if b is None else b.to(dtype)
 
 
 def _attention(
@@ -113,21 +149,34 @@ def _attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> tuple[Any, ...] | None:
-    """What `attention` takes in the place of PyTorch's function; None where it does not pay."""
+) -> Callable[[], Tensor] | None:
+    """What is called in the place of PyTorch's function; None where nothing else pays."""
     if not torch.backends.cuda.flash_sdp_enabled():
         return None  # fused attention is not wanted, here nor on a CPU
-    cast = torch.is_autocast_enabled("cpu") and Q.device.type == "cpu"
-    dtype = torch.get_autocast_dtype("cpu") if cast else Q.dtype
     if (
-        dropout_p
-        or dtype != torch.bfloat16
-        or not (cast or Q.dtype == K.dtype == V.dtype)
-        or not pays(Q, K, V, attn_mask, enable_gqa)
+        any(type(x) is not Tensor or x.device.type != "cpu" for x in (Q, K, V))
+        or dropout_p
+        or not (dtype := _dtype(Q, K, V))
         or torch._C._are_functorch_transforms_active()
     ):
+        return None
+    if not multiplied(dtype):
+        how = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+        return partial(_widened_attention, dtype, Q, K, V, attn_mask, **how)
+    if dtype != torch.bfloat16 or not pays(Q, K, V, attn_mask, enable_gqa):
         return None
     Q, K, V = (x.to(dtype) for x in (Q, K, V))
     if enable_gqa:
         K, V = (x.repeat_interleave(Q.shape[1] // x.shape[1], 1) for x in (K, V))
-    return Q, K, V, attn_mask, is_causal, scale
+    return partial(attention, Q, K, V, attn_mask, is_causal, scale)
+
+
+def _widened_attention(
+    dtype: torch.dtype, Q: Tensor, K: Tensor, V: Tensor, mask: Tensor | None, **how: Any
+) -> Tensor:
+    """Attention of what has been rounded to `dtype`, in fp32, rounded again."""
+    if mask is not None and mask.is_floating_point():
+        mask = mask.float()
+    with torch.autocast("cpu", enabled=False):
+        Q, K, V = (x.to(dtype).float() for x in (Q, K, V))
+        return F.scaled_dot_product_attention(Q, K, V, mask, **how).to(dtype)
