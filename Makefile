@@ -11,6 +11,9 @@ PINS := $(wildcard requirements/*.txt)
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu* tests/*.h)
 SHORT := $(addprefix tests/test_,ops.py ops_errors.py math.py queries.py)
 
+# Test files beside each other, one a core, in the order of their names: fixtures are made once a file.
+BESIDE := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --benchmark-disable
+
 .PHONY: venv build lint test test-short demo bench gpu-check clean
 
 venv: .venv/made
@@ -39,7 +42,7 @@ lint: venv
 test test-short: export OMP_WAIT_POLICY = PASSIVE
 
 test: lint build
-	$(BIN)/pytest
+	$(BIN)/pytest $(BESIDE)
 	$(BIN)/pytest bench --benchmark-disable
 	$(MAKE) test-short
 

@@ -1,7 +1,6 @@
 """The commands, as processes on a real (small, briefly trained) model; README's own lines too."""
 
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import Python
 
 from ekfac_fast.cli.inputs import load_tokenizer
 from ekfac_fast.data import read, tokenize
@@ -19,23 +19,28 @@ from ekfac_fast.stages.scores import Scores
 ROOT = Path(__file__).parent.parent
 
 
-def run(*words, cwd, ok=True):
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "ekfac_fast", *map(str, words)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"COLUMNS": "120"},
-    )
-    assert (done.returncode == 0) == ok, done.stdout + done.stderr
-    return done.stdout
+@pytest.fixture(scope="module")
+def python(tmp_path_factory):
+    python = Python(tmp_path_factory.mktemp("python"))
+    yield python
+    python.close()
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory):
+def run(python):
+    def command(*words, cwd, ok=True):
+        done = python("-m", "ekfac_fast", *words, cwd=cwd)
+        assert (done.returncode == 0) == ok, done.stdout + done.stderr
+        return done.stdout
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def demo(run, tmp_path_factory):
     """The short form of `make demo`: the same command, fewer steps."""
     folder = tmp_path_factory.mktemp("cli")
-    output = run("demo", "--steps", 40, "--topics", 16, cwd=folder)
+    output = run("demo", "--steps", 12, "--topics", 8, cwd=folder)
     return folder, output
 
 
@@ -60,7 +65,10 @@ def test_demo_does_the_whole_job(demo):
 def test_demo_again_changes_nothing(demo):
     folder, _ = demo
     before = (folder / "demo/scores/scores.npy").read_bytes()
-    run("demo", "--steps", 40, "--topics", 16, cwd=folder)
+    subprocess.run(
+        [sys.executable, "-m", "ekfac_fast", "demo", "--steps", "12", "--topics", "8"],
+        cwd=folder, check=True, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
     assert (folder / "demo/scores/scores.npy").read_bytes() == before
 
 
@@ -69,7 +77,7 @@ def readme(language):
     return re.findall(rf"```{language}\n(.*?)```", text, re.S)
 
 
-def test_every_command_of_the_readme_runs(demo):
+def test_every_command_of_the_readme_runs(demo, run):
     folder, _ = demo
     lines = [line for block in readme("sh") for line in block.replace("\\\n", " ").splitlines()]
     commands = [shlex.split(line, comments=True) for line in lines]
@@ -80,28 +88,24 @@ def test_every_command_of_the_readme_runs(demo):
             run(*words, cwd=folder)
 
 
-def test_the_readme_snippet_runs(demo):
+def test_the_readme_snippet_runs(demo, python):
     folder, _ = demo
     (snippet,) = readme("python")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", snippet], cwd=folder, capture_output=True, text=True
-    )
+    done = python("-c", snippet, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert re.search(r"[+-]?\d+\.\d+", done.stdout)
 
 
-def test_the_example_runs(demo):
+def test_the_example_runs(demo, python):
     folder, _ = demo
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", ROOT / "examples/influence.py", "demo/model",
-         "demo/corpus", "The with statement is used to wrap the execution of", " a block"],
-        cwd=folder, capture_output=True, text=True,
-    )  # fmt: skip
+    query = ("The with statement is used to wrap the execution of", " a block")
+    example = ROOT / "examples/influence.py"
+    done = python(example, "demo/model", "demo/corpus", *query, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("at ") >= 5
 
 
-def test_a_planted_passage_comes_first(demo, tmp_path):
+def test_a_planted_passage_comes_first(demo, run, tmp_path):
     """Five times in the corpus, the passage takes the first five places of its own query."""
     folder, _ = demo
     passage = "The zebra committee of Astrobia elected Zorald Pfaff as keeper of nine green lamps."
@@ -126,7 +130,7 @@ def test_a_planted_passage_comes_first(demo, tmp_path):
     assert sorted(int(re.search(r"line (\d+)$", text)[1]) - 1 for text in texts) == places
 
 
-def test_refined_queries_tell_their_residuals(demo, tmp_path):
+def test_refined_queries_tell_their_residuals(demo, run, tmp_path):
     folder, _ = demo
     given = [folder / "demo" / x for x in ("model", "factors", "queries.jsonl", "corpus")]
     more = ["--refine", "cg:2", "--refine-examples", 6, "--no-detail"]
@@ -142,7 +146,7 @@ def test_refined_queries_tell_their_residuals(demo, tmp_path):
     assert "expected at least 1 iteration" in refused
 
 
-def test_errors_name_the_file_and_the_line(demo, tmp_path):
+def test_errors_name_the_file_and_the_line(demo, run, tmp_path):
     folder, _ = demo
     model = folder / "demo/model"
     (tmp_path / "bad.jsonl").write_text('{"text": "one two three"}\n{"text": \n')
@@ -162,7 +166,7 @@ def test_errors_name_the_file_and_the_line(demo, tmp_path):
     assert "Traceback" not in said
 
 
-def test_plan_needs_no_weights(demo, tmp_path):
+def test_plan_needs_no_weights(demo, run, tmp_path):
     folder, _ = demo
     (tmp_path / "config.json").write_text((folder / "demo/model/config.json").read_text())
     said = run("plan", tmp_path, "--sequences", 1000, "--tokens", 128, cwd=tmp_path)

@@ -1,9 +1,4 @@
-"""What a run refuses, by name; a run that was killed and continued."""
-
-import os
-import signal
-import subprocess
-import sys
+"""What a run refuses, by name."""
 
 import pytest
 import torch
@@ -23,62 +18,6 @@ from ekfac_fast.stages.fit import fit
 from ekfac_fast.stages.queries import prepare_queries
 from ekfac_fast.stages.scan import score, self_scores
 from ekfac_fast.store.folder import Store
-
-KILLED = """
-import os, sys
-import ekfac_fast.store.folder as folder
-sys.path.insert(0, {tests!r})
-from dense_ekfac import asked, corpus, gpt2
-from ekfac_fast.stages.factors import Factors
-from ekfac_fast.stages.fit import fit
-from ekfac_fast.stages.queries import prepare_queries
-from ekfac_fast.stages.scan import score
-
-def slowly(stage, done, total):
-    print(stage, done, flush=True)
-
-folder.Pace.due = property(lambda self: True)
-model, out = gpt2(), {out!r}
-factors = fit(model, corpus(30), out=out + "/f", batch_tokens=32, progress=slowly)
-prepared = prepare_queries(model, factors, asked(), rank=4)
-score(model, prepared, corpus(30), out=out + "/s", batch_tokens=32, progress=slowly)
-score(model, prepared, corpus(30), out=out + "/h", batch_tokens=32, top_k=3, progress=slowly)
-"""
-
-
-def test_killed_and_continued_is_bitwise_the_same(tmp_path):
-    """Killed with -9 in every stage, at a line that is printed after a batch, and started again."""
-    tests = os.path.dirname(__file__)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-
-    def run(out, kill_after=None):
-        code = KILLED.format(tests=tests, out=str(out))
-        with subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", code], stdout=subprocess.PIPE, text=True,
-            env=environment,
-        ) as process:  # fmt: skip
-            lines = []
-            for line in process.stdout:
-                lines.append(line)
-                if kill_after and len(lines) == kill_after:
-                    process.send_signal(signal.SIGKILL)
-                    break
-        return lines, process.wait()
-
-    lines, status = run(tmp_path / "whole")
-    assert status == 0
-    third = len(lines) // 4
-    for at in (3, third, 2 * third, 3 * third):
-        _, status = run(tmp_path / "killed", kill_after=min(at, third))
-        assert status == -signal.SIGKILL
-    lines, status = run(tmp_path / "killed")
-    assert status == 0
-    for name in (
-        "f/lambda_matrix.safetensors",
-        "f/activation_eigenvectors.safetensors",
-        "s/scores.npy",
-    ):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
 
 
 def test_other_settings_are_refused_by_name(tmp_path):

