@@ -3,15 +3,17 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from commands import Python
 
-from ekfac_fast.cli.inputs import load_tokenizer
+from ekfac_fast.cli.inputs import load, load_tokenizer
 from ekfac_fast.data import read, tokenize
 from ekfac_fast.stages.queries import Queries
 from ekfac_fast.stages.scores import Scores
@@ -172,3 +174,15 @@ def test_plan_needs_no_weights(demo, run, tmp_path):
     said = run("plan", tmp_path, "--sequences", 1000, "--tokens", 128, cwd=tmp_path)
     for words in ("c_fc", "eigendecomposition", "scan", "factors on disk", "GFLOP/s"):
         assert words in said
+
+
+def test_a_checkpoint_of_bf16_is_run_in_what_is_asked(demo, tmp_path):
+    folder, _ = demo
+    stored = tmp_path / "model"
+    shutil.copytree(folder / "demo/model", stored)
+    load(str(stored), False, "float32").model.bfloat16().save_pretrained(stored)
+    wide, lowered = load(str(stored), False, "float32"), load(str(stored), False, "bfloat16")
+    assert (wide.model.dtype, wide.autocast) == (torch.float32, None)
+    assert (lowered.model.dtype, lowered.autocast) == (torch.bfloat16, torch.bfloat16)
+    auto = load(str(stored), False, "auto")
+    assert auto.model.dtype == (auto.autocast or torch.float32)
