@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 from commands import Python
+from transformers import GPT2Config, GPT2Model
 
 from ekfac_fast.cli.inputs import load, load_tokenizer
 from ekfac_fast.data import read, tokenize
+from ekfac_fast.errors import ArgumentError
 from ekfac_fast.stages.queries import Queries
 from ekfac_fast.stages.scores import Scores
 
@@ -186,3 +188,10 @@ def test_a_checkpoint_of_bf16_is_run_in_what_is_asked(demo, tmp_path):
     assert (lowered.model.dtype, lowered.autocast) == (torch.bfloat16, torch.bfloat16)
     auto = load(str(stored), False, "auto")
     assert auto.model.dtype == (auto.autocast or torch.float32)
+
+
+def test_a_checkpoint_without_all_weights_is_refused(tmp_path):
+    config = GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, tie_word_embeddings=False)
+    GPT2Model(config).save_pretrained(tmp_path)
+    with pytest.raises(ArgumentError, match=r"no weights for lm_head\.weight.*GPT2LMHeadModel"):
+        load(str(tmp_path), False)

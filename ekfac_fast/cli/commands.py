@@ -230,7 +230,10 @@ def plan(
 
     transformers = optional("transformers", "hf")
     with inputs.loading(model):
-        config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+        where, file = inputs.checkpoint(model)
+        config = transformers.AutoConfig.from_pretrained(
+            where, **file, trust_remote_code=trust_remote_code
+        )
     with torch.device("meta"):
         shape = transformers.AutoModelForCausalLM.from_config(
             config, trust_remote_code=trust_remote_code

@@ -35,7 +35,7 @@ class Cutting:
 
 @dataclass(frozen=True)
 class Source:
-    """A model folder or name, its tokenizer, and the dtype that its passes are autocast to."""
+    """A model's folder, name or GGUF file, its tokenizer, and what its passes are autocast to."""
 
     path: str
     model: nn.Module
@@ -58,11 +58,20 @@ def load(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     lowered = autocast(dtype, torch.device(device))
     with loading(path):
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            path,
+        where, file = checkpoint(path)
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            where,
+            **file,
             trust_remote_code=trust_remote_code,
+            output_loading_info=True,
             # A checkpoint of bf16 is computed in fp32 where that was asked for.
             dtype="auto" if lowered else torch.float32,
+        )
+    if absent := sorted(found["missing_keys"]):
+        more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
+        raise ArgumentError(
+            f"model {path!r} has no weights for {', '.join(absent[:3])}{more}: they would be drawn "
+            f"at random; give the checkpoint of a {type(model).__name__}"
         )
     tokenizer = load_tokenizer(path, trust_remote_code)
     return Source(path, model.to(device).eval(), tokenizer, lowered)
@@ -84,7 +93,21 @@ def load_tokenizer(path: str, trust_remote_code: bool) -> Any:
     """The tokenizer beside a model."""
     transformers = optional("transformers", "hf")
     with loading(path):
-        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        where, file = checkpoint(path)
+        return transformers.AutoTokenizer.from_pretrained(
+            where, **file, trust_remote_code=trust_remote_code
+        )
+
+
+def checkpoint(path: str) -> tuple[str, dict[str, str]]:
+    """A model's folder or name, and its one file where that is what `path` names (GGUF)."""
+    if not path.lower().endswith(".gguf"):
+        return path, {}
+    file = Path(path)
+    if not file.is_file():
+        raise ArgumentError(f"model {path!r}: no such file")
+    optional("gguf", "gguf")
+    return str(file.parent), {"gguf_file": file.name}
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from ..data.choices import OnLong, Split
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 
-Model = Annotated[str, typer.Argument(help="Hugging Face model folder or name")]
+Model = Annotated[str, typer.Argument(help="Hugging Face model folder or name, or a .gguf file")]
 Data = Annotated[Path, typer.Argument(help=".jsonl, .txt or .parquet, or a folder of them")]
 Out = Annotated[Path, typer.Option(help="folder of the results; a run that was killed continues")]
 FactorFolder = Annotated[Path, typer.Argument(help="folder written by fit (or by kronfluence)")]
