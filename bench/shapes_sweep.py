@@ -256,7 +256,7 @@ def row(case: Case, clock: Callable[[], float], gemm: float) -> dict:
 
 
 def gemm_rate(dtype: torch.dtype, clock: Callable[[], float]) -> float:
-    """FLOP/s of the faster of torch.mm and oneDNN on squares of 1536; fp32 where `dtype` is slow."""
+    """FLOP/s of torch.mm or oneDNN, the faster, on squares of 1536; of slow dtypes that of fp32."""
     dtype = dtype if dtype == torch.bfloat16 and BF16_PRODUCTS else torch.float32
     x, y = (torch.randn(1536, 1536).to(dtype) for _ in range(2))
     linear = torch.ops.mkldnn._linear_pointwise

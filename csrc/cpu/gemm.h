@@ -5,7 +5,8 @@
 // Sums are fp32 whatever the operands are (fp64 for fp64).
 //
 // The product itself is oneDNN's batch-reduce GEMM through ATen: 98 % of the arithmetic peak where
-// it was measured (Zen 4, Zen 5); MKL, which `torch.mm` calls, reached 80 % and 43 % there.
+// it was measured (Zen 4, Zen 5); MKL, which `torch.mm` calls, reached 80 % and 43 % there. On Zen
+// 3 MKL is the faster: `library_is_fastest`.
 //
 // Operands are cut into panels: contiguous, zero padded along k, converted to what this CPU
 // multiplies (bf16 stays bf16 where there are bf16 products, else 16-bit is widened). Packing is
