@@ -26,8 +26,9 @@ from measure.environment import environment
 
 Call = Callable[[], Tensor]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Of one case; fp16 has no fast products in torch on most CPUs.
-MOST_FLOPS = {"float32": 5e9, "bfloat16": 5e9, "float16": 2e8}
+BF16_PRODUCTS = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+# Of one case; torch has no fast products of fp16 on most CPUs, nor of bf16 on those without them.
+MOST_FLOPS = {"float32": 5e9, "bfloat16": 5e9 if BF16_PRODUCTS else 2e8, "float16": 2e8}
 MOST_ELEMENTS = 1 << 25  # of what plain torch writes, and of P
 BUDGET_SECONDS = 0.1  # of a row
 SHORT_SECONDS = 1e-4  # below, microseconds count and not the ratio
@@ -255,8 +256,8 @@ def row(case: Case, clock: Callable[[], float], gemm: float) -> dict:
 
 
 def gemm_rate(dtype: torch.dtype, clock: Callable[[], float]) -> float:
-    """FLOP/s of the faster of torch.mm and oneDNN on squares of 1536; of fp16 that of fp32."""
-    dtype = torch.float32 if dtype == torch.float16 else dtype
+    """FLOP/s of torch.mm or oneDNN, the faster, on squares of 1536; of slow dtypes that of fp32."""
+    dtype = dtype if dtype == torch.bfloat16 and BF16_PRODUCTS else torch.float32
     x, y = (torch.randn(1536, 1536).to(dtype) for _ in range(2))
     linear = torch.ops.mkldnn._linear_pointwise
     ways = (lambda: torch.mm(x, y), lambda: linear(x, y, None, "none", [], ""))

@@ -27,7 +27,8 @@ def gemm(dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
     x, y = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     ways: list[Callable[[], object]] = [lambda: torch.mm(x, y)]
     linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    if device.type == "cpu" and linear and dtype in (torch.float32, torch.bfloat16):
+    has_bf16 = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if device.type == "cpu" and linear and (dtype == torch.float32 or has_bf16):
         ways.append(lambda: linear(x, y, None, "none", [], ""))
     return min(ways, key=lambda way: min(seconds(way, device) for _ in range(3)))
 

@@ -1,7 +1,7 @@
 // cov += x^T diag(mask) x: tiles on and above the diagonal, each added to both triangles.
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/constant_pad_nd.h>
-#include <ATen/ops/nonzero.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -13,6 +13,7 @@ namespace ekfac_fast::cpu {
 namespace {
 
 constexpr int64_t kStreamed = 2 * kTile;  // features whose covariance stays in cache
+constexpr int64_t kCopied = 1 << 18;      // elements that are copied beside a column of ones
 constexpr int64_t kPart = 16 * kDepth;    // rows worth sums of their own
 
 template <class Acc>
@@ -37,8 +38,9 @@ void add_tile(Acc* cov, int64_t J, int64_t m0, int64_t m, int64_t n0, int64_t n,
 // Whether the whole square is the library's: as one tile it is no triangle, and of few rows both
 // triangles take longer to add than to multiply. Of fp32 alone: a 16-bit result would be rounded.
 bool library_multiplies(const at::Tensor& x, int64_t N, int64_t J) {
-  return x.scalar_type() == at::kFloat && compute_dtype(at::kFloat) == at::kFloat &&
-         (J <= kTile + kLanes || N <= 2 * kLanes);
+  if (x.scalar_type() != at::kFloat || compute_dtype(at::kFloat) != at::kFloat) return false;
+  if (library_is_fastest(at::kFloat)) return J <= 2 * kTile + kLanes || N <= kTile;
+  return J <= kTile + kLanes || N <= 2 * kLanes;
 }
 
 void library_accumulate(at::Tensor& cov, const at::Tensor& x, const at::Tensor& rows, bool bias) {
@@ -46,8 +48,17 @@ void library_accumulate(at::Tensor& cov, const at::Tensor& x, const at::Tensor& 
   for (int64_t r = 0; r < N; r += step) {
     const int64_t n = std::min(step, N - r);
     at::Tensor part = rows.defined() ? x.index_select(0, rows.narrow(0, r, n)) : x.narrow(0, r, n);
-    if (bias) part = at::constant_pad_nd(part, {0, 1}, 1);
-    cov.addmm_(part.t(), part);
+    const int64_t I = part.size(1);
+    if (bias && part.numel() <= kCopied) part = at::constant_pad_nd(part, {0, 1}, 1);
+    if (part.size(1) == cov.size(0)) {
+      cov.addmm_(part.t(), part);
+      continue;
+    }
+    cov.narrow(0, 0, I).narrow(1, 0, I).addmm_(part.t(), part);
+    const at::Tensor sum = part.sum(0);
+    cov.select(0, I).narrow(0, 0, I).add_(sum);
+    cov.select(1, I).narrow(0, 0, I).add_(sum);
+    cov.select(0, I).select(0, I).add_(n);
   }
 }
 
@@ -119,12 +130,24 @@ void streamed(at::Tensor& cov, const at::Tensor& x, const at::Tensor& rows, bool
   if (!sum.is_same(cov)) cov.copy_(sum);
 }
 
+// Which rows take part: at::nonzero takes as long as the product of a few.
+at::Tensor rows_of(const at::Tensor& mask) {
+  const at::Tensor flags = mask.to(at::kBool).contiguous();
+  const bool* set = flags.const_data_ptr<bool>();
+  at::Tensor rows = at::empty({std::count(set, set + flags.numel(), true)}, at::kLong);
+  int64_t* row = rows.mutable_data_ptr<int64_t>();
+  for (int64_t n = 0; n < flags.numel(); n++) {
+    if (set[n]) *row++ = n;
+  }
+  return rows;
+}
+
 void covariance(at::Tensor& cov, const at::Tensor& x, const std::optional<at::Tensor>& mask,
                 bool bias) {
   const Letters size = check("covariance", "cov[J,J] x[N,I] mask[N]", {cov, x, mask}, bias);
   if (size.J == 0) return;
   // Masked rows are never read: their products are saved, and a NaN in them cannot spread.
-  const at::Tensor rows = mask ? at::nonzero(*mask).flatten().contiguous() : at::Tensor();
+  const at::Tensor rows = mask ? rows_of(*mask) : at::Tensor();
   if (library_multiplies(x, rows.defined() ? rows.numel() : size.N, size.J)) {
     library_accumulate(cov, x, rows, bias);
   } else if (stays_in_cache(x, size.J)) {

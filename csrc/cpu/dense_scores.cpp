@@ -1,5 +1,8 @@
 // s_qb += <P_q, G_b>: the product [Q,OJ] x [OJ,B], of which the right side is made a tile at a time
 // and met by every query while it is in cache. Per token: `token_scores.cpp`.
+#include <ATen/ops/bmm.h>
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/from_blob.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -10,6 +13,7 @@
 #include "endings.h"
 #include "gradients.h"
 #include "isa.h"
+#include "scratch.h"
 #include "token_scores.h"
 
 namespace ekfac_fast::cpu {
@@ -35,6 +39,13 @@ int64_t library_sequences(const at::Tensor& g, const at::Tensor& a, const Letter
   const int64_t fit = kLibraryBytes / (g.element_size() * size.O * size.J);
   const int64_t group = std::min(size.B, kGroup);
   return library_forms(g, a, size.J) && size.T >= 32 && group <= fit ? group : 0;
+}
+
+// How the library cuts them: whole rows, enough of them that it reads `a` seldom.
+Cut library_cut(const Letters& size) {
+  const int64_t row = 4 * size.J, fit = kLibraryBytes / (std::min(size.O, kTile / 2) * row);
+  const int64_t group = std::min(size.B, std::clamp<int64_t>(fit, kGroup / 4, 4 * kGroup));
+  return {std::clamp<int64_t>(kLibraryBytes / (group * row), 1, size.O), size.J, group};
 }
 
 // Whether the product of all queries at a time is faster than dot products, four by four.
@@ -158,6 +169,29 @@ struct Product {
   }
 };
 
+// Many queries where the library is the fastest: its product of rows of P and of gradients as both
+// lie.
+struct Library {
+  using Stream = float;
+  static constexpr bool kNarrows = false;
+  static Cut cut(const Letters& size) { return library_cut(size); }
+  const at::Tensor& P;
+  const Letters& size;
+
+  void close(const Held<float>& held) {
+    const int64_t Q = P.size(0);
+    at::Tensor s = at::from_blob(held.sums + held.b, {Q, held.sequences}, {size.B, 1}, P.options());
+    auto rows = [&](const float* x, int64_t n, int64_t step, int64_t r) {
+      return at::from_blob(const_cast<float*>(x) + r, {n, held.n}, {step, 1}, P.options());
+    };
+    const float* from = P.const_data_ptr<float>() + held.o * P.stride(1) + held.j;
+    for (int64_t r = 0; r < held.m; r++) {
+      s.addmm_(rows(from, Q, P.stride(0), r * P.stride(1)),
+               rows(static_cast<const float*>(held.G), held.sequences, held.area, r * held.ld).t());
+    }
+  }
+};
+
 // Few queries or sequences: four of one meet four of the other, sixteen dot products from eight
 // streams In, in pieces that stay in the caches; bf16 as it lies.
 template <class Acc, class In = Acc>
@@ -174,7 +208,7 @@ struct Dots {
   const at::Tensor& P;
   const Letters& size;
   Tile<In> room{kNarrows ? 0 : 4 * kPiece};
-  int64_t most = kNarrows && size.B >= kSequences ? kPiece / 4 : kPiece;
+  int64_t most = kNarrows && size.B >= kSequences ? kPiece / 4 : has_avx512() ? kPiece : kPiece / 8;
 
   void close(const Held<Acc>& held) {
     const int64_t columns = std::min(most, held.n), rows = most / columns;
@@ -213,19 +247,26 @@ void by_sequence(at::Tensor& s, const at::Tensor& P, const at::Tensor& g, const 
   using Stream = typename Closing::Stream;
   constexpr bool same = std::is_same_v<Stream, Acc>;
   const bool exact = Closing::kNarrows || g.scalar_type() == s.scalar_type();
-  const int64_t library = exact ? library_sequences(g, a, size) : 0;
-  const Cut cut = library ? Cut{Closing::cut(size).rows, size.J, library} : Closing::cut(size);
+  // Where the library is the fastest it makes a few rows of the gradients at a time.
+  const bool rows_alone = library_is_fastest(g.scalar_type());
+  const int64_t library = exact && !rows_alone ? library_sequences(g, a, size) : 0;
+  const Cut cut = rows_alone ? library_cut(size)
+                  : library  ? Cut{Closing::cut(size).rows, size.J, library}
+                             : Closing::cut(size);
+  const at::Tensor inputs = rows_alone && bias ? at::constant_pad_nd(a, {0, 1}, 1) : a;
   std::optional<Panels> A, B;
-  if (!library) {
+  if (!library && !rows_alone) {
     A = pack_rows(g.mT(), {.width = cut.rows});
     B = pack_columns(a, size.O, {.ones = bias});
   }
   // A tile here is several panels of columns.
-  const int64_t width = library ? size.J : B->width;
+  const int64_t width = B ? B->width : size.J;
   const int64_t columns = std::min(size.J, std::max<int64_t>(1, cut.columns / kTile) * width);
   const int64_t across = ceil_div(size.J, columns), tiles = ceil_div(size.O, cut.rows) * across;
   // Not a power of two: rows of the same tile would meet in the same few lines of the caches.
-  const int64_t area = library ? size.O * size.J : cut.rows * columns + kLanes;
+  const int64_t area = library      ? size.O * size.J
+                       : rows_alone ? cut.rows * columns
+                                    : cut.rows * columns + kLanes;
   const int64_t group = std::min(size.B, cut.sequences);
   // Partial sums of a few tiles a block; blocks depend on the shape alone, so results repeat.
   const int64_t most = std::clamp<int64_t>(kHeldBytes / (4 * size.Q * size.B), 8, kBlocks);
@@ -238,13 +279,15 @@ void by_sequence(at::Tensor& s, const at::Tensor& P, const at::Tensor& g, const 
     at::Tensor G;
     if (library) G = unrotated_gradients(g.narrow(0, b0, b1 - b0), a.narrow(0, b0, b1 - b0), bias);
     at::parallel_for(0, blocks, grain(work), [&](int64_t begin, int64_t end) {
-      Tile<Stream> room(library ? 0 : group * area);
-      Tile<Acc> wide(library || same ? 0 : cut.rows * width);
+      const at::Tensor block =
+          scratch({library ? 0 : group * area}, c10::CppTypeToScalarType<Stream>::value);
+      Stream* room = block.mutable_data_ptr<Stream>();
+      Tile<Acc> wide(!B || same ? 0 : cut.rows * width);
       Closing closing{P, size};
       for (int64_t tile = begin * a_block; tile < std::min(tiles, end * a_block); tile++) {
         const int64_t o = tile / across * cut.rows, j = tile % across * columns;
         for (int64_t b = b0; b < b1; b += group) {
-          Held<Acc> held{room.data,
+          Held<Acc> held{room,
                          c10::CppTypeToScalarType<Stream>::value,
                          area,
                          columns,
@@ -259,9 +302,15 @@ void by_sequence(at::Tensor& s, const at::Tensor& P, const at::Tensor& g, const 
             held.G = static_cast<const char*>(G.const_data_ptr()) + o * size.J * G.element_size();
             held.dtype = G.scalar_type();
           }
-          for (int64_t k = 0; !library && k < held.sequences; k++) {
+          if (rows_alone) {
+            held.area = held.m * size.J;
+            at::Tensor G = at::from_blob(room, {held.sequences, held.m, size.J}, P.options());
+            at::bmm_out(G, g.narrow(0, b, held.sequences).narrow(2, o, held.m).mT(),
+                        inputs.narrow(0, b, held.sequences));
+          }
+          for (int64_t k = 0; B && k < held.sequences; k++) {
             for (int64_t p = j / width; p * width < j + held.n; p++) {
-              Stream* to = room.data + k * area + p * width - j;
+              Stream* to = room + k * area + p * width - j;
               if constexpr (same) {
                 multiply<Acc>(*A, b + k, o / cut.rows, *B, b + k, p, to, columns);
               } else {
@@ -280,7 +329,7 @@ void by_sequence(at::Tensor& s, const at::Tensor& P, const at::Tensor& g, const 
       if (A) release(*A);
     });
   }
-  s.add_(partial.sum(0));
+  s.add_(blocks > 1 ? partial.sum(0) : partial[0]);
 }
 
 void dense_scores(at::Tensor& s, const at::Tensor& P, const at::Tensor& g, const at::Tensor& a,
@@ -298,6 +347,9 @@ void dense_scores(at::Tensor& s, const at::Tensor& P, const at::Tensor& g, const
     if constexpr (std::is_same_v<Acc, float>) {
       if (dots_as_it_lies(rows, g, a, size)) {
         return by_sequence<Acc, Dots<Acc, at::BFloat16>>(s, rows, g, a, bias, size);
+      }
+      if (library_is_fastest(g.scalar_type())) {
+        return by_sequence<Acc, Library>(s, rows, g, a, bias, size);
       }
       if (product_is_faster(rows, size)) {
         return by_sequence<Acc, Product>(s, rows, g, a, bias, size);

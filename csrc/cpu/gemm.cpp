@@ -22,6 +22,11 @@ bool library_multiplies(int64_t rows, int64_t depth, int64_t columns, at::Scalar
           (depth % 2 == 1 && 2 * depth > columns));
 }
 
+bool library_is_fastest(at::ScalarType dtype) {
+  static const bool here = has_avx2() && !has_avx512() && at::hasMKL();
+  return dtype == at::kFloat && here;
+}
+
 void multiply_add(at::ScalarType dtype, int64_t M, int64_t N, int64_t K, const void* x, int64_t lda,
                   const void* y, int64_t ldb, float* C, int64_t ldc, bool add) {
   namespace blas = at::native::cpublas;

@@ -5,7 +5,8 @@
 // Sums are fp32 whatever the operands are (fp64 for fp64).
 //
 // The product itself is oneDNN's batch-reduce GEMM through ATen: 98 % of the arithmetic peak where
-// it was measured (Zen 4, Zen 5); MKL, which `torch.mm` calls, reached 80 % and 43 % there.
+// it was measured (Zen 4, Zen 5); MKL, which `torch.mm` calls, reached 80 % and 43 % there. On Zen
+// 3 MKL is the faster: `library_is_fastest`.
 //
 // Operands are cut into panels: contiguous, zero padded along k, converted to what this CPU
 // multiplies (bf16 stays bf16 where there are bf16 products, else 16-bit is widened). Packing is
@@ -60,6 +61,11 @@ at::ScalarType compute_dtype(at::ScalarType dtype);
 // columns. The library needs none of it, but writes the product: of a depth below its rows that
 // costs more.
 bool library_multiplies(int64_t rows, int64_t depth, int64_t columns, at::ScalarType dtype);
+
+// Whether operands of `dtype` are best left to the library as they lie: fp32 where the widest
+// vectors are AVX2. Of a Zen 3's 78 GFLOP/s a core MKL reached 75 and packs what it needs itself;
+// our tiles reached 68, and packing took up to half of a call.
+bool library_is_fastest(at::ScalarType dtype);
 
 // A matrix in place: element (f, k) of the free and the summed dimension is data[f * sf + k * sk].
 struct Matrix {

@@ -22,7 +22,7 @@ int64_t sequences_at_once(const Letters& size, bool whole) {
 bool library_forms(const at::Tensor& g, const at::Tensor& a, int64_t J) {
   const auto dtype = g.scalar_type();
   return dtype == a.scalar_type() && dtype == compute_dtype(dtype) &&
-         (dtype == at::kBFloat16 ||
+         (dtype == at::kBFloat16 || library_is_fastest(dtype) ||
           (dtype == at::kFloat && (J <= kNarrow || g.size(2) * J <= 8192)));
 }
 
@@ -70,7 +70,8 @@ at::Tensor rotate_tokens(const at::Tensor& x, const at::Tensor& Q, bool bias) {
   const int64_t F = x.size(-1);
   const at::Tensor rows = x.reshape({1, -1, F});
   // The library's product of bf16 is as fast as ours, and packs neither side.
-  if (x.scalar_type() == at::kBFloat16 && compute_dtype(at::kBFloat16) == at::kBFloat16) {
+  if ((x.scalar_type() == at::kBFloat16 && compute_dtype(at::kBFloat16) == at::kBFloat16) ||
+      (library_is_fastest(x.scalar_type()) && Q.scalar_type() == x.scalar_type())) {
     at::Tensor y = scratch({rows.size(1), Q.size(1)}, x.scalar_type());
     const at::Tensor x2 = rows.squeeze(0), head = Q.narrow(0, 0, F);
     bias ? at::addmm_out(y, Q.select(0, F), x2, head) : at::mm_out(y, x2, head);

@@ -35,35 +35,48 @@ struct Rows {
   at::Tensor cut(const at::Tensor& x) const { return merged ? x.reshape({1, -1, x.size(2)}) : x; }
 };
 
+// A tile of one of the two products, rows `ld` apart.
+template <class Acc>
+struct Part {
+  const Acc* data;
+  int64_t ld;
+};
+
 // One of the two products.
 template <class Acc>
 struct Side {
+  at::Tensor lines;  // x as panels cut it
   bool library;
   Panels A, B;
   at::Tensor whole;  // [rows, QK] if the library multiplied
 
   Side(const Rows& rows, const at::Tensor& x, const at::Tensor& factors, int64_t N, int64_t width)
-      : library((library_multiplies(N, x.size(2), factors.size(2), x.scalar_type()) &&
+      : lines(rows.cut(x)),
+        library((library_multiplies(N, x.size(2), factors.size(2), x.scalar_type()) &&
                  (N <= kFew || x.stride(2) == 1)) ||
-                (x.scalar_type() == at::kFloat && factors.size(2) <= kLanes)),
-        A(library ? Panels(rows.cut(x), false, rows.width)
-                  : pack_rows(rows.cut(x), {.width = rows.width})),
+                (x.scalar_type() == at::kFloat && factors.size(2) <= kLanes) ||
+                (library_is_fastest(x.scalar_type()) && N > 2 * kLanes)),
+        A(library ? Panels(lines, false, rows.width) : pack_rows(lines, {.width = rows.width})),
         B(library ? Panels(factors, true, width) : pack_columns(factors, N, {.width = width})) {
     if (!library) return;
     whole = scratch({N, factors.size(2)}, x.scalar_type());
-    at::mm_out(whole, x.reshape({N, -1}), factors[0]);
+    at::mm_out(whole, lines.reshape({N, -1}), factors[0]);
   }
-  // The product of a row panel and a column panel.
-  void tile(int64_t b, int64_t i, int64_t p, Acc* room) const {
-    auto copy = [&]<class In>(In) {
-      const int64_t ld = whole.size(1), first = b * A.extent + A.begin(i);
-      const In* from = whole.const_data_ptr<In>() + first * ld + B.begin(p);
-      for (int64_t r = 0; r < A.size(i); r++) convert(room + r * B.line, from + r * ld, B.size(p));
-    };
+  // The product of a row panel and a column panel: as it lies, or in `room`.
+  Part<Acc> tile(int64_t b, int64_t i, int64_t p, Acc* room) const {
     if constexpr (std::is_same_v<Acc, float>) {
-      if (library) return whole.scalar_type() == at::kFloat ? copy(float{}) : copy(at::BFloat16{});
+      if (library) {
+        const int64_t ld = whole.size(1), first = (b * A.extent + A.begin(i)) * ld + B.begin(p);
+        if (whole.scalar_type() == at::kFloat) return {whole.const_data_ptr<float>() + first, ld};
+        const at::BFloat16* from = whole.const_data_ptr<at::BFloat16>() + first;
+        for (int64_t r = 0; r < A.size(i); r++) {
+          convert(room + r * B.line, from + r * ld, B.size(p));
+        }
+        return {room, B.line};
+      }
     }
     multiply<Acc>(A, b, i, B, 0, p, room, B.line);
+    return {room, B.line};
   }
 };
 
@@ -97,12 +110,12 @@ void accumulate(at::Tensor s, const at::Tensor& L, const at::Tensor& R, const at
           const int64_t p = unit % columns.count, row = unit / columns.count;
           const int64_t b = row / G.count, i = row % G.count, first = b * size.T + G.begin(i);
           const int64_t n = columns.size(p), queries = n / K, q = p * group;
-          left.tile(b, i, p, U.data);
-          right.tile(b, i, p, V.data);
+          const auto [us, ldu] = left.tile(b, i, p, U.data);
+          const auto [vs, ldv] = right.tile(b, i, p, V.data);
           const int64_t run = per_token ? 1 : std::min(size.T, G.size(i));
           for (int64_t r = 0; r < G.size(i); r += run) {
             const int64_t sequence = (first + r) / size.T, token = (first + r) % size.T;
-            const Acc *u = U.data + r * line, *v = V.data + r * line;
+            const Acc *u = us + r * ldu, *v = vs + r * ldv;
             if (per_token) {
               add_group_dots(sums + q * s.stride(0) + sequence * s.stride(1) + token * s.stride(2),
                              s.stride(0), u, v, &ones[q * K], queries, K);
@@ -110,7 +123,7 @@ void accumulate(at::Tensor s, const at::Tensor& L, const at::Tensor& R, const at
             }
             std::fill_n(column.data, n, Acc(0));
             for (int64_t t = 0; t < run; t++) {
-              add_products(column.data, u + t * line, v + t * line, &ones[q * K], n);
+              add_products(column.data, u + t * ldu, v + t * ldv, &ones[q * K], n);
             }
             if (partial) {
               add_group_sums(&parts[(i * size.Q + q) * size.B + sequence], size.B, column.data,
@@ -139,8 +152,19 @@ void few_columns(at::Tensor s, const at::Tensor& L, const at::Tensor& R, const a
                  const at::Tensor& a, bool bias, const Letters& size) {
   const int64_t K = size.K, N = size.B * size.T;
   const auto wide = c10::CppTypeToScalarType<Acc>::value;
+  // Without products of 16 bits the library's run in plain loops.
+  const bool widened = library_is_fastest(wide);
   auto product = [&](const at::Tensor& factors, const at::Tensor& x) {
-    return at::mm(factors.contiguous(), x.reshape({N, x.size(2)}).t()).to(wide);
+    const at::Tensor left = factors.contiguous(), rows = x.reshape({N, x.size(2)});
+    if (!widened) return at::mm(left, rows.t()).to(wide);
+    const at::Tensor wide_left = left.to(wide);
+    at::Tensor y = scratch({left.size(0), N}, wide);
+    for (int64_t n = 0; n < N; n += 2 * kFew) {  // rows that stay in cache
+      const int64_t some = std::min(2 * kFew, N - n);
+      at::Tensor part = y.narrow(1, n, some);
+      at::mm_out(part, wide_left, rows.narrow(0, n, some).to(wide).t());
+    }
+    return y;
   };
   const at::Tensor right = R.reshape({size.Q * K, size.J});
   const at::Tensor U = product(L.mT().reshape({size.Q * K, size.O}), g);
@@ -188,7 +212,8 @@ void low_rank_scores(at::Tensor& s, const at::Tensor& L, const at::Tensor& R, co
   const int64_t queries = in_place ? size.Q : round_up(ceil_div(lines, size.K), group);
   // What the library multiplies is written whole: no more of it than a slab, either.
   const int64_t columns = std::min(queries, size.Q) * std::min(kTile, size.K);
-  const int64_t sequences = ceil_div(std::min(lines, slab_lines(columns)), size.T);
+  const int64_t written = slab_lines(library_is_fastest(g.scalar_type()) ? 4 * columns : columns);
+  const int64_t sequences = ceil_div(std::min(lines, written), size.T);
   for (int64_t q = 0; q < size.Q; q += queries) {
     for (int64_t k = 0; k < size.K; k += kTile) {
       Letters part = size;

@@ -1,6 +1,7 @@
 #include "token_scores.h"
 
 #include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 
@@ -10,10 +11,12 @@
 namespace ekfac_fast::cpu {
 namespace {
 
-// Whether products per token of narrow inputs and few queries are at::mm's: it packs neither side.
+// Whether products per token are at::mm's, which packs neither side: of narrow inputs and few
+// queries, and wherever it is the fastest.
 bool is_the_library(const at::Tensor& P) {
-  return P.scalar_type() == at::kFloat && compute_dtype(at::kFloat) == at::kFloat &&
-         P.size(2) <= kNarrow && P.size(0) < 4;
+  return library_is_fastest(P.scalar_type()) ||
+         (P.scalar_type() == at::kFloat && compute_dtype(at::kFloat) == at::kFloat &&
+          P.size(2) <= kNarrow && P.size(0) < 4);
 }
 
 // sums[q,n] += sum_f (P_q x_n)[f] y_nf for P [Q,F,K], x [N,K], y [N,F]: products [F,N], rows of P
@@ -52,11 +55,17 @@ void add_dots(Acc* sums, const at::Tensor& P, const at::Tensor& y, const at::Ten
     for (int64_t r = m0; r < m0 + m; r++, C += ld) sums[q * N + r] += dot(C, data + r * K + j, n);
   };
   if (is_the_library(P)) {
-    for (int64_t q = 0; q < Q; q++) {
-      const at::Tensor product = at::mm(y, P.select(0, q));
-      close(q, 0, N, 0, K, product.const_data_ptr<Acc>(), K);
-    }
-    return;
+    const int64_t step = std::min(N, slab_lines(8 * K)), steps = ceil_div(N, step);
+    return at::parallel_for(
+        0, Q * steps, grain(step * P[0].numel()), [&](int64_t begin, int64_t end) {
+          Tile<Acc> room(step * K);
+          for (int64_t unit = begin; unit < end; unit++) {
+            const int64_t q = unit / steps, n = unit % steps * step, m = std::min(step, N - n);
+            at::Tensor product = at::from_blob(room.data, {m, K}, y.options());
+            at::mm_out(product, y.narrow(0, n, m), P.select(0, q));
+            close(q, n, m, 0, K, room.data, K);
+          }
+        });
   }
   const Panels A = pack_rows(y.unsqueeze(0));
   if constexpr (std::is_same_v<Acc, float>) {
@@ -96,7 +105,10 @@ void accumulate(const at::Tensor& s, const at::Tensor& P, const at::Tensor& g, c
   Acc* sums = total.mutable_data_ptr<Acc>();
   const at::Tensor outputs = g.reshape({N, O}), rows = a.reshape({N, size.I});
   const at::Tensor inputs = bias ? at::constant_pad_nd(rows, {0, 1}, 1) : rows;
-  if (J >= 2 * O && N > kLanes && (Q >= 4 || N <= kFew)) {
+  if (library_is_fastest(P.scalar_type())) {
+    // The wider side is contracted first: less is written.
+    J > O ? add_dots<Acc>(sums, P.mT(), inputs, outputs) : add_dots<Acc>(sums, P, outputs, inputs);
+  } else if (J >= 2 * O && N > kLanes && (Q >= 4 || N <= kFew)) {
     add_forms(sums, P, inputs, outputs);
   } else if (J <= kNarrow && !is_the_library(P) &&
              N >= (O <= kDepth || J <= kNarrow / 2 ? kTile / 2 : 4 * kTile)) {

@@ -6,7 +6,8 @@
     bias                      the rows are (x, 1): J = I + 1, the last row of cov is the column sum
 
 Kernels skip masked rows, compute one triangle and accumulate in fp32 whatever the operands are. On
-a CPU an fp32 covariance of one tile (J <= 144) or of few rows (N <= 32) is `addmm` itself.
+a CPU an fp32 covariance of one tile (J <= 144) or of few rows (N <= 32) is `addmm` itself; without
+AVX-512 of two tiles (J <= 272) or of 128 rows.
 """
 
 from collections.abc import Iterator

@@ -8,7 +8,8 @@ a sequence, besides the 2 T O J of the product itself):
     a by Qa      2 T J^2       2 O J^2            T < O
     g by Qg      2 T O^2       2 O^2 J            T < J
 
-On a CPU rotations of bf16 on tokens are `mm` itself, and bf16 gradients that are rotated `bmm`. On
+On a CPU rotations of bf16 on tokens are `mm` itself, and bf16 gradients that are rotated `bmm`;
+without AVX-512 so are those of fp32, and the last product, of squares that stay in cache. On
 a GPU narrow layers take the middle way in one launch, whichever is cheapest
 (`triton_kernels/narrow.py`), unless an order is forced.
 """
