@@ -132,15 +132,30 @@ def test_a_fit_that_is_not_finished_is_no_factors(run, tmp_path):
 def test_a_layer_whose_gradient_is_always_zero_takes_part_as_zero(tmp_path):
     model, data = llama().eval(), corpus()
     model.model.layers[0].mlp.down_proj.weight.data.zero_()
-    factors = fit(model, data, out=tmp_path / "f")
-    dead = "model.layers.0.mlp.gate_proj"
+    dead, up = (f"model.layers.0.mlp.{n}_proj" for n in ("gate", "up"))
+    with pytest.warns(Notice, match=f"^layers {dead}, {up}: the gradient of the sampled loss is "):
+        factors = fit(model, data, out=tmp_path / "f")
     assert not factors[dead].lam.any()
+    rest = [name for name in factors if name not in (dead, up)]
+    alone = fit(model, data, out=tmp_path / "g", layers=rest)
     for rank in (None, 4):
-        prepared = prepare_queries(model, factors, asked(), rank=rank)
+        with pytest.warns(Notice, match=f"^layers {dead}, {up}: the gradient of every query is "):
+            prepared = prepare_queries(model, factors, asked(), rank=rank)
         assert not prepared.preconditioned(dead).any()
-        scores = score(model, prepared, data, out=tmp_path / f"s{rank}")
-        assert np.isfinite(scores.matrix).all()
-        assert np.abs(scores.matrix).min() > 0
+        scores = score(model, prepared, data, out=tmp_path / f"s{rank}", per_token=True)
+        without = score(
+            model,
+            prepare_queries(model, alone, asked(), rank=rank),
+            data,
+            out=tmp_path / f"t{rank}",
+        )
+        close(scores.matrix, torch.tensor(without.matrix[:]), 1e-5)
+        detail = scores.details(0)[0]
+        assert not detail.per_layer_token[scores.layers.index(dead)].any()
+        close(detail.per_token.sum(), torch.tensor(detail.score), 1e-5)
+    own = self_influence(model, factors, data, out=tmp_path / "i")
+    without = self_influence(model, alone, data, out=tmp_path / "j")
+    close(own.matrix, torch.tensor(without.matrix[:]), 1e-5)
 
 
 def rootless(net, x):

@@ -4,6 +4,7 @@ Files have kronfluence's names and layout, so factors travel both ways.
 """
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from ..checks import check_json, is_number, path, require
 from ..curvature.basis import Basis, heuristic_damping
 from ..curvature.offload import Travelling, placed
-from ..errors import ArgumentError, NotFiniteError, StoreError
+from ..errors import ArgumentError, NotFiniteError, Notice, StoreError
 from ..model.layers import Layer, select_layers
 from ..ops.shapes import wide
 from ..store.files import load_tensors
@@ -194,6 +195,20 @@ def bases(
         x.name: placed(factors[x.name].basis(damping[x.name], dtype), (x.O, x.J), device)
         for x in layers
     }
+
+
+def tell_of_zeros(found: Mapping[str, Tensor], what: str) -> None:
+    """A `Notice` that names the layers of which everything found is exactly zero."""
+    some = torch.stack([x.any() for x in found.values()]).tolist()
+    dead = [name for name, moves in zip(found, some, strict=True) if not moves]
+    if dead:
+        more = f" and {len(dead) - 5} more" if len(dead) > 5 else ""
+        warnings.warn(
+            f"layers {', '.join(dead[:5])}{more}: the gradient of {what} is exactly zero "
+            "throughout (a weight of zeros behind them, or numbers too small for their dtype)",
+            Notice,
+            stacklevel=2,
+        )
 
 
 def kronfluence_arguments(eigendecomposition: torch.dtype) -> dict[str, Any]:

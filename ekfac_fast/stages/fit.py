@@ -38,6 +38,7 @@ from .factors import (
     LAMBDA_COUNT,
     Factors,
     kronfluence_arguments,
+    tell_of_zeros,
 )
 from .run import Batch, Kept, Run, RunArguments, Stage, accumulator, checked_task
 from .sums import Sums
@@ -285,6 +286,8 @@ class _Fit:
         """The first pass and its files; how many of its labels rounding could flip."""
         consumer = Covariances(self.passes, self.store, self.layers, self.waiting)
         self._pass(Stage.COVARIANCE, batches, consumer)
+        sums = consumer.cov["gradient"]
+        tell_of_zeros({x.name: sums[x.name].value() for x in self.layers}, "the sampled loss")
         for side in consumer.cov:
             owner = {
                 x.name: consumer.owners[x.name] if side == "activation" else x.name

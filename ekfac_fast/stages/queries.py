@@ -18,7 +18,7 @@ from ..model.layers import Layer
 from ..store.files import load_json, load_tensors, save_json, save_tensors
 from ..store.fingerprint import fingerprint
 from ..store.folder import Pieces, Store
-from .factors import Factors, check_damping
+from .factors import Factors, check_damping, tell_of_zeros
 from .measured import Gradients, Measuring, Preconditioning, represented
 from .refine import Refinement, Refining
 from .run import Run, RunArguments, Stage
@@ -322,6 +322,8 @@ class _Preparation:
             loaded = map(run.batches.example, range(run.batches.size))
             examples = tuple((x.input_ids, x.labels) for x in loaded)
         found = tuple(_layer(x, every, f"{x.name} ") for x in self.layers)
+        form = "P" if self.rank is None else "L"
+        tell_of_zeros({x.name: every[f"{x.name} {form}"] for x in self.layers}, "every query")
         damping = tuple(self.dampings[x.name] for x in self.layers)
         refinement = _refinement(facts, every, "refined ")
         return Queries(
