@@ -158,6 +158,13 @@ def test_a_layer_whose_gradient_is_always_zero_takes_part_as_zero(tmp_path):
     close(own.matrix, torch.tensor(without.matrix[:]), 1e-5)
 
 
+class FromFile(list):
+    """Examples that know where they were read."""
+
+    def source(self, index):
+        return f"corpus, line {index + 1}"
+
+
 def rootless(net, x):
     """Finite, with a gradient of NaN where the layer's output is zero."""
     h = torch.tanh(net.a(x))
@@ -170,16 +177,36 @@ def test_gradients_that_are_not_finite_are_errors(tmp_path):
     data = sequences(12, 5, 9, 7)
     data = [{"input_ids": torch.where(x["input_ids"] == 50, 3, x["input_ids"])} for x in data]
     bad = {"input_ids": torch.tensor([9, 50, 7, 8])}
-    with pytest.raises(NotFiniteError, match="sum of gradient covariance a is not finite"):
-        fit(model, [*data, bad], out=tmp_path / "g", layers=["a", "b"])
+    read, queries = FromFile([*data, bad]), FromFile([bad])
+    first = r"First seen in example 4 \(corpus, line 5\): the gradient of layer a is not finite"
+    with pytest.raises(NotFiniteError, match=f"sum of gradient covariance a is not.*{first}"):
+        fit(model, read, out=tmp_path / "g", layers=["a", "b"], batch_tokens=12)
     factors = fit(model, data, out=tmp_path / "f", layers=["a", "b"])
-    with pytest.raises(NotFiniteError, match="query 0: a P is not finite"):
-        prepare_queries(model, factors, [bad], rank=None)
+    with pytest.raises(
+        NotFiniteError, match=r"query 0: a P is not finite.*\(corpus, line 1\).* a is"
+    ):
+        prepare_queries(model, factors, queries, rank=None)
     prepared = prepare_queries(model, factors, data[:1], rank=None)
-    with pytest.raises(NotFiniteError, match="the score of example 4 for query 0 is nan"):
-        score(model, prepared, [*data, bad], out=tmp_path / "s")
-    with pytest.raises(NotFiniteError, match="the score of example 4 for query 0 is nan"):
-        self_influence(model, factors, [*data, bad], out=tmp_path / "i")
+    message = r"the score of example 4 \(corpus, line 5\) for query 0 is nan.*" + first
+    with pytest.raises(NotFiniteError, match=message):
+        score(model, prepared, read, out=tmp_path / "s")
+    with pytest.raises(NotFiniteError, match=message):
+        self_influence(model, factors, read, out=tmp_path / "i")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.inf, "First seen in example 1 .corpus, line 2.: the input of layer a is not finite"),
+        (1e20, "All .* finite; the largest are those of layer a in example 1 .corpus, line 2."),
+    ],
+)
+def test_the_first_that_is_not_finite_is_named(value, message, tmp_path):
+    model = Net(lambda net, x: net.b(torch.relu(net.a(x)))).float()
+    model.emb.weight.data[50] = value
+    data = FromFile({"input_ids": torch.tensor(ids)} for ids in ([9, 3, 7], [8, 50, 5], [6, 4, 3]))
+    with pytest.raises(NotFiniteError, match=message):
+        fit(model, data, out=tmp_path, layers=["a", "b"])
 
 
 def test_weights_that_are_elsewhere_are_named(tmp_path):

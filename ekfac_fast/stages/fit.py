@@ -28,7 +28,7 @@ from ..errors import ArgumentError, ModelError
 from ..model.capture import LayerBatch
 from ..model.layers import Layer, select_layers
 from ..model.rows import Rows
-from ..model.tasks import LanguageModelTask, Task
+from ..model.tasks import LanguageModelTask, Task, checked_task
 from ..store.files import load_tensors, save_json, save_tensors
 from ..store.folder import Store
 from .factors import (
@@ -40,7 +40,7 @@ from .factors import (
     kronfluence_arguments,
     tell_of_zeros,
 )
-from .run import Batch, Kept, Run, RunArguments, Stage, accumulator, checked_task
+from .run import Batch, Kept, Run, RunArguments, Stage, accumulator
 from .sums import Sums
 from .waiting import Waiting
 

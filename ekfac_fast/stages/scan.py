@@ -19,7 +19,7 @@ from ..curvature.basis import SharedRotation
 from ..curvature.choice import contraction
 from ..curvature.memory import free_bytes
 from ..curvature.query_gradients import Dense, QueryGradients
-from ..data.examples import Indexable
+from ..data.examples import Indexable, named
 from ..errors import ArgumentError, NotFiniteError
 from ..model.capture import LayerBatch
 from ..model.layers import Layer
@@ -283,9 +283,9 @@ class Scan(Consumer):
         if not bool(finite.all()):
             q, b = (int(i) for i in (~finite).nonzero()[0])
             raise NotFiniteError(
-                f"the score of example {indices[b]} for query {q} is {s[q, b].item()}: its "
-                "gradient overflowed, or is NaN where the loss is not. Look at the example, or "
-                "leave it out"
+                f"the score of {named(self.run.batches.dataset, indices[b])} for query {q} is "
+                f"{s[q, b].item()}: its gradient overflowed, or is NaN where the loss is not. Look "
+                "at the example, or leave it out"
             )
         if self.chosen is not None:
             s = torch.where(_membership(self.chosen, indices), s, torch.nan)
