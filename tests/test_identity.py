@@ -299,6 +299,26 @@ def test_a_journal_of_fewer_batches_is_noticed(run, tmp_path):
         _ = Scores(tmp_path).matrix
 
 
+@pytest.mark.parametrize(("top_k", "file"), [(None, "scores.done"), (3, "heap.safetensors")])
+def test_a_scan_is_not_finished_before_every_batch_is(run, tmp_path, monkeypatch, top_k, file):
+    model, data, _, prepared, _ = run
+    monkeypatch.setattr("ekfac_fast.store.folder.Pace.due", True)
+    kept = []
+
+    def restored(stage, done, total):
+        kept.append((tmp_path / file).read_bytes())
+        if done == total:
+            (tmp_path / file).write_bytes(kept[-2])
+
+    asked_for = {"out": tmp_path, "batch_tokens": 40, "top_k": top_k}
+    with pytest.raises(StoreError, match=r"1 of \d+ batches .* not marked as done.*Run it again"):
+        score(model, prepared, data, progress=restored, **asked_for)
+    assert not Store.load(tmp_path).finished
+    found = score(model, prepared, data, **asked_for)
+    whole = score(model, prepared, data, **asked_for | {"out": tmp_path / "whole"})
+    assert found.top(0, 3) == whole.top(0, 3)
+
+
 @pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
 def test_gradients_switched_off_around_every_stage(off, run, tmp_path):
     model, data, _, _, _ = run

@@ -20,7 +20,7 @@ from ..curvature.choice import contraction
 from ..curvature.memory import free_bytes
 from ..curvature.query_gradients import Dense, QueryGradients
 from ..data.examples import Indexable, named
-from ..errors import ArgumentError, NotFiniteError
+from ..errors import ArgumentError, NotFiniteError, StoreError
 from ..model.capture import LayerBatch
 from ..model.layers import Layer
 from ..ops.shapes import Shape
@@ -229,6 +229,12 @@ def _scan(
         scanned = [[i for i in indices if i in wanted] for indices in batches]
     consumer = Scan(run, store, Q, batches, chosen, top_k, add)
     run.each(Stage.SCAN, layers, scanned, consumer, done=consumer.done)
+    if lacking := sorted({*range(len(batches))} - {*consumer.counted()}):
+        raise StoreError(
+            f"{store.folder}: {len(lacking)} of {len(batches)} batches (the first is "
+            f"{lacking[0]}) are not marked as done, though the scan has come to its end. Run it "
+            "again to continue"
+        )
 
 
 class Scan(Consumer):
@@ -297,6 +303,10 @@ class Scan(Consumer):
         columns = torch.full((len(s), len(whole)), torch.nan, dtype=s.dtype)
         columns[:, [place[i] for i in indices]] = s
         self.matrix.write(batch.number, whole, columns)
+
+    def counted(self) -> Collection[int]:
+        """The batches that the folder holds: as they were read and written, not as remembered."""
+        return self.store.load_state(HEAP).done if self.matrix is None else self.matrix.marked()
 
     def due(self) -> bool:
         """When the folder's pace says so."""
