@@ -154,7 +154,7 @@ def report_job(
     """The HTML report of a folder that `score_job` wrote."""
     run, scores, queries = load_run(folder), Scores(folder), Queries.load(folder)
     factors = Factors(run["factors"])
-    check_together(scores, factors, queries, data)
+    check_together(scores, factors, queries, data, tokenizer)
     results = collect(scores, queries, data, tokenizer, run["names"], k)
     times = [
         StageTime(SPOKEN[stage], run["seconds"][stage], floor if stage is Stage.SCAN else None)

@@ -173,13 +173,27 @@ class Factors(Mapping[str, LayerFactors]):
         """Each layer's damping: `absolute`, or a tenth of its mean eigenvalue."""
         return {x.name: self[x.name].damping(absolute) for x in layers}
 
-    def check_model(self, model: str, asked: str) -> None:
-        """ArgumentError where they were fitted on other weights than `model`, a fingerprint."""
-        if self.facts is not None and self.facts["model"] != model:
+    def check_run(self, facts: Mapping[str, Any], asked: str) -> None:
+        """ArgumentError where they were fitted on another model, or with another tokenizer."""
+        check_same(self.facts, facts, f"{asked}: the factors in {self.folder} were fitted", "fit")
+
+
+def check_same(
+    made: Mapping[str, Any] | None, facts: Mapping[str, Any], what: str, again: str
+) -> None:
+    """ArgumentError where the model or the tokenizer that something was made with is not a run's.
+
+    What is not known of either (tokens without a tokenizer, factors of kronfluence) is not asked.
+    """
+    for name, other in (
+        ("model", "other weights or another configuration"),
+        ("tokenizer", "another vocabulary, or text is divided otherwise"),
+    ):
+        then, now = (made or {}).get(name), facts[name]
+        if None not in (then, now) and then != now:
             raise ArgumentError(
-                f"{asked}: the factors in {self.folder} were fitted on a model of fingerprint "
-                f"{self.facts['model']}, this one's is {model}: other weights or another "
-                "configuration. Use the model that they were fitted on, or fit again"
+                f"{what} on a {name} of fingerprint {then}, this one's is {now}: {other}. Use the "
+                f"{name} that they are from, or {again} again"
             )
 
 

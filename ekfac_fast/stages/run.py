@@ -182,6 +182,7 @@ class Run:
         return {
             "model": self.fingerprint,
             "data": self.batches.fingerprint(),
+            "tokenizer": getattr(self.batches.dataset, "tokenizer_fingerprint", None),
             "examples": self.batches.size,
             "task": type(self.task).__qualname__,
             "task_state": task_state(self.task),

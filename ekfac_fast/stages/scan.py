@@ -91,7 +91,7 @@ def score(
         "candidates": None if ranked is None else fingerprint([c.tolist() for c in ranked]),
         "detail": per_token or per_layer,
     }
-    queries.check_model(facts["model"], "score")
+    queries.check_run(facts, "score")
     with Store.open(out, kind="scores", facts=facts) as store:
         if not store.finished:
             layers = [q.layer for q in queries.layers]
@@ -135,7 +135,7 @@ def self_scores(
         "damping": damping,
         "top_k": None,
     }
-    factors.check_model(facts["model"], "self_scores")
+    factors.check_run(facts, "self_scores")
     with Store.open(out, kind="self", facts=facts) as store:
         if not store.finished:
             dampings = factors.dampings(layers, damping)
