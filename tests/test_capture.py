@@ -152,17 +152,47 @@ def test_shared_parameters_are_refused_or_added():
     assert_equal(got, expected(model, data, ["a"]))
 
 
-def test_a_head_tied_to_the_embedding_is_refused():
-    model = gpt2()
-    for shared in (False, True):
-        with pytest.raises(
-            ValueError, match=r"layer lm_head shares a parameter with transformer\.wte"
-        ):
-            select_layers(model, ["lm_head"], shared=shared)
+def test_a_head_tied_to_the_embedding_is_refused_or_added():
+    model, data = gpt2(torch.float64).eval(), sequences(12, 5, 9)
+    data = [{"input_ids": x["input_ids"] % 61} for x in data]
+    with pytest.raises(
+        ValueError, match=r"layer lm_head shares .* with transformer\.wte.*shared_par"
+    ):
+        select_layers(model, ["lm_head"])
     with pytest.warns(Notice, match="layer lm_head has the parameters of"):
-        names = [layer.name for layer in select_layers(model, "all")]
-    assert "lm_head" not in names
-    assert len(names) == 8
+        assert len(select_layers(model, "all")) == 8
+    assert len(select_layers(model, "all", shared=True)) == 9
+    want = expected(model, data, ["lm_head"])
+    assert_equal(captured(model, data, ["lm_head"], shared=True), want)
+    assert_equal(captured(model, data, ["lm_head"], shared=True, batch_tokens=1), want)
+
+
+def test_embeddings_that_change_what_they_look_up_are_refused_as_a_heads_other_half():
+    class Scaled(nn.Embedding):
+        def forward(self, ids):
+            return 4 * super().forward(ids)
+
+    model = Net(plain)
+    model.head = nn.Linear(WIDTH, 97, bias=False).double()
+    for emb in (Scaled(97, WIDTH), nn.Embedding(97, WIDTH, max_norm=1.0)):
+        model.emb = emb.double()
+        model.head.weight = emb.weight
+        with pytest.raises(ValueError, match=r"layer head .*\(cannot be tracked together"):
+            select_layers(model, ["head"], shared=True)
+
+
+def test_a_tied_head_with_a_padding_index_and_two_embeddings():
+    def body(net, x):
+        return plain(net, x) + net.other(net.ids)
+
+    model, data = Net(body), sequences(12, 5, 9)
+    model.other = nn.Embedding(97, WIDTH, padding_idx=int(data[0]["input_ids"][3])).double()
+    model.emb.register_forward_pre_hook(lambda _, args: setattr(model, "ids", args[0]))
+    model.head = nn.Linear(WIDTH, 97, bias=False).double()
+    model.head.weight = model.other.weight = model.emb.weight
+    model.again = model.emb  # one module of two names
+    got = captured(model, data, ["head", "a"], shared=True)
+    assert_equal(got, expected(model, data, ["head", "a"]))
 
 
 def test_two_threads_with_one_model_wait_for_each_other():

@@ -19,6 +19,9 @@ class Calls:
         self.consume, self.grid, self.backward = consume, grid, False
         self.loss, self.losses = 0, 1
         self._late: set[str] = set()
+        # Uses that multiplied by W^T, and not by W: of embeddings.
+        self.turned: set[tuple[str, int]] = set()
+        self._looked_at: set[nn.Module] = set()
         self.inputs: dict[str, list[Tensor]] = {}
         self.gradients: dict[str, dict[int, Tensor]] = {}
         self.without_grad: set[str] = set()
@@ -34,8 +37,9 @@ class Calls:
     def check(self, layer: Layer, module: nn.Module, x: Tensor, output: Tensor) -> None:
         """Look whether a layer of a class of its own computes W x + b; `settle` refuses it."""
         weight = module.weight
-        if layer.name in self.inputs or is_plain(module) or not x.numel():
+        if module in self._looked_at or is_plain(module) or not x.numel():
             return
+        self._looked_at.add(module)
         if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.is_meta:
             return  # packed or elsewhere: a product all the same, of a weight that is not at hand
         rows = [t.detach().reshape(-1, t.shape[-1])[:1].float() for t in (x, output)]
@@ -66,9 +70,11 @@ class Calls:
                     "leave it out of `layers`"
                 )
 
-    def saw(self, layer: Layer, x: Tensor, output: Tensor, copy: bool) -> None:
+    def saw(self, layer: Layer, module: nn.Module, x: Tensor, output: Tensor, copy: bool) -> None:
         """Note one use of a layer."""
         name = layer.name
+        if isinstance(module, nn.Embedding):
+            self.turned.add((name, len(self.inputs.get(name, ()))))
         self._versions.setdefault(name, []).append((x, x._version))
         self.inputs.setdefault(name, []).append(x.detach().clone() if copy else x.detach())
         # One number stands for the whole output until a zero gradient is asked for.
@@ -128,3 +134,23 @@ class Calls:
         """Drop what a layer has read, once no loss asks for it."""
         if self.last:
             self.inputs[name] = []
+
+
+def given(args: tuple, kwargs: dict) -> Tensor:
+    """What a module was called with."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def read_by(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+    """What a layer reads, [...,I]; of an embedding, ids as rows of one 1, [...,O].
+
+    An embedding looks up y = W^T x of such rows x, so its gradient is x g^T: of a layer W with the
+    same weight, x stands where gradients stand, and the gradient of y where inputs do.
+    """
+    x = given(args, kwargs)
+    if not isinstance(module, nn.Embedding):
+        return x
+    rows = output.new_zeros(*x.shape, module.num_embeddings).scatter_(-1, x.unsqueeze(-1), 1)
+    if module.padding_idx is not None:
+        rows[..., module.padding_idx] = 0
+    return rows.detach()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError, Notice
 from ..ops.products import Products
-from .calls import Calls
+from .calls import Calls, given, read_by
 from .layers import Layer
 from .rows import Grid, Layout, Rows, probed, trusted
 
@@ -171,7 +171,7 @@ class Capture:
 
         def hook_of(name: str) -> Callable:
             def hook(_: nn.Module, args: tuple, kwargs: dict, __: Any) -> None:
-                found.setdefault(name, _input(args, kwargs).detach().clone())
+                found.setdefault(name, given(args, kwargs).detach().clone())
 
             return hook
 
@@ -191,7 +191,9 @@ class Capture:
     def _hooked(self, calls: "Calls") -> Iterator[None]:
         def forward_hook(layer: Layer) -> Callable:
             def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-                return self._ran(calls, layer, module, _input(args, kwargs), output)
+                return self._ran(
+                    calls, layer, module, read_by(module, args, kwargs, output), output
+                )
 
             return hook
 
@@ -240,7 +242,7 @@ class Capture:
             # A checkpoint computes again what was seen: the same graph, and nothing else.
             return output if output.requires_grad else _Start.apply(output, self._anchor)
         calls.check(layer, module, x, output)
-        calls.saw(layer, x, output, copy=name in self._copied)
+        calls.saw(layer, module, x, output, copy=name in self._copied)
         if not output.requires_grad:
             # A copy, and no leaf: the model may go on to change it in place.
             output = _Start.apply(output, self._anchor)
@@ -277,15 +279,23 @@ class Capture:
                 f"layer {name} does not reach the loss: its gradient is zero", Notice, stacklevel=2
             )
         # A layer used several times has the sum of its uses' gradients: their tokens, end to end.
-        uses = [
-            (
-                self._by_sequence(calls, x, layer.I, name),
-                self._by_sequence(calls, gradients.get(use, zero), layer.O, name),
+        uses = []
+        for use, (x, zero) in enumerate(zip(inputs, calls.outputs(name), strict=True)):
+            a, g = x, gradients.get(use, zero)
+            if (name, use) in calls.turned:
+                # Rows that no loss reaches (padding) count for nothing on either side.
+                a, g = g, a * (g != 0).any(-1, keepdim=True)
+            uses.append(
+                (
+                    self._by_sequence(calls, a, layer.I, name),
+                    self._by_sequence(calls, g, layer.O, name),
+                )
             )
-            for use, (x, zero) in enumerate(zip(inputs, calls.outputs(name), strict=True))
-        ]
-        a = torch.cat([a for a, _ in uses], 1) if len(uses) > 1 else uses[0][0]
-        g = torch.cat([g for _, g in uses], 1) if len(uses) > 1 else uses[0][1]
+        a, g = uses[0]
+        if len(uses) > 1:
+            # Under autocast a head's output is narrower than an embedding's.
+            g = torch.cat([g.to(uses[-1][1].dtype) for _, g in uses], 1)
+            a = torch.cat([a.to(g.dtype) for a, _ in uses], 1)
         before = calls.grid.before if calls.grid else 0
         rows = Rows(a.shape[0], uses[0][0].shape[1], len(uses), before)
         if a.shape[1] != rows.positions * rows.uses:
@@ -339,11 +349,6 @@ class _Start(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[None, None]:
         return None, None
-
-
-def _input(args: tuple, kwargs: dict) -> Tensor:
-    """What a layer reads."""
-    return args[0] if args else next(iter(kwargs.values()))
 
 
 @contextmanager
