@@ -8,6 +8,7 @@ from dense_ekfac import gpt2
 from small_networks import WIDTH, Net, assert_equal, captured, expected, sequences
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PhimoeConfig, PhimoeForCausalLM
 
 from ekfac_fast import Notice, fit
 from ekfac_fast.errors import ModelError
@@ -119,19 +120,66 @@ class Pair(nn.Linear):
 
 
 class Twice(nn.Linear):
+    def __init__(self, *sizes, pair=False):
+        super().__init__(*sizes)
+        self.pair = pair
+
     def forward(self, x):
-        return 2 * super().forward(x)
+        y = 2 * super().forward(x)
+        return (y, y) if self.pair else y
+
+
+class Beside(nn.Linear):
+    def forward(self, x):
+        y = super().forward(x)
+        return y.softmax(-1), y.clone()
+
+
+class Named(nn.Linear):
+    def forward(self, x):
+        y = super().forward(x)
+        return {"logits": y, "input": x, "best": y.argmax(-1)}
 
 
 def test_layers_of_a_class_of_their_own():
     model = Net(lambda net, x: net.b(net.a(x)[0]))
-    model.a = Pair(WIDTH, WIDTH).double()
-    with pytest.raises(ModelError, match=r"layer a \(Pair\) returns a tuple"):
-        captured(model, sequences(5, 4), ["a"])
+    for kind, message in (
+        (Beside, r"layer a \(Beside\) returns a tuple.* another output is made of W x \+ b beside"),
+        (lambda *sizes: Twice(*sizes, pair=True), r"layer a \(Twice\).* 0 of its outputs are W x"),
+    ):
+        model.a = kind(WIDTH, WIDTH).double()
+        with pytest.raises(ModelError, match=message):
+            captured(model, sequences(5, 4), ["a"])
     model = Net(plain)
     model.a = Twice(WIDTH, WIDTH).double()
     with pytest.raises(ModelError, match=r"layer a \(Twice\) does not compute W x \+ b"):
         captured(model, sequences(5, 4), ["a"])
+
+
+@pytest.mark.parametrize("names", [["a"], ["a", "b"]])
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (Pair, lambda net, x: net.b(net.a(x)[0] * net.a(x)[1])),
+        (Named, lambda net, x: net.b(torch.tanh(net.a(x)["logits"]) + net.a(x)["input"])),
+    ],
+)
+def test_a_layer_that_returns_its_product_and_what_it_made_of_it(kind, body, names):
+    model, data = Net(body), sequences(12, 5, 9)
+    model.a = kind(WIDTH, WIDTH).double()
+    assert_equal(captured(model, data, names), expected(model, data, names))
+
+
+def test_routers_return_logits_and_choices():
+    torch.manual_seed(0)
+    config = PhimoeConfig(
+        vocab_size=97, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    model, data = PhimoeForCausalLM(config).eval(), sequences(12, 5, 9)
+    routers = [layer.name for layer in select_layers(model, "*.router")]
+    assert len(routers) == 2
+    assert_equal(captured(model, data, routers), expected(model, data, routers), 1e-3)
 
 
 def test_rows_that_belong_to_no_sequence_are_refused():

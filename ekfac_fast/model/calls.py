@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from .layers import Layer, is_plain
+from .layers import Layer, is_plain, weights
 from .rows import Grid
 
 
@@ -25,6 +25,8 @@ class Calls:
         self.inputs: dict[str, list[Tensor]] = {}
         self.gradients: dict[str, dict[int, Tensor]] = {}
         self.without_grad: set[str] = set()
+        # Layers to be run again, in a graph that starts with their input.
+        self.unstarted: set[str] = set()
         self.consumed: set[str] = set()
         self._products: dict[str, list[Tensor]] = {}
         self._versions: dict[str, list[tuple[Tensor, int]]] = {}
@@ -47,8 +49,8 @@ class Calls:
         # Rows of a block-diagonal layer are of other sizes than its weight.
         if (x.shape[-1], output.shape[-1]) == (layer.I, layer.O):
             with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-                bias = module.bias.float() if isinstance(module.bias, Tensor) else None
-                error = (nn.functional.linear(rows[0], weight.float(), bias) - rows[1]).abs().max()
+                W, b = weights(module)
+                error = (nn.functional.linear(rows[0], W.float(), b) - rows[1]).abs().max()
             slack = max(1e-3, 8 * torch.finfo(output.dtype).eps) * rows[1].abs().max()
             computes = error <= slack
         self._checks.append((layer.name, type(module).__name__, computes))

@@ -5,9 +5,7 @@ layers, so a pass costs a forward and a gradient-to-activations backward: no wei
 computed, and nothing below the first tracked layer is differentiated.
 """
 
-import threading
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,14 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError, Notice
-from ..ops.products import Products
+from .alone import alone, gradients_on
 from .calls import Calls, given, read_by
 from .layers import Layer
+from .outputs import product_among, tensors_of
 from .rows import Grid, Layout, Rows, probed, trusted
 
 Loss = Callable[[], Tensor]
-_locks: "weakref.WeakKeyDictionary[nn.Module, threading.RLock]" = weakref.WeakKeyDictionary()
-_locks_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -69,6 +66,8 @@ class Capture:
         self._copied: set[str] = set()
         self._layouts: dict[str, Layout] = {}
         self._from_inputs = False
+        self._started_at: set[str] = set()
+        self._places: dict[str, int] = {}
         self._anchor = torch.zeros((), requires_grad=True)
 
     def __call__(
@@ -116,6 +115,8 @@ class Capture:
                 self._from_inputs = True
             elif changed:
                 self._copied |= changed
+            elif calls.unstarted:
+                self._started_at |= calls.unstarted
             else:
                 break
         silent -= calls.without_grad
@@ -207,6 +208,11 @@ class Capture:
             for layer in self.layers.values()
             for name in (layer.name, *layer.also)
         ]
+        handles += [
+            self.model.get_submodule(name).register_forward_pre_hook(start, with_kwargs=True)
+            for layer in self._started_at
+            for name in (layer, *self.layers[layer].also)
+        ]
         if self._from_inputs:
             handles.append(self.model.register_forward_pre_hook(start, with_kwargs=True))
             handles += [
@@ -233,11 +239,14 @@ class Capture:
             calls.without_grad.add(name)
             return output
         if not isinstance(output, Tensor):
-            raise ModelError(
-                f"layer {name} ({type(module).__name__}) returns a {type(output).__name__}, not "
-                "the product alone: what is made of it inside cannot be tracked; leave it out of "
-                "`layers`"
-            )
+            if not x.requires_grad:
+                # What is made of the product inside has to hang on it: the graph starts before.
+                calls.unstarted |= {name} - self._started_at
+                return output
+            if name not in self._places:
+                self._places[name] = product_among(layer, module, x, output)
+            self._ran(calls, layer, module, x, tensors_of(output)[self._places[name]])
+            return output
         if calls.backward and name in calls.inputs and name not in calls.without_grad:
             # A checkpoint computes again what was seen: the same graph, and nothing else.
             return output if output.requires_grad else _Start.apply(output, self._anchor)
@@ -349,41 +358,3 @@ class _Start(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[None, None]:
         return None, None
-
-
-@contextmanager
-def alone(model: nn.Module) -> Iterator[None]:
-    """One pass at a time through a model, in evaluation mode, its parameters frozen.
-
-    Hooks and modes are the model's own: two threads would get each other's. Linear layers run on
-    the fastest product, see `products`.
-    """
-    with _locks_lock:
-        lock = _locks.setdefault(model, threading.RLock())
-    with lock, _frozen(model), Products():
-        yield
-
-
-@contextmanager
-def gradients_on() -> Iterator[None]:
-    """Gradients on, whatever the caller has switched off."""
-    with torch.inference_mode(False), torch.enable_grad():
-        yield
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter requires grad, and the model is in evaluation mode; both are restored."""
-    required = [p for p in model.parameters() if p.requires_grad]
-    training = [m for m in model.modules() if m.training]
-    for p in required:
-        p.requires_grad_(False)
-    for m in training:
-        m.training = False
-    try:
-        yield
-    finally:
-        for p in required:
-            p.requires_grad_(True)
-        for m in training:
-            m.training = True

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..checks import flag, instance, require
 from ..errors import ArgumentError, Notice
@@ -188,6 +188,13 @@ def _tied(name: str, others: list[str], what: str) -> str:
         f"layer {name} shares a parameter with {', '.join(others)}: its gradient alone is not that "
         f"of the parameter ({what}); leave it out of `layers`"
     )
+
+
+def weights(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """W [O,I] of a linear layer, and b in fp32, if it has one."""
+    W, b = module.weight, module.bias
+    assert isinstance(W, Tensor)
+    return W.t() if is_conv1d(module) else W, b.float() if isinstance(b, Tensor) else None
 
 
 def is_embedding(module: nn.Module) -> bool:

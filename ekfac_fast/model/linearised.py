@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import ModelError
+from .alone import alone, gradients_on
 from .calls import Calls
-from .capture import Capture, alone, gradients_on
+from .capture import Capture
 from .head import Hessian
 
 # (y, H): outputs of any shape, and H of a stack of vectors of that shape.

@@ -23,7 +23,8 @@ from ..data.batches import Batches, collate
 from ..data.choices import OnLongExample
 from ..data.examples import Indexable
 from ..errors import ArgumentError, DataError, NotFiniteError
-from ..model.capture import Capture, LayerBatch, alone
+from ..model.alone import alone
+from ..model.capture import Capture, LayerBatch
 from ..model.identity import forward_state, model_fingerprint, task_state
 from ..model.layers import Layer
 from ..model.rows import Grid
