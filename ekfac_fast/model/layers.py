@@ -103,6 +103,11 @@ def select_layers(
     return _distinct(model, chosen, shared, everything=patterns is not None and "all" in patterns)
 
 
+def parameter_counts(model: nn.Module, layers: Sequence[Layer]) -> tuple[int, int]:
+    """How many parameters these layers have, and how many the model has."""
+    return sum(x.O * x.J for x in layers), sum(p.numel() for p in model.parameters())
+
+
 def _no_layer(pattern: str, names: list[str]) -> str:
     """What to say where nothing matches."""
     if not names:

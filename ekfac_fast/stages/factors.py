@@ -145,6 +145,12 @@ class Factors(Mapping[str, LayerFactors]):
         """What every stage of the fit took; empty where that is not known."""
         return self._store.state["seconds"] if self._store and self._store.checked else {}
 
+    @property
+    def share(self) -> float | None:
+        """Of the model's parameters, those of these layers; None where that is not known."""
+        counts = self._store.state.get("parameters") if self._store else None
+        return None if counts is None else counts[0] / counts[1]
+
     @cached_property
     def identity(self) -> str:
         """Names these factors: by what they were fitted from, or, of others, by their values."""

@@ -26,7 +26,7 @@ from ..curvature.sums import Sum
 from ..data.examples import Indexable
 from ..errors import ArgumentError, ModelError
 from ..model.capture import LayerBatch
-from ..model.layers import Layer, select_layers
+from ..model.layers import Layer, parameter_counts, select_layers
 from ..model.rows import Rows
 from ..model.tasks import LanguageModelTask, Task, checked_task
 from ..store.files import load_tensors, save_json, save_tensors
@@ -245,6 +245,7 @@ class _Fit:
         save_json(self.folder / "factor_arguments.json", self._arguments(), checksum=False)
         self.store.finish(
             sequences=self.passes.batches.size,
+            parameters=parameter_counts(self.passes.model, self.layers),
             truncated=self.passes.batches.truncated,
             without_targets=self.passes.batches.without_targets,
             # The first pass has made the second's draws too, whether they could wait or not.
