@@ -256,7 +256,12 @@ class Capture:
             # A copy, and no leaf: the model may go on to change it in place.
             output = _Start.apply(output, self._anchor)
         use = len(calls.inputs[name]) - 1
-        output.register_hook(lambda g: self._arrived(calls, name, use, g))
+        # A view that is changed in place leaves the graph with its hooks; its base does not.
+        base = output._base if output._is_view() else output
+        if base is not output and not _reshaped(base, output):
+            base = output = _Copy.apply(output)
+        shape = output.shape
+        base.register_hook(lambda g: self._arrived(calls, name, use, g.reshape(shape)))
         return output
 
     def _arrived(self, calls: "Calls", name: str, use: int, g: Tensor) -> None:
@@ -346,6 +351,25 @@ def _backward(value: Tensor, retain_graph: bool) -> None:
         raise ModelError(
             f"the model's own backward pass does not run in evaluation mode: {error}"
         ) from error
+
+
+def _reshaped(base: Tensor | None, view: Tensor) -> bool:
+    """Whether a view holds all of its base, in the same order, and has its gradient."""
+    if base is None or not base.requires_grad or base.numel() != view.numel():
+        return False
+    return base.is_contiguous() and view.is_contiguous()
+
+
+class _Copy(torch.autograd.Function):
+    """A copy, with a gradient of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        return grad_outputs[0]
 
 
 class _Start(torch.autograd.Function):
