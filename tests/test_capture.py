@@ -8,6 +8,7 @@ from dense_ekfac import gpt2
 from small_networks import WIDTH, Net, assert_equal, captured, expected, sequences
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import Llama4ForCausalLM, Llama4TextConfig
 
 from ekfac_fast import Notice, fit
 from ekfac_fast.errors import ModelError
@@ -119,19 +120,68 @@ class Pair(nn.Linear):
 
 
 class Twice(nn.Linear):
+    def __init__(self, *sizes, pair=False):
+        super().__init__(*sizes)
+        self.pair = pair
+
     def forward(self, x):
-        return 2 * super().forward(x)
+        y = 2 * super().forward(x)
+        return (y, y) if self.pair else y
+
+
+class Beside(nn.Linear):
+    def forward(self, x):
+        y = super().forward(x)
+        return y.softmax(-1), y.clone()
+
+
+class Named(nn.Linear):
+    def forward(self, x):
+        y = super().forward(x)
+        return {"logits": y, "input": x, "best": y.argmax(-1)}
 
 
 def test_layers_of_a_class_of_their_own():
     model = Net(lambda net, x: net.b(net.a(x)[0]))
-    model.a = Pair(WIDTH, WIDTH).double()
-    with pytest.raises(ModelError, match=r"layer a \(Pair\) returns a tuple"):
-        captured(model, sequences(5, 4), ["a"])
+    for kind, message in (
+        (Beside, r"layer a \(Beside\) returns a tuple.* another output is made of W x \+ b beside"),
+        (lambda *sizes: Twice(*sizes, pair=True), r"layer a \(Twice\).* 0 of its outputs are W x"),
+    ):
+        model.a = kind(WIDTH, WIDTH).double()
+        with pytest.raises(ModelError, match=message):
+            captured(model, sequences(5, 4), ["a"])
     model = Net(plain)
     model.a = Twice(WIDTH, WIDTH).double()
     with pytest.raises(ModelError, match=r"layer a \(Twice\) does not compute W x \+ b"):
         captured(model, sequences(5, 4), ["a"])
+
+
+@pytest.mark.parametrize("names", [["a"], ["a", "b"]])
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (Pair, lambda net, x: net.b(net.a(x)[0] * net.a(x)[1])),
+        (Named, lambda net, x: net.b(torch.tanh(net.a(x)["logits"]) + net.a(x)["input"])),
+    ],
+)
+def test_a_layer_that_returns_its_product_and_what_it_made_of_it(kind, body, names):
+    model, data = Net(body), sequences(12, 5, 9)
+    model.a = kind(WIDTH, WIDTH).double()
+    assert_equal(captured(model, data, names), expected(model, data, names))
+
+
+def test_routers_return_logits_and_choices():
+    config = Llama4TextConfig(
+        vocab_size=97, hidden_size=16, intermediate_size=24, intermediate_size_mlp=24,
+        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=8,
+        num_local_experts=4, num_experts_per_tok=2, interleave_moe_layer_step=1, pad_token_id=0,
+    )  # fmt: skip
+    model, data = Llama4ForCausalLM(config).eval(), sequences(12, 5, 9)
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.1)
+    routers = [layer.name for layer in select_layers(model, "*.router")]
+    assert len(routers) == 2
+    assert_equal(captured(model, data, routers), expected(model, data, routers), 1e-4)
 
 
 def test_rows_that_belong_to_no_sequence_are_refused():
@@ -152,17 +202,47 @@ def test_shared_parameters_are_refused_or_added():
     assert_equal(got, expected(model, data, ["a"]))
 
 
-def test_a_head_tied_to_the_embedding_is_refused():
-    model = gpt2()
-    for shared in (False, True):
-        with pytest.raises(
-            ValueError, match=r"layer lm_head shares a parameter with transformer\.wte"
-        ):
-            select_layers(model, ["lm_head"], shared=shared)
+def test_a_head_tied_to_the_embedding_is_refused_or_added():
+    model, data = gpt2(torch.float64).eval(), sequences(12, 5, 9)
+    data = [{"input_ids": x["input_ids"] % 61} for x in data]
+    with pytest.raises(
+        ValueError, match=r"layer lm_head shares .* with transformer\.wte.*shared_par"
+    ):
+        select_layers(model, ["lm_head"])
     with pytest.warns(Notice, match="layer lm_head has the parameters of"):
-        names = [layer.name for layer in select_layers(model, "all")]
-    assert "lm_head" not in names
-    assert len(names) == 8
+        assert len(select_layers(model, "all")) == 8
+    assert len(select_layers(model, "all", shared=True)) == 9
+    want = expected(model, data, ["lm_head"])
+    assert_equal(captured(model, data, ["lm_head"], shared=True), want)
+    assert_equal(captured(model, data, ["lm_head"], shared=True, batch_tokens=1), want)
+
+
+def test_embeddings_that_change_what_they_look_up_are_refused_as_a_heads_other_half():
+    class Scaled(nn.Embedding):
+        def forward(self, ids):
+            return 4 * super().forward(ids)
+
+    model = Net(plain)
+    model.head = nn.Linear(WIDTH, 97, bias=False).double()
+    for emb in (Scaled(97, WIDTH), nn.Embedding(97, WIDTH, max_norm=1.0)):
+        model.emb = emb.double()
+        model.head.weight = emb.weight
+        with pytest.raises(ValueError, match=r"layer head .*\(cannot be tracked together"):
+            select_layers(model, ["head"], shared=True)
+
+
+def test_a_tied_head_with_a_padding_index_and_two_embeddings():
+    def body(net, x):
+        return plain(net, x) + net.other(net.ids)
+
+    model, data = Net(body), sequences(12, 5, 9)
+    model.other = nn.Embedding(97, WIDTH, padding_idx=int(data[0]["input_ids"][3])).double()
+    model.emb.register_forward_pre_hook(lambda _, args: setattr(model, "ids", args[0]))
+    model.head = nn.Linear(WIDTH, 97, bias=False).double()
+    model.head.weight = model.other.weight = model.emb.weight
+    model.again = model.emb  # one module of two names
+    got = captured(model, data, ["head", "a"], shared=True)
+    assert_equal(got, expected(model, data, ["head", "a"]))
 
 
 def test_two_threads_with_one_model_wait_for_each_other():

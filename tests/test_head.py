@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from ekfac_fast import LanguageModelTask, fit, self_scores
 from ekfac_fast.data.batches import Batches
 from ekfac_fast.model import head as heads
-from ekfac_fast.model.capture import Capture, alone
+from ekfac_fast.model.alone import alone
+from ekfac_fast.model.capture import Capture
 from ekfac_fast.model.layers import select_layers
 from ekfac_fast.model.sampling import BLOCK, inverted, uniforms
 

@@ -132,15 +132,37 @@ def test_a_fit_that_is_not_finished_is_no_factors(run, tmp_path):
 def test_a_layer_whose_gradient_is_always_zero_takes_part_as_zero(tmp_path):
     model, data = llama().eval(), corpus()
     model.model.layers[0].mlp.down_proj.weight.data.zero_()
-    factors = fit(model, data, out=tmp_path / "f")
-    dead = "model.layers.0.mlp.gate_proj"
+    dead, up = (f"model.layers.0.mlp.{n}_proj" for n in ("gate", "up"))
+    with pytest.warns(Notice, match=f"^layers {dead}, {up}: the gradient of the sampled loss is "):
+        factors = fit(model, data, out=tmp_path / "f")
     assert not factors[dead].lam.any()
+    rest = [name for name in factors if name not in (dead, up)]
+    alone = fit(model, data, out=tmp_path / "g", layers=rest)
     for rank in (None, 4):
-        prepared = prepare_queries(model, factors, asked(), rank=rank)
+        with pytest.warns(Notice, match=f"^layers {dead}, {up}: the gradient of every query is "):
+            prepared = prepare_queries(model, factors, asked(), rank=rank)
         assert not prepared.preconditioned(dead).any()
-        scores = score(model, prepared, data, out=tmp_path / f"s{rank}")
-        assert np.isfinite(scores.matrix).all()
-        assert np.abs(scores.matrix).min() > 0
+        scores = score(model, prepared, data, out=tmp_path / f"s{rank}", per_token=True)
+        without = score(
+            model,
+            prepare_queries(model, alone, asked(), rank=rank),
+            data,
+            out=tmp_path / f"t{rank}",
+        )
+        close(scores.matrix, torch.tensor(without.matrix[:]), 1e-5)
+        detail = scores.details(0)[0]
+        assert not detail.per_layer_token[scores.layers.index(dead)].any()
+        close(detail.per_token.sum(), torch.tensor(detail.score), 1e-5)
+    own = self_influence(model, factors, data, out=tmp_path / "i")
+    without = self_influence(model, alone, data, out=tmp_path / "j")
+    close(own.matrix, torch.tensor(without.matrix[:]), 1e-5)
+
+
+class FromFile(list):
+    """Examples that know where they were read."""
+
+    def source(self, index):
+        return f"corpus, line {index + 1}"
 
 
 def rootless(net, x):
@@ -155,16 +177,36 @@ def test_gradients_that_are_not_finite_are_errors(tmp_path):
     data = sequences(12, 5, 9, 7)
     data = [{"input_ids": torch.where(x["input_ids"] == 50, 3, x["input_ids"])} for x in data]
     bad = {"input_ids": torch.tensor([9, 50, 7, 8])}
-    with pytest.raises(NotFiniteError, match="sum of gradient covariance a is not finite"):
-        fit(model, [*data, bad], out=tmp_path / "g", layers=["a", "b"])
+    read, queries = FromFile([*data, bad]), FromFile([bad])
+    first = r"First seen in example 4 \(corpus, line 5\): the gradient of layer a is not finite"
+    with pytest.raises(NotFiniteError, match=f"sum of gradient covariance a is not.*{first}"):
+        fit(model, read, out=tmp_path / "g", layers=["a", "b"], batch_tokens=12)
     factors = fit(model, data, out=tmp_path / "f", layers=["a", "b"])
-    with pytest.raises(NotFiniteError, match="query 0: a P is not finite"):
-        prepare_queries(model, factors, [bad], rank=None)
+    with pytest.raises(
+        NotFiniteError, match=r"query 0: a P is not finite.*\(corpus, line 1\).* a is"
+    ):
+        prepare_queries(model, factors, queries, rank=None)
     prepared = prepare_queries(model, factors, data[:1], rank=None)
-    with pytest.raises(NotFiniteError, match="the score of example 4 for query 0 is nan"):
-        score(model, prepared, [*data, bad], out=tmp_path / "s")
-    with pytest.raises(NotFiniteError, match="the score of example 4 for query 0 is nan"):
-        self_influence(model, factors, [*data, bad], out=tmp_path / "i")
+    message = r"the score of example 4 \(corpus, line 5\) for query 0 is nan.*" + first
+    with pytest.raises(NotFiniteError, match=message):
+        score(model, prepared, read, out=tmp_path / "s")
+    with pytest.raises(NotFiniteError, match=message):
+        self_influence(model, factors, read, out=tmp_path / "i")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.inf, "First seen in example 1 .corpus, line 2.: the input of layer a is not finite"),
+        (1e20, "All .* finite; the largest are those of layer a in example 1 .corpus, line 2."),
+    ],
+)
+def test_the_first_that_is_not_finite_is_named(value, message, tmp_path):
+    model = Net(lambda net, x: net.b(torch.relu(net.a(x)))).float()
+    model.emb.weight.data[50] = value
+    data = FromFile({"input_ids": torch.tensor(ids)} for ids in ([9, 3, 7], [8, 50, 5], [6, 4, 3]))
+    with pytest.raises(NotFiniteError, match=message):
+        fit(model, data, out=tmp_path, layers=["a", "b"])
 
 
 def test_weights_that_are_elsewhere_are_named(tmp_path):
@@ -255,6 +297,26 @@ def test_a_journal_of_fewer_batches_is_noticed(run, tmp_path):
     journal.write_bytes(b"".join(lines[1:]))
     with pytest.raises(StoreError, match="batches are marked, though the scan is finished"):
         _ = Scores(tmp_path).matrix
+
+
+@pytest.mark.parametrize(("top_k", "file"), [(None, "scores.done"), (3, "heap.safetensors")])
+def test_a_scan_is_not_finished_before_every_batch_is(run, tmp_path, monkeypatch, top_k, file):
+    model, data, _, prepared, _ = run
+    monkeypatch.setattr("ekfac_fast.store.folder.Pace.due", True)
+    kept = []
+
+    def restored(stage, done, total):
+        kept.append((tmp_path / file).read_bytes())
+        if done == total:
+            (tmp_path / file).write_bytes(kept[-2])
+
+    asked_for = {"out": tmp_path, "batch_tokens": 40, "top_k": top_k}
+    with pytest.raises(StoreError, match=r"1 of \d+ batches .* not marked as done.*Run it again"):
+        score(model, prepared, data, progress=restored, **asked_for)
+    assert not Store.load(tmp_path).finished
+    found = score(model, prepared, data, **asked_for)
+    whole = score(model, prepared, data, **asked_for | {"out": tmp_path / "whole"})
+    assert found.top(0, 3) == whole.top(0, 3)
 
 
 @pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])

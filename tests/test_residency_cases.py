@@ -21,6 +21,7 @@ from ekfac_fast import fit, prepare_queries, score, self_scores
 from ekfac_fast.curvature import low_rank
 from ekfac_fast.errors import ModelError
 from ekfac_fast.stages import outgoing
+from ekfac_fast.stages.scan import DETAILED, LOWEST
 from ekfac_fast.stages.waiting import Waiting
 from ekfac_fast.store.folder import Store
 
@@ -157,12 +158,14 @@ def test_factors_and_queries_go_to_the_device_once_a_stage(jobs):
                   for x in result.low.layers}  # fmt: skip
         assert low == factors + sum(4 * J * columns for J, columns in widths.items())
         asking = 8 * len(result.low)
+        # Query and sequence of every pair whose detail is kept.
+        pairs = 2 * 8 * len(result.low) * (DETAILED + LOWEST)
         for got, queries, traffic in (
             (low_scores, result.low, steps[3]),
             (full_scores, result.full, steps[4]),
         ):
             sent = sum(nbytes(x.L, x.R, x.P) for x in queries.layers)
-            assert sent < got <= sent + asking * len(traffic.stages["detail"])
+            assert sent < got <= sent + pairs + asking * len(traffic.stages["detail"])
 
 
 def test_results_are_those_of_the_cpu(jobs, tmp_path):

@@ -4,8 +4,10 @@ import pytest
 import transformers as T
 from dense_ekfac import gpt2, llama
 from torch import nn
+from typer.testing import CliRunner
 
-from ekfac_fast import LanguageModelTask, fit
+from ekfac_fast import Factors, LanguageModelTask, fit
+from ekfac_fast.cli import app
 from ekfac_fast.errors import ArgumentError
 from ekfac_fast.model.layers import select_layers
 
@@ -81,6 +83,16 @@ def test_the_frozen_base_of_an_adapter_is_no_default():
     chosen = names(model)
     assert len(chosen) == 12
     assert all(".lora_" in name for name in chosen)
+
+
+def test_the_share_of_the_parameters_is_told(tmp_path):
+    model = gpt2().eval()
+    factors = fit(model, [{"input_ids": [3, 4, 5]}, {"input_ids": [6, 7]}], out=tmp_path / "f")
+    mlps = sum(p.numel() for n, p in model.named_parameters() if ".mlp." in n)
+    assert Factors(factors.folder).share == mlps / sum(p.numel() for p in model.parameters())
+    model.save_pretrained(tmp_path / "model")
+    done = CliRunner().invoke(app, ["plan", str(tmp_path / "model"), "--sequences", "8"])
+    assert f"{mlps / 1e6:.1f}M parameters, {factors.share:.0%} of the model's" in done.output
 
 
 def test_an_empty_choice_is_an_error(tmp_path):

@@ -224,9 +224,9 @@ def plan(
     from rich.table import Table
 
     from ..extras import optional
-    from ..model.layers import select_layers
+    from ..model.layers import parameter_counts, select_layers
     from ..stages import plan as planning
-    from . import inputs
+    from . import inputs, runs
 
     transformers = optional("transformers", "hf")
     with inputs.loading(model):
@@ -238,7 +238,7 @@ def plan(
         shape = transformers.AutoModelForCausalLM.from_config(
             config, trust_remote_code=trust_remote_code
         )
-    parameters = sum(p.numel() for p in shape.parameters())
+    tracked, parameters = parameter_counts(shape, select_layers(shape, layers))
     costs = planning.plan(
         select_layers(shape, layers), parameters=parameters, sequences=sequences, tokens=tokens,
         fit_sequences=sequences if fit_sequences is None else fit_sequences, queries=queries,
@@ -248,7 +248,10 @@ def plan(
     for x, how in zip(costs.layers, costs.scored_by, strict=True):
         chosen.add_row(x.name, str(x.I), str(x.O), "yes" if x.bias else "-", how)
     console.print(chosen)
-    console.say(f"\n{parameters / 1e6:.1f}M parameters, {4 * parameters / 2**30:.2f} GiB in fp32")
+    console.say(f"\n{runs.covered(costs.layers, tracked, parameters)}")
+    console.say(
+        f"{parameters / 1e6:.1f}M parameters in all, {4 * parameters / 2**30:.2f} GiB in fp32"
+    )
     console.say(f"factors on disk  {costs.factor_bytes / 2**30:.2f} GiB")
     console.say(f"sums in memory   {costs.fitting_bytes / 2**30:.2f} GiB")
     console.say(f"queries          {costs.query_bytes / 2**30:.2f} GiB")

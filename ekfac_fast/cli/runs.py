@@ -8,7 +8,7 @@ from typing import Any
 from .. import report
 from ..checks import Whole, check_json
 from ..data.tokens import Tokens, read_queries
-from ..model.layers import select_layers
+from ..model.layers import Layer, parameter_counts, select_layers
 from ..report.collect import check_together, collect, run_facts
 from ..report.contents import StageTime
 from ..stages.factors import Factors
@@ -44,12 +44,7 @@ SPOKEN = {
 def fit_job(source: Source, data: Tokens, out: Path, console: Terminal, **settings: Any) -> Factors:
     """`fit` with progress; `out/run.json` says which model."""
     layers = select_layers(source.model, settings.get("layers"))
-    tracked = sum(x.O * x.J for x in layers)
-    share = tracked / sum(p.numel() for p in source.model.parameters())
-    console.say(
-        f"{len(layers)} layers, {layers[0].name} to {layers[-1].name}: {tracked / 1e6:.1f}M "
-        f"parameters, {share:.0%} of the model's"
-    )
+    console.say(covered(layers, *parameter_counts(source.model, layers)))
     with showing(console) as progress:
         factors = fit(
             source.model, data, out=out, autocast=source.autocast, progress=progress, **settings
@@ -61,6 +56,14 @@ def fit_job(source: Source, data: Tokens, out: Path, console: Terminal, **settin
         f"{factors.tokens} tokens, in {out}",
     )
     return factors
+
+
+def covered(layers: Sequence[Layer], tracked: int, parameters: int) -> str:
+    """What is chosen of a model, in a line."""
+    return (
+        f"{len(layers)} layers, {layers[0].name} to {layers[-1].name}: {tracked / 1e6:.1f}M "
+        f"parameters, {tracked / parameters:.0%} of the model's"
+    )
 
 
 def score_job(
@@ -154,7 +157,7 @@ def report_job(
     """The HTML report of a folder that `score_job` wrote."""
     run, scores, queries = load_run(folder), Scores(folder), Queries.load(folder)
     factors = Factors(run["factors"])
-    check_together(scores, factors, queries, data)
+    check_together(scores, factors, queries, data, tokenizer)
     results = collect(scores, queries, data, tokenizer, run["names"], k)
     times = [
         StageTime(SPOKEN[stage], run["seconds"][stage], floor if stage is Stage.SCAN else None)

@@ -5,14 +5,35 @@ therefore cut into pieces that overlap, and two pieces are joined in the middle 
 that both have at the same place: there neither knows of its edge any more.
 """
 
+import json
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..store.fingerprint import fingerprint
+
 # Characters of a piece, and of what two have in common; tokens that two must agree on.
 PIECE, OVERLAP, AGREED = 1 << 18, 1 << 12, 32
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str | None:
+    """Identifies a tokenizer by all that its ids depend on, or, where that is not at hand, by its
+    vocabulary; None of one that tells neither. How it pads and cuts is left out: we do not ask it
+    to.
+    """
+    rules = getattr(tokenizer, "backend_tokenizer", None)
+    if rules is not None:
+        told = json.loads(rules.to_str()) | {"padding": None, "truncation": None}
+        return fingerprint(
+            json.dumps(told, sort_keys=True), getattr(tokenizer, "bos_token_id", None)
+        )
+    find = getattr(tokenizer, "get_vocab", None)
+    if not callable(find):
+        return None
+    words = sorted((repr(word), i) for word, i in find().items())
+    return fingerprint(type(tokenizer).__name__, words, getattr(tokenizer, "bos_token_id", None))
 
 
 @dataclass

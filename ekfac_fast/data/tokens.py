@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from ..checks import choice, require, shown, sized, told, whole
 from ..errors import ArgumentError, DataError
 from .choices import OnLong
-from .encoding import PIECE, encoded
+from .encoding import PIECE, encoded, tokenizer_fingerprint
 from .examples import IGNORED, Indexable
 from .records import checked, read
 
@@ -29,6 +29,7 @@ class Tokens(Dataset):
     ids   [all tokens] int32, mapped from a nameless file in TMPDIR: a corpus need not fit in memory
     rows  [N,4] int64: end in ids; tokens at the start that have no label; record; chunk in it
     `truncated` records lost `dropped` tokens, `skipped` ones had nothing to predict.
+    `tokenizer_fingerprint` tells the tokenizer from others; None where that is not known.
     """
 
     records: Indexable
@@ -37,6 +38,7 @@ class Tokens(Dataset):
     truncated: int
     dropped: int
     skipped: int
+    tokenizer_fingerprint: str | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -118,7 +120,8 @@ def tokenize(
         file.flush()
         ids = np.memmap(file, dtype=np.int32, mode="r")
     table = np.frombuffer(rows, dtype=np.int64).reshape(-1, 4)
-    return Tokens(records, ids, table, truncated, dropped, skipped)
+    told_by = tokenizer_fingerprint(tokenizer)
+    return Tokens(records, ids, table, truncated, dropped, skipped, told_by)
 
 
 def _bos(tokenizer: Callable[..., Any]) -> array:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from .layers import Layer, is_plain
+from .layers import Layer, is_plain, weights
 from .rows import Grid
 
 
@@ -19,9 +19,14 @@ class Calls:
         self.consume, self.grid, self.backward = consume, grid, False
         self.loss, self.losses = 0, 1
         self._late: set[str] = set()
+        # Uses that multiplied by W^T, and not by W: of embeddings.
+        self.turned: set[tuple[str, int]] = set()
+        self._looked_at: set[nn.Module] = set()
         self.inputs: dict[str, list[Tensor]] = {}
         self.gradients: dict[str, dict[int, Tensor]] = {}
         self.without_grad: set[str] = set()
+        # Layers to be run again, in a graph that starts with their input.
+        self.unstarted: set[str] = set()
         self.consumed: set[str] = set()
         self._products: dict[str, list[Tensor]] = {}
         self._versions: dict[str, list[tuple[Tensor, int]]] = {}
@@ -34,8 +39,9 @@ class Calls:
     def check(self, layer: Layer, module: nn.Module, x: Tensor, output: Tensor) -> None:
         """Look whether a layer of a class of its own computes W x + b; `settle` refuses it."""
         weight = module.weight
-        if layer.name in self.inputs or is_plain(module) or not x.numel():
+        if module in self._looked_at or is_plain(module) or not x.numel():
             return
+        self._looked_at.add(module)
         if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.is_meta:
             return  # packed or elsewhere: a product all the same, of a weight that is not at hand
         rows = [t.detach().reshape(-1, t.shape[-1])[:1].float() for t in (x, output)]
@@ -43,8 +49,8 @@ class Calls:
         # Rows of a block-diagonal layer are of other sizes than its weight.
         if (x.shape[-1], output.shape[-1]) == (layer.I, layer.O):
             with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-                bias = module.bias.float() if isinstance(module.bias, Tensor) else None
-                error = (nn.functional.linear(rows[0], weight.float(), bias) - rows[1]).abs().max()
+                W, b = weights(module)
+                error = (nn.functional.linear(rows[0], W.float(), b) - rows[1]).abs().max()
             slack = max(1e-3, 8 * torch.finfo(output.dtype).eps) * rows[1].abs().max()
             computes = error <= slack
         self._checks.append((layer.name, type(module).__name__, computes))
@@ -66,9 +72,11 @@ class Calls:
                     "leave it out of `layers`"
                 )
 
-    def saw(self, layer: Layer, x: Tensor, output: Tensor, copy: bool) -> None:
+    def saw(self, layer: Layer, module: nn.Module, x: Tensor, output: Tensor, copy: bool) -> None:
         """Note one use of a layer."""
         name = layer.name
+        if isinstance(module, nn.Embedding):
+            self.turned.add((name, len(self.inputs.get(name, ()))))
         self._versions.setdefault(name, []).append((x, x._version))
         self.inputs.setdefault(name, []).append(x.detach().clone() if copy else x.detach())
         # One number stands for the whole output until a zero gradient is asked for.
@@ -128,3 +136,23 @@ class Calls:
         """Drop what a layer has read, once no loss asks for it."""
         if self.last:
             self.inputs[name] = []
+
+
+def given(args: tuple, kwargs: dict) -> Tensor:
+    """What a module was called with."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def read_by(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+    """What a layer reads, [...,I]; of an embedding, ids as rows of one 1, [...,O].
+
+    An embedding looks up y = W^T x of such rows x, so its gradient is x g^T: of a layer W with the
+    same weight, x stands where gradients stand, and the gradient of y where inputs do.
+    """
+    x = given(args, kwargs)
+    if not isinstance(module, nn.Embedding):
+        return x
+    rows = output.new_zeros(*x.shape, module.num_embeddings).scatter_(-1, x.unsqueeze(-1), 1)
+    if module.padding_idx is not None:
+        rows[..., module.padding_idx] = 0
+    return rows.detach()

@@ -5,9 +5,7 @@ layers, so a pass costs a forward and a gradient-to-activations backward: no wei
 computed, and nothing below the first tracked layer is differentiated.
 """
 
-import threading
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,14 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError, Notice
-from ..ops.products import Products
-from .calls import Calls
+from .alone import alone, gradients_on
+from .calls import Calls, given, read_by
 from .layers import Layer
+from .outputs import product_among, tensors_of
 from .rows import Grid, Layout, Rows, probed, trusted
 
 Loss = Callable[[], Tensor]
-_locks: "weakref.WeakKeyDictionary[nn.Module, threading.RLock]" = weakref.WeakKeyDictionary()
-_locks_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -69,6 +66,8 @@ class Capture:
         self._copied: set[str] = set()
         self._layouts: dict[str, Layout] = {}
         self._from_inputs = False
+        self._started_at: set[str] = set()
+        self._places: dict[str, int] = {}
         self._anchor = torch.zeros((), requires_grad=True)
 
     def __call__(
@@ -116,6 +115,8 @@ class Capture:
                 self._from_inputs = True
             elif changed:
                 self._copied |= changed
+            elif calls.unstarted:
+                self._started_at |= calls.unstarted
             else:
                 break
         silent -= calls.without_grad
@@ -171,7 +172,7 @@ class Capture:
 
         def hook_of(name: str) -> Callable:
             def hook(_: nn.Module, args: tuple, kwargs: dict, __: Any) -> None:
-                found.setdefault(name, _input(args, kwargs).detach().clone())
+                found.setdefault(name, given(args, kwargs).detach().clone())
 
             return hook
 
@@ -191,7 +192,9 @@ class Capture:
     def _hooked(self, calls: "Calls") -> Iterator[None]:
         def forward_hook(layer: Layer) -> Callable:
             def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-                return self._ran(calls, layer, module, _input(args, kwargs), output)
+                return self._ran(
+                    calls, layer, module, read_by(module, args, kwargs, output), output
+                )
 
             return hook
 
@@ -204,6 +207,11 @@ class Capture:
             )
             for layer in self.layers.values()
             for name in (layer.name, *layer.also)
+        ]
+        handles += [
+            self.model.get_submodule(name).register_forward_pre_hook(start, with_kwargs=True)
+            for layer in self._started_at
+            for name in (layer, *self.layers[layer].also)
         ]
         if self._from_inputs:
             handles.append(self.model.register_forward_pre_hook(start, with_kwargs=True))
@@ -231,21 +239,29 @@ class Capture:
             calls.without_grad.add(name)
             return output
         if not isinstance(output, Tensor):
-            raise ModelError(
-                f"layer {name} ({type(module).__name__}) returns a {type(output).__name__}, not "
-                "the product alone: what is made of it inside cannot be tracked; leave it out of "
-                "`layers`"
-            )
+            if not x.requires_grad:
+                # What is made of the product inside has to hang on it: the graph starts before.
+                calls.unstarted |= {name} - self._started_at
+                return output
+            if name not in self._places:
+                self._places[name] = product_among(layer, module, x, output)
+            self._ran(calls, layer, module, x, tensors_of(output)[self._places[name]])
+            return output
         if calls.backward and name in calls.inputs and name not in calls.without_grad:
             # A checkpoint computes again what was seen: the same graph, and nothing else.
             return output if output.requires_grad else _Start.apply(output, self._anchor)
         calls.check(layer, module, x, output)
-        calls.saw(layer, x, output, copy=name in self._copied)
+        calls.saw(layer, module, x, output, copy=name in self._copied)
         if not output.requires_grad:
             # A copy, and no leaf: the model may go on to change it in place.
             output = _Start.apply(output, self._anchor)
         use = len(calls.inputs[name]) - 1
-        output.register_hook(lambda g: self._arrived(calls, name, use, g))
+        # A view that is changed in place leaves the graph with its hooks; its base does not.
+        base = output._base if output._is_view() else output
+        if base is not output and not _reshaped(base, output):
+            base = output = _Copy.apply(output)
+        shape = output.shape
+        base.register_hook(lambda g: self._arrived(calls, name, use, g.reshape(shape)))
         return output
 
     def _arrived(self, calls: "Calls", name: str, use: int, g: Tensor) -> None:
@@ -277,15 +293,23 @@ class Capture:
                 f"layer {name} does not reach the loss: its gradient is zero", Notice, stacklevel=2
             )
         # A layer used several times has the sum of its uses' gradients: their tokens, end to end.
-        uses = [
-            (
-                self._by_sequence(calls, x, layer.I, name),
-                self._by_sequence(calls, gradients.get(use, zero), layer.O, name),
+        uses = []
+        for use, (x, zero) in enumerate(zip(inputs, calls.outputs(name), strict=True)):
+            a, g = x, gradients.get(use, zero)
+            if (name, use) in calls.turned:
+                # Rows that no loss reaches (padding) count for nothing on either side.
+                a, g = g, a * (g != 0).any(-1, keepdim=True)
+            uses.append(
+                (
+                    self._by_sequence(calls, a, layer.I, name),
+                    self._by_sequence(calls, g, layer.O, name),
+                )
             )
-            for use, (x, zero) in enumerate(zip(inputs, calls.outputs(name), strict=True))
-        ]
-        a = torch.cat([a for a, _ in uses], 1) if len(uses) > 1 else uses[0][0]
-        g = torch.cat([g for _, g in uses], 1) if len(uses) > 1 else uses[0][1]
+        a, g = uses[0]
+        if len(uses) > 1:
+            # Under autocast a head's output is narrower than an embedding's.
+            g = torch.cat([g.to(uses[-1][1].dtype) for _, g in uses], 1)
+            a = torch.cat([a.to(g.dtype) for a, _ in uses], 1)
         before = calls.grid.before if calls.grid else 0
         rows = Rows(a.shape[0], uses[0][0].shape[1], len(uses), before)
         if a.shape[1] != rows.positions * rows.uses:
@@ -329,6 +353,25 @@ def _backward(value: Tensor, retain_graph: bool) -> None:
         ) from error
 
 
+def _reshaped(base: Tensor | None, view: Tensor) -> bool:
+    """Whether a view holds all of its base, in the same order, and has its gradient."""
+    if base is None or not base.requires_grad or base.numel() != view.numel():
+        return False
+    return base.is_contiguous() and view.is_contiguous()
+
+
+class _Copy(torch.autograd.Function):
+    """A copy, with a gradient of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        return grad_outputs[0]
+
+
 class _Start(torch.autograd.Function):
     """A copy that requires grad. (A view could not be changed in place by the model.)"""
 
@@ -339,46 +382,3 @@ class _Start(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[None, None]:
         return None, None
-
-
-def _input(args: tuple, kwargs: dict) -> Tensor:
-    """What a layer reads."""
-    return args[0] if args else next(iter(kwargs.values()))
-
-
-@contextmanager
-def alone(model: nn.Module) -> Iterator[None]:
-    """One pass at a time through a model, in evaluation mode, its parameters frozen.
-
-    Hooks and modes are the model's own: two threads would get each other's. Linear layers run on
-    the fastest product, see `products`.
-    """
-    with _locks_lock:
-        lock = _locks.setdefault(model, threading.RLock())
-    with lock, _frozen(model), Products():
-        yield
-
-
-@contextmanager
-def gradients_on() -> Iterator[None]:
-    """Gradients on, whatever the caller has switched off."""
-    with torch.inference_mode(False), torch.enable_grad():
-        yield
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter requires grad, and the model is in evaluation mode; both are restored."""
-    required = [p for p in model.parameters() if p.requires_grad]
-    training = [m for m in model.modules() if m.training]
-    for p in required:
-        p.requires_grad_(False)
-    for m in training:
-        m.training = False
-    try:
-        yield
-    finally:
-        for p in required:
-            p.requires_grad_(True)
-        for m in training:
-            m.training = True

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..checks import flag, instance, require
 from ..errors import ArgumentError, Notice
@@ -29,7 +29,8 @@ EXPERTS = re.compile(r"(?:^|\.)experts\.")
 class Layer:
     """A tracked linear layer: y = W x (+ b) with W [O,I].
 
-    `also`: further modules with the very same parameters, whose gradients are added to its own.
+    `also`: further modules with the very same parameters, whose gradients are added to its own:
+    linear layers, and embeddings, whose rows are those of W (a tied head).
     """
 
     name: str
@@ -102,6 +103,11 @@ def select_layers(
     return _distinct(model, chosen, shared, everything=patterns is not None and "all" in patterns)
 
 
+def parameter_counts(model: nn.Module, layers: Sequence[Layer]) -> tuple[int, int]:
+    """How many parameters these layers have, and how many the model has."""
+    return sum(x.O * x.J for x in layers), sum(p.numel() for p in model.parameters())
+
+
 def _no_layer(pattern: str, names: list[str]) -> str:
     """What to say where nothing matches."""
     if not names:
@@ -150,18 +156,22 @@ def _distinct(model: nn.Module, chosen: list[Layer], shared: bool, everything: b
     result: dict[str, Layer] = {}
     for layer in chosen:
         own = _own(model, layer.name)
-        others = sorted({u for p in own for u in users[id(p)]} - {layer.name})
-        others = [
-            u for u in others if model.get_submodule(u) is not model.get_submodule(layer.name)
-        ]
+        # A module that goes by several names is one.
+        modules: dict[int, str] = {}
+        for u in (u for p in own for u in users[id(p)]):
+            modules.setdefault(id(model.get_submodule(u)), u)
+        others = sorted({*modules.values()} - {layer.name})
         if not others:
             result[layer.name] = layer
         elif any(layer.name in kept.also for kept in result.values()):
             continue
         elif shared and all({*map(id, own)} == {*map(id, _own(model, u))} for u in others):
             linear = linear_layers(model)
-            if any(
-                u not in linear or (linear[u].I, linear[u].O) != (layer.I, layer.O) for u in others
+            if not all(
+                (linear[u].I, linear[u].O) == (layer.I, layer.O)
+                if u in linear
+                else is_embedding(model.get_submodule(u))
+                for u in others
             ):
                 raise ArgumentError(_tied(layer.name, others, "cannot be tracked together with it"))
             result[layer.name] = Layer(layer.name, layer.I, layer.O, layer.bias, tuple(others))
@@ -173,9 +183,7 @@ def _distinct(model: nn.Module, chosen: list[Layer], shared: bool, everything: b
             )
         else:
             raise ArgumentError(
-                _tied(
-                    layer.name, others, "shared_parameters=True adds the gradients of equal layers"
-                )
+                _tied(layer.name, others, "shared_parameters=True adds the gradients of equals")
             )
     return list(result.values())
 
@@ -187,9 +195,28 @@ def _tied(name: str, others: list[str], what: str) -> str:
     )
 
 
+def weights(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """W [O,I] of a linear layer, and b in fp32, if it has one."""
+    W, b = module.weight, module.bias
+    assert isinstance(W, Tensor)
+    return W.t() if is_conv1d(module) else W, b.float() if isinstance(b, Tensor) else None
+
+
+def is_embedding(module: nn.Module) -> bool:
+    """Whether a module looks up rows of its weight, and the gradient of each is what arrives."""
+    return (
+        isinstance(module, nn.Embedding)
+        and type(module).forward is nn.Embedding.forward
+        and module.max_norm is None
+        and not module.scale_grad_by_freq
+    )
+
+
 def is_plain(module: nn.Module) -> bool:
-    """Whether a layer computes W x + b by the code of `nn.Linear` or `Conv1D` itself."""
-    if type(module).forward is nn.Linear.forward:
+    """Whether a layer computes W x + b by the code of `nn.Linear` or `Conv1D` itself (or W^T x, by
+    that of `nn.Embedding`).
+    """
+    if type(module).forward is nn.Linear.forward or is_embedding(module):
         return True
     return is_conv1d(module) and type(module).__module__ == "transformers.pytorch_utils"
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import ModelError
+from .alone import alone, gradients_on
 from .calls import Calls
-from .capture import Capture, alone, gradients_on
+from .capture import Capture
 from .head import Hessian
 
 # (y, H): outputs of any shape, and H of a stack of vectors of that shape.
@@ -83,7 +84,7 @@ class Linearised(Capture):
         """
         forward = float((dy.double() * u.double()).sum())
         backward = sum(
-            float((_product(calls.inputs[n][use], directions[n], g).double() * g.double()).sum())
+            float((_product(calls, n, use, directions[n], g).double() * g.double()).sum())
             for n, uses in found.items()
             for use, g in uses.items()
         )
@@ -123,16 +124,18 @@ def _forwards(
     ]
     gs, found = [g for _, _, g in live], []
     for q in range(len(next(iter(directions.values())))):
-        ts = [_product(calls.inputs[n][use], directions[n][q], g) for n, use, g in live]
+        ts = [_product(calls, n, use, directions[n][q], g) for n, use, g in live]
         (dy,) = torch.autograd.grad(gs, w, ts, retain_graph=True, allow_unused=True)
         found.append(torch.zeros_like(w) if dy is None else dy)
     return found
 
 
 @torch.no_grad()
-def _product(a: Tensor, dW: Tensor, like: Tensor) -> Tensor:
-    """dW (a, 1): [...,I] and [O,J] -> the shape and dtype of the layer's output."""
-    a, dW = a.to(like.dtype), dW.to(like.dtype)
+def _product(calls: Calls, name: str, use: int, dW: Tensor, like: Tensor) -> Tensor:
+    """dW (a, 1) of one use: [...,I] and [O,J] -> the shape and dtype of the layer's output."""
+    a, dW = calls.inputs[name][use].to(like.dtype), dW.to(like.dtype)
+    if (name, use) in calls.turned:
+        dW = dW.mT
     # Not by `linear`: oneDNN takes seconds for rows that lie J apart.
     s = a @ dW[:, : a.shape[-1]].mT
     if dW.shape[1] > a.shape[-1]:
@@ -149,7 +152,10 @@ def _add_gradients(
         G = sums[name]
         for use, g in uses.items():
             a = calls.inputs[name][use].flatten(0, -2).to(G.dtype)
-            g, I = g.flatten(0, -2).to(G.dtype), a.shape[-1]
+            g = g.flatten(0, -2).to(G.dtype)
+            if (name, use) in calls.turned:
+                a, g = g, a
+            I = a.shape[-1]
             G[:, :I].addmm_(g.mT, a)
             if G.shape[1] > I:
                 G[:, -1] += g.sum(0)

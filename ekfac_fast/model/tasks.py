@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..checks import whole
+from ..checks import shown, whole
 from ..data.examples import IGNORED
 from ..errors import ArgumentError, DataError, ModelError
 from ..ops.shapes import wide
@@ -69,6 +69,15 @@ class Task(Protocol):
     def get_attention_mask(self, batch: Any) -> Tensor | dict[str, Tensor] | None:
         """Real positions."""
         ...
+
+
+def checked_task(task: Any) -> Any:
+    """`task`, or None; ArgumentError where it lacks a method."""
+    wanted = [name for name in vars(Task) if not name.startswith("_")]
+    lacking = [name for name in wanted if not callable(getattr(task, name, None))]
+    if task is not None and lacking:
+        raise ArgumentError(f"task is {shown(task)}, which has no method {lacking[0]}")
+    return task
 
 
 class LanguageModelTask:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..data.batches import data_fingerprint
+from ..data.encoding import tokenizer_fingerprint
 from ..data.examples import IGNORED
 from ..data.tokens import Tokens
 from ..errors import StoreError
@@ -19,16 +20,22 @@ from .text import TokenTexts
 LOW_ENERGY = 0.9  # below this share of its energy a rank does not represent a query
 
 
-def check_together(scores: Scores, factors: Factors, queries: Queries, data: Tokens) -> None:
+def check_together(
+    scores: Scores, factors: Factors, queries: Queries, data: Tokens, tokenizer: Any = None
+) -> None:
     """Refuse a report of things that do not belong together.
 
     Raises:
-        StoreError: the corpus, the queries or the factors are not those of the scan.
+        StoreError: the corpus, the queries, the factors or the tokenizer are not those of the scan.
     """
     if not scores.store.checked:
         return
     asked, pairs = queries.facts or {}, []
     told = scores.store.facts
+    if tokenizer is not None:
+        now = tokenizer_fingerprint(tokenizer)
+        for facts in (told, asked):
+            pairs.append(("the tokenizer", facts.get("tokenizer"), now))
     pairs.append(("the corpus", told["data"], data_fingerprint(data)))
     pairs.append(("the queries", told["queries"], queries.identity))
     pairs.append(("the factors", asked.get("factors"), factors.identity))

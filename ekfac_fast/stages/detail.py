@@ -98,49 +98,59 @@ class Details(Consumer):
         self.order = {layer.name: at for at, layer in enumerate(layers)}
         self.dtype = accumulator(run.model)
         self.asking: list[int] = []
-        self.rows = torch.empty(0, dtype=torch.int64)
+        self.pairs: list[tuple[int, int]] = []
+        self.rows = self.q = self.b = torch.empty(0, dtype=torch.int64)
         self.found: Outgoing[int] = Outgoing()
 
     def begin(self, batch: Batch) -> None:
-        """The queries that ask for a sequence of this batch."""
+        """The queries that ask for a sequence of this batch, and for which."""
         self.asking = sorted({q for index in batch.indices for q in self.wanted[index]})
-        # A list would go to the device again in every layer.
-        self.rows = torch.tensor(self.asking).to(self.run.device)
+        self.pairs = [(q, b) for b, i in enumerate(batch.indices) for q in self.wanted[i]]
+        row = {q: at for at, q in enumerate(self.asking)}
+        places = [*self.asking, *(row[q] for q, _ in self.pairs), *(b for _, b in self.pairs)]
+        # Lists would go to the device again in every layer.
+        sizes = [len(self.asking), len(self.pairs), len(self.pairs)]
+        self.rows, self.q, self.b = torch.tensor(places).to(self.run.device).split(sizes)
 
     def add(self, seen: LayerBatch, batch: Batch) -> None:
-        """s [Q,B,T] of one layer."""
+        """s [Q,B,T] of one layer; what is kept is [pairs,T]."""
         B, T = seen.g.shape[:2]
         s = torch.zeros(len(self.asking), B, T, dtype=self.dtype, device=seen.g.device)
         own = self.gradients[seen.layer.name].each(lambda x: x[self.rows])
         own.add_scores(s, seen.g, seen.a, seen.layer.bias)
-        self.found[self.order[seen.layer.name]] = seen.rows.folded(s)
+        self.found[self.order[seen.layer.name]] = seen.rows.folded(s[self.q, self.b])
 
     def end(self, batch: Batch) -> None:
         """Keep [L,T] of every pair that is asked for, without padding."""
-        row = {q: at for at, q in enumerate(self.asking)}
         found = self.found.take()
         layers = [found[at] for at in range(len(self.order))]
         if batch.grid.positions is None and len({x.shape[-1] for x in layers}) > 1:
             layers = [x.sum(-1, keepdim=True) for x in layers]
+        # [pairs,L,T] where all layers are of one width.
+        alike = len({x.shape[-1] for x in layers}) == 1
+        every = torch.stack(layers, 1) if alike else None
         piece = {}
-        for b, index in enumerate(batch.indices):
-            T = self.run.batches.lengths[index]
-            for q in self.wanted[index]:
-                rows = [by_position(x[row[q], b], T, batch.grid) for x in layers]
-                piece[f"{q} {index}"] = torch.stack(rows)
+        for at, (q, b) in enumerate(self.pairs):
+            index = batch.indices[b]
+            T, grid = self.run.batches.lengths[index], batch.grid
+            piece[f"{q} {index}"] = (
+                torch.stack([by_position(x[at], T, grid) for x in layers])
+                if every is None
+                else by_position(every[at], T, grid)
+            )
         self.pieces.write(batch.number, piece)
 
 
 def by_position(s: Tensor, T: int, grid: Grid) -> Tensor:
-    """A layer's rows of one sequence -> [T] real positions of those with padding.
+    """Layers' rows of one sequence, [...,rows] -> [...,T] real positions of those with padding.
 
     What comes before the text (virtual tokens) counts with the first position; what a layer says
     whose rows are no positions (one a sequence, patches), with the last.
     """
     if grid.positions is None:
         return s
-    before = len(s) - grid.positions
+    before = s.shape[-1] - grid.positions
     if before not in (0, grid.before):
-        return torch.nn.functional.pad(s.sum().reshape(1), (T - 1, 0))
-    first = s[: before + 1].sum().reshape(1)
-    return torch.cat([first, s[before + 1 : before + T]])
+        return torch.nn.functional.pad(s.sum(-1, keepdim=True), (T - 1, 0))
+    first = s[..., : before + 1].sum(-1, keepdim=True)
+    return torch.cat([first, s[..., before + 1 : before + T]], -1)

@@ -4,6 +4,7 @@ Files have kronfluence's names and layout, so factors travel both ways.
 """
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from ..checks import check_json, is_number, path, require
 from ..curvature.basis import Basis, heuristic_damping
 from ..curvature.offload import Travelling, placed
-from ..errors import ArgumentError, NotFiniteError, StoreError
+from ..errors import ArgumentError, NotFiniteError, Notice, StoreError
 from ..model.layers import Layer, select_layers
 from ..ops.shapes import wide
 from ..store.files import load_tensors
@@ -144,6 +145,12 @@ class Factors(Mapping[str, LayerFactors]):
         """What every stage of the fit took; empty where that is not known."""
         return self._store.state["seconds"] if self._store and self._store.checked else {}
 
+    @property
+    def share(self) -> float | None:
+        """Of the model's parameters, those of these layers; None where that is not known."""
+        counts = self._store.state.get("parameters") if self._store else None
+        return None if counts is None else counts[0] / counts[1]
+
     @cached_property
     def identity(self) -> str:
         """Names these factors: by what they were fitted from, or, of others, by their values."""
@@ -172,13 +179,27 @@ class Factors(Mapping[str, LayerFactors]):
         """Each layer's damping: `absolute`, or a tenth of its mean eigenvalue."""
         return {x.name: self[x.name].damping(absolute) for x in layers}
 
-    def check_model(self, model: str, asked: str) -> None:
-        """ArgumentError where they were fitted on other weights than `model`, a fingerprint."""
-        if self.facts is not None and self.facts["model"] != model:
+    def check_run(self, facts: Mapping[str, Any], asked: str) -> None:
+        """ArgumentError where they were fitted on another model, or with another tokenizer."""
+        check_same(self.facts, facts, f"{asked}: the factors in {self.folder} were fitted", "fit")
+
+
+def check_same(
+    made: Mapping[str, Any] | None, facts: Mapping[str, Any], what: str, again: str
+) -> None:
+    """ArgumentError where the model or the tokenizer that something was made with is not a run's.
+
+    What is not known of either (tokens without a tokenizer, factors of kronfluence) is not asked.
+    """
+    for name, other in (
+        ("model", "other weights or another configuration"),
+        ("tokenizer", "another vocabulary, or text is divided otherwise"),
+    ):
+        then, now = (made or {}).get(name), facts[name]
+        if None not in (then, now) and then != now:
             raise ArgumentError(
-                f"{asked}: the factors in {self.folder} were fitted on a model of fingerprint "
-                f"{self.facts['model']}, this one's is {model}: other weights or another "
-                "configuration. Use the model that they were fitted on, or fit again"
+                f"{what} on a {name} of fingerprint {then}, this one's is {now}: {other}. Use the "
+                f"{name} that they are from, or {again} again"
             )
 
 
@@ -194,6 +215,20 @@ def bases(
         x.name: placed(factors[x.name].basis(damping[x.name], dtype), (x.O, x.J), device)
         for x in layers
     }
+
+
+def tell_of_zeros(found: Mapping[str, Tensor], what: str) -> None:
+    """A `Notice` that names the layers of which everything found is exactly zero."""
+    some = torch.stack([x.any() for x in found.values()]).tolist()
+    dead = [name for name, moves in zip(found, some, strict=True) if not moves]
+    if dead:
+        more = f" and {len(dead) - 5} more" if len(dead) > 5 else ""
+        warnings.warn(
+            f"layers {', '.join(dead[:5])}{more}: the gradient of {what} is exactly zero "
+            "throughout (a weight of zeros behind them, or numbers too small for their dtype)",
+            Notice,
+            stacklevel=2,
+        )
 
 
 def kronfluence_arguments(eigendecomposition: torch.dtype) -> dict[str, Any]:

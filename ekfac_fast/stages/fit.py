@@ -26,9 +26,9 @@ from ..curvature.sums import Sum
 from ..data.examples import Indexable
 from ..errors import ArgumentError, ModelError
 from ..model.capture import LayerBatch
-from ..model.layers import Layer, select_layers
+from ..model.layers import Layer, parameter_counts, select_layers
 from ..model.rows import Rows
-from ..model.tasks import LanguageModelTask, Task
+from ..model.tasks import LanguageModelTask, Task, checked_task
 from ..store.files import load_tensors, save_json, save_tensors
 from ..store.folder import Store
 from .factors import (
@@ -38,8 +38,9 @@ from .factors import (
     LAMBDA_COUNT,
     Factors,
     kronfluence_arguments,
+    tell_of_zeros,
 )
-from .run import Batch, Kept, Run, RunArguments, Stage, accumulator, checked_task
+from .run import Batch, Kept, Run, RunArguments, Stage, accumulator
 from .sums import Sums
 from .waiting import Waiting
 
@@ -244,6 +245,7 @@ class _Fit:
         save_json(self.folder / "factor_arguments.json", self._arguments(), checksum=False)
         self.store.finish(
             sequences=self.passes.batches.size,
+            parameters=parameter_counts(self.passes.model, self.layers),
             truncated=self.passes.batches.truncated,
             without_targets=self.passes.batches.without_targets,
             # The first pass has made the second's draws too, whether they could wait or not.
@@ -285,6 +287,8 @@ class _Fit:
         """The first pass and its files; how many of its labels rounding could flip."""
         consumer = Covariances(self.passes, self.store, self.layers, self.waiting)
         self._pass(Stage.COVARIANCE, batches, consumer)
+        sums = consumer.cov["gradient"]
+        tell_of_zeros({x.name: sums[x.name].value() for x in self.layers}, "the sampled loss")
         for side in consumer.cov:
             owner = {
                 x.name: consumer.owners[x.name] if side == "activation" else x.name

@@ -63,7 +63,7 @@ class Measuring(Consumer):
                 query = batch.indices[int((~finite).nonzero()[0])]
                 raise NotFiniteError(
                     f"query {query}: {name} is not finite: its gradient overflowed, or is NaN "
-                    "where the measurement is not"
+                    "where the measurement is not. Look at the query, or leave it out"
                 )
         self.keep(batch.number, found)
 

@@ -1,6 +1,6 @@
 """Queries prepared: gradients preconditioned or refined, then truncated, kept in weight space."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack, get_args
@@ -18,7 +18,7 @@ from ..model.layers import Layer
 from ..store.files import load_json, load_tensors, save_json, save_tensors
 from ..store.fingerprint import fingerprint
 from ..store.folder import Pieces, Store
-from .factors import Factors, check_damping
+from .factors import Factors, check_damping, check_same, tell_of_zeros
 from .measured import Gradients, Measuring, Preconditioning, represented
 from .refine import Refinement, Refining
 from .run import Run, RunArguments, Stage
@@ -104,14 +104,9 @@ class Queries:
                 return queries.dense()
         raise KeyError(f"{layer}: the layers are {', '.join(q.layer.name for q in self.layers)}")
 
-    def check_model(self, model: str, asked: str) -> None:
-        """ArgumentError where they were prepared on other weights than those of `model`."""
-        if self.facts and self.facts["model"] != model:
-            raise ArgumentError(
-                f"{asked}: the queries were prepared on a model of fingerprint "
-                f"{self.facts['model']}, this one's is {model}: other weights or another "
-                "configuration. Use the model that they were prepared on, or prepare them again"
-            )
+    def check_run(self, facts: Mapping[str, Any], asked: str) -> None:
+        """ArgumentError where they were prepared on another model, or with another tokenizer."""
+        check_same(self.facts, facts, f"{asked}: the queries were prepared", "prepare them")
 
     def save(self, folder: str | Path) -> None:
         """Write `queries.safetensors` and `queries.json` into `folder`."""
@@ -215,7 +210,7 @@ def prepare_queries(
         "rank": rank,
         "damping": damping,
     }
-    factors.check_model(facts["model"], "prepare_queries")
+    factors.check_run(facts, "prepare_queries")
     _check_targets(run)
     job = _Preparation(run, factors, layers, factors.dampings(layers, damping), rank)
     if refine is not None:
@@ -322,6 +317,8 @@ class _Preparation:
             loaded = map(run.batches.example, range(run.batches.size))
             examples = tuple((x.input_ids, x.labels) for x in loaded)
         found = tuple(_layer(x, every, f"{x.name} ") for x in self.layers)
+        form = "P" if self.rank is None else "L"
+        tell_of_zeros({x.name: every[f"{x.name} {form}"] for x in self.layers}, "every query")
         damping = tuple(self.dampings[x.name] for x in self.layers)
         refinement = _refinement(facts, every, "refined ")
         return Queries(

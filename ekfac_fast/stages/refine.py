@@ -30,7 +30,7 @@ from ..curvature.solvers import (
 )
 from ..data.examples import Indexable
 from ..errors import ArgumentError, Notice
-from ..model.capture import alone
+from ..model.alone import alone
 from ..model.layers import Layer
 from ..model.linearised import Linearised
 from ..model.tasks import linear_outputs

@@ -18,18 +18,20 @@ from typing import Any, TypedDict, Unpack
 import torch
 from torch import Tensor, nn
 
-from ..checks import instance, require, shown, told
+from ..checks import instance, require, told
 from ..data.batches import Batches, collate
 from ..data.choices import OnLongExample
 from ..data.examples import Indexable
 from ..errors import ArgumentError, DataError, NotFiniteError
-from ..model.capture import Capture, LayerBatch, alone
+from ..model.alone import alone
+from ..model.capture import Capture, LayerBatch
 from ..model.identity import forward_state, model_fingerprint, task_state
 from ..model.layers import Layer
 from ..model.rows import Grid
-from ..model.tasks import LanguageModelTask, Task
+from ..model.tasks import LanguageModelTask, Task, checked_task
 from ..ops.shapes import wide
 from .ahead import Ahead
+from .origin import origin
 
 Progress = Callable[[str, int, int], None]
 Loss = Callable[["Batch"], Tensor]
@@ -181,6 +183,7 @@ class Run:
         return {
             "model": self.fingerprint,
             "data": self.batches.fingerprint(),
+            "tokenizer": getattr(self.batches.dataset, "tokenizer_fingerprint", None),
             "examples": self.batches.size,
             "task": type(self.task).__qualname__,
             "task_state": task_state(self.task),
@@ -239,7 +242,7 @@ class Run:
             loss: of a batch; None for the training loss with the data's own labels.
 
         Raises:
-            NotFiniteError: a loss is not; names the examples.
+            NotFiniteError: a loss is not, or what a consumer made of it; names where it is from.
         """
         loss = loss or self.train_loss
         capture = Capture(self.model, layers, self._swap)
@@ -249,17 +252,24 @@ class Run:
         mine = [n for n in range(self.rank, len(batches), self.ranks) if n not in finished]
         passing = [batches[n] for n in mine if batches[n] and n not in (kept or {})]
         ahead = Ahead(self.batches, passing)
+        since: list[int] = []
         for place, number in enumerate(mine, 1):
             indices = batches[number]
-            with self.timed(stage):
-                if kept and number in kept:
-                    self._again(kept.pop(number), number, indices, consumer)
-                elif indices:
-                    self._one(capture, number, indices, ahead, consumer, loss, what)
-            finished.add(number)
-            if consumer.due() or place == len(mine):
+            since.append(number)
+            try:
                 with self.timed(stage):
-                    consumer.save(finished)
+                    if kept and number in kept:
+                        self._again(kept.pop(number), number, indices, consumer)
+                    elif indices:
+                        self._one(capture, number, indices, ahead, consumer, loss, what)
+                finished.add(number)
+                if consumer.due() or place == len(mine):
+                    with self.timed(stage):
+                        consumer.save(finished)
+                    since.clear()
+            except NotFiniteError as error:
+                again = (self._batch(n, batches[n]) for n in since if batches[n])
+                raise NotFiniteError(f"{error}{origin(self, capture, loss, again)}") from error
             count += self.batches.tokens(indices)
             self.report(stage, count, total)
 
@@ -274,15 +284,9 @@ class Run:
         what: str,
     ) -> None:
         """One batch."""
-        inputs = ahead.take()
-        batch = Batch(number, indices, inputs, self.grid(inputs, indices))
+        batch = self._batch(number, indices, ahead.take())
         consumer.begin(batch)
-
-        def value() -> Tensor:
-            with self.settings():
-                return loss(batch)
-
-        found = capture(value, lambda seen: consumer.add(seen, batch), batch.grid)
+        found = self.captured(capture, batch, loss, lambda seen: consumer.add(seen, batch))
         ahead.read()
         if not bool(torch.isfinite(found).all()):
             which = ", ".join(map(str, indices[:8])) + ("..." if len(indices) > 8 else "")
@@ -292,6 +296,21 @@ class Run:
                 "weights"
             )
         consumer.end(batch)
+
+    def _batch(self, number: int, indices: Sequence[int], inputs: Any = None) -> Batch:
+        inputs = self.batches.load(indices) if inputs is None else inputs
+        return Batch(number, indices, inputs, self.grid(inputs, indices))
+
+    def captured(
+        self, capture: Capture, batch: Batch, loss: Loss, consume: Callable[[LayerBatch], None]
+    ) -> Tensor:
+        """A batch through the model: its loss, and every layer's (a, g) to `consume`."""
+
+        def value() -> Tensor:
+            with self.settings():
+                return loss(batch)
+
+        return capture(value, consume, batch.grid)
 
     def _again(
         self, layers: list[LayerBatch], number: int, indices: Sequence[int], consumer: Consumer
@@ -344,15 +363,6 @@ class Run:
             inputs = self.batches.load(indices)
         with self.settings():
             return self.task.compute_train_loss(batch=inputs, model=self.model, sample=False)
-
-
-def checked_task(task: Any) -> Any:
-    """`task`, or None; ArgumentError where it lacks a method."""
-    wanted = [name for name in vars(Task) if not name.startswith("_")]
-    lacking = [name for name in wanted if not callable(getattr(task, name, None))]
-    if task is not None and lacking:
-        raise ArgumentError(f"task is {shown(task)}, which has no method {lacking[0]}")
-    return task
 
 
 def accumulator(model: nn.Module) -> torch.dtype:

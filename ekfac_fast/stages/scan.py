@@ -19,8 +19,8 @@ from ..curvature.basis import SharedRotation
 from ..curvature.choice import contraction
 from ..curvature.memory import free_bytes
 from ..curvature.query_gradients import Dense, QueryGradients
-from ..data.examples import Indexable
-from ..errors import ArgumentError, NotFiniteError
+from ..data.examples import Indexable, named
+from ..errors import ArgumentError, NotFiniteError, StoreError
 from ..model.capture import LayerBatch
 from ..model.layers import Layer
 from ..ops.shapes import Shape
@@ -91,7 +91,7 @@ def score(
         "candidates": None if ranked is None else fingerprint([c.tolist() for c in ranked]),
         "detail": per_token or per_layer,
     }
-    queries.check_model(facts["model"], "score")
+    queries.check_run(facts, "score")
     with Store.open(out, kind="scores", facts=facts) as store:
         if not store.finished:
             layers = [q.layer for q in queries.layers]
@@ -135,7 +135,7 @@ def self_scores(
         "damping": damping,
         "top_k": None,
     }
-    factors.check_model(facts["model"], "self_scores")
+    factors.check_run(facts, "self_scores")
     with Store.open(out, kind="self", facts=facts) as store:
         if not store.finished:
             dampings = factors.dampings(layers, damping)
@@ -229,6 +229,12 @@ def _scan(
         scanned = [[i for i in indices if i in wanted] for indices in batches]
     consumer = Scan(run, store, Q, batches, chosen, top_k, add)
     run.each(Stage.SCAN, layers, scanned, consumer, done=consumer.done)
+    if lacking := sorted({*range(len(batches))} - {*consumer.counted()}):
+        raise StoreError(
+            f"{store.folder}: {len(lacking)} of {len(batches)} batches (the first is "
+            f"{lacking[0]}) are not marked as done, though the scan has come to its end. Run it "
+            "again to continue"
+        )
 
 
 class Scan(Consumer):
@@ -283,9 +289,9 @@ class Scan(Consumer):
         if not bool(finite.all()):
             q, b = (int(i) for i in (~finite).nonzero()[0])
             raise NotFiniteError(
-                f"the score of example {indices[b]} for query {q} is {s[q, b].item()}: its "
-                "gradient overflowed, or is NaN where the loss is not. Look at the example, or "
-                "leave it out"
+                f"the score of {named(self.run.batches.dataset, indices[b])} for query {q} is "
+                f"{s[q, b].item()}: its gradient overflowed, or is NaN where the loss is not. Look "
+                "at the example, or leave it out"
             )
         if self.chosen is not None:
             s = torch.where(_membership(self.chosen, indices), s, torch.nan)
@@ -297,6 +303,10 @@ class Scan(Consumer):
         columns = torch.full((len(s), len(whole)), torch.nan, dtype=s.dtype)
         columns[:, [place[i] for i in indices]] = s
         self.matrix.write(batch.number, whole, columns)
+
+    def counted(self) -> Collection[int]:
+        """The batches that the folder holds: as they were read and written, not as remembered."""
+        return self.store.load_state(HEAP).done if self.matrix is None else self.matrix.marked()
 
     def due(self) -> bool:
         """When the folder's pace says so."""

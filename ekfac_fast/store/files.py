@@ -140,6 +140,12 @@ def _reading(path: Path) -> Iterator[None]:
         raise StoreError(f"{path}: not a complete safetensors file ({error}): {BROKEN}") from error
 
 
+def _identity(path: Path) -> tuple[int, int]:
+    """Tells a file from another that has been put in its place."""
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns
+
+
 def load_tensors(path: str | Path, *, ours: bool = False) -> dict[str, Tensor]:
     """The tensors of a safetensors file, on the CPU; changing them does not change the file.
 
@@ -150,10 +156,13 @@ def load_tensors(path: str | Path, *, ours: bool = False) -> dict[str, Tensor]:
 
 def load_noted(path: str | Path, *, ours: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata that `save_tensors` was given."""
-    path = Path(path)
-    with _reading(path), safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        metadata = dict(file.metadata() or {})
+    path, before = Path(path), None
+    with _reading(path):
+        # safetensors opens a file twice: between, a run may have put another in its place.
+        while before != (before := _identity(path)):
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                metadata = dict(file.metadata() or {})
     if METADATA not in metadata and not ours:
         if any(CHECKSUM in note for note in metadata.values()):
             raise StoreError(f"{path}: the name of its checksum is damaged: {BROKEN}")

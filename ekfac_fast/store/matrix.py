@@ -104,6 +104,10 @@ class Matrix:
             os.truncate(self.journal, whole)
         return marks
 
+    def marked(self) -> set[int]:
+        """The batches that the file of marks names now."""
+        return {*self._read_journal()}
+
     def write(self, batch: int, columns: Sequence[int], values: Tensor | np.ndarray) -> None:
         """values [Q,B] into the columns of a batch; it is marked done at the next commit."""
         if not self.writable:

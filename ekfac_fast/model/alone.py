@@ -1,0 +1,52 @@
+"""How a model is held while a pass of ours runs through it."""
+
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from ..ops.products import Products
+
+_locks: "weakref.WeakKeyDictionary[nn.Module, threading.RLock]" = weakref.WeakKeyDictionary()
+_locks_lock = threading.Lock()
+
+
+@contextmanager
+def alone(model: nn.Module) -> Iterator[None]:
+    """One pass at a time through a model, in evaluation mode, its parameters frozen.
+
+    Hooks and modes are the model's own: two threads would get each other's. Linear layers run on
+    the fastest product, see `products`.
+    """
+    with _locks_lock:
+        lock = _locks.setdefault(model, threading.RLock())
+    with lock, _frozen(model), Products():
+        yield
+
+
+@contextmanager
+def gradients_on() -> Iterator[None]:
+    """Gradients on, whatever the caller has switched off."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter requires grad, and the model is in evaluation mode; both are restored."""
+    required = [p for p in model.parameters() if p.requires_grad]
+    training = [m for m in model.modules() if m.training]
+    for p in required:
+        p.requires_grad_(False)
+    for m in training:
+        m.training = False
+    try:
+        yield
+    finally:
+        for p in required:
+            p.requires_grad_(True)
+        for m in training:
+            m.training = True
