@@ -102,6 +102,8 @@ def score(
                 order = ranked if isinstance(candidates, str) else None
                 counts = (top_k or DETAILED, 0 if top_k else LOWEST)
                 explain(run, layers, gradients, store, counts, order)
+            if queries.facts:
+                store.update(asked=queries.facts["data"])
             _finish(store, run)
         # Not before: a kill between would have them worked out again.
         store.pieces(PIECES).remove()

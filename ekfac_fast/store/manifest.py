@@ -26,7 +26,7 @@ SCHEMA = {
 STATE: dict[str, Any] = {
     "seconds": ({str: float}, float), "scan_seconds": float, "sequences": Whole(1),
     "truncated": Whole(), "without_targets": Whole(), "edge_draws": ({str: Whole()}, Whole()),
-    "shared": {str: str}, "threads": Whole(1),
+    "shared": {str: str}, "threads": Whole(1), "asked": str,
 }  # fmt: skip
 
 
