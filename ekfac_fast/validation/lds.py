@@ -19,7 +19,7 @@ from .bank import RetrainingBank
 from .scores_of import AnyScores, scores_of
 
 # Fewer subsets make no rank correlation: of 7 numbers one in 20 pairs has |rho| > .78 by chance.
-FEWEST = 8
+FEWEST, MOST_DRAWS = 8, 100_000
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def lds(
     seed: int = 0,
 ) -> LDS:
     """The LDS of one method; see `validate`."""
-    whole("draws", draws)
+    whole("draws", draws, 1, MOST_DRAWS)
     whole("seed", seed, 0)
     kept, measured = bank.by_subset
     S = len(kept)

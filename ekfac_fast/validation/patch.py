@@ -13,7 +13,7 @@ from torch import nn
 from ..checks import instance, whole
 from ..data.batches import Batches, is_text
 from ..data.examples import Indexable
-from ..errors import ArgumentError
+from ..errors import ArgumentError, NotFiniteError
 from ..model.tasks import LanguageModelTask, Task
 from ..stages.run import checked_task
 from .baselines import bm25, chance
@@ -49,6 +49,7 @@ def tail_patch(
     Raises:
         ArgumentError: k is larger than the data set, or no parameter trains.
         DataError: scores of another shape.
+        NotFiniteError: a step is too long; names the query.
     """
     instance("scores", scores, Mapping, "a mapping from names to scores")
     whole("steps", steps)
@@ -75,7 +76,13 @@ def tail_patch(
                 batch = every.load(np.argsort(-matrix[q], kind="stable")[:k].tolist())
                 loss = partial(task.compute_train_loss, batch=batch, model=model, sample=False)
                 with stepped(weights, loss, steps, size):
-                    found[name][q] = before[q] - measurements(model, [queries[q]], task).item()
+                    after = measurements(model, [queries[q]], task).item()
+                if not np.isfinite(after):
+                    raise NotFiniteError(
+                        f"{name}: after {steps} steps the measurement of query {q} is {after}: "
+                        "take a smaller size"
+                    )
+                found[name][q] = before[q] - after
     finally:
         model.train(training)
     return found
