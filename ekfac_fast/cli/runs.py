@@ -1,5 +1,6 @@
 """What the commands do: files in, files out, progress shown; public API put together."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,8 +21,10 @@ from ..stages.queries import Queries, prepare_queries
 from ..stages.run import RunArguments, Stage
 from ..stages.scan import score, self_scores
 from ..stages.scores import Scores
+from ..stages.trust import note_validation
 from ..store.files import load_json, save_json
 from ..store.folder import Store
+from ..store.manifest import MANIFEST
 from ..validation import RetrainingBank, reliability, validate
 from .inputs import Cutting, Source
 from .progress import showing
@@ -180,7 +183,7 @@ def report_job(
 def validate_job(
     folder: Path, every: Sequence[Path], console: Terminal, *, draws: int, seed: int
 ) -> None:
-    """LDS of scores on a bank, as a table."""
+    """LDS of scores on a bank, as a table; noted in folders of scores, for their report."""
     bank = RetrainingBank(folder)
     found = validate(bank, {str(path): path for path in every}, draws=draws, seed=seed)
     shown = Table("scores", "LDS", "95 % interval", "worst query", "best query", box=None)
@@ -190,6 +193,8 @@ def validate_job(
         shown.add_row(
             Text(harmless(one.name)), f"{one.mean:.3f}", interval, f"{worst:.3f}", f"{best:.3f}"
         )
+        if os.path.exists(Path(one.name) / MANIFEST):
+            note_validation(Path(one.name), f"{one.line} of {folder}")
     console.print(shown)
     ceiling = reliability(bank)
     console.say(
