@@ -1,6 +1,7 @@
 """Which way of scoring is true? A bank of retrainings of a small language model, and all of them.
 
     python bench/faithfulness.py                                   # the page: docs/faithfulness.md
+    python bench/faithfulness.py --further                         # LiSSA, ASTRA, CG on all layers
     python bench/faithfulness.py --share 0.99 --epochs 40          # one per cent left out
     python bench/faithfulness.py --runs 8 --seeds 1 --epochs 2 --work /tmp/f --page /tmp/f.md
 
@@ -40,7 +41,7 @@ def main(words: list[str]) -> None:
         work / "bank", training, data, queries, subsets=arguments.runs, seeds=arguments.seeds,
         share=arguments.share, about=about, processes=arguments.processes, progress=say,
     )  # fmt: skip
-    methods = Methods(training, queries, work)
+    methods = Methods(training, queries, work, further=arguments.further)
     rows = []
     for group, name, method in methods.every():
         if arguments.only and group not in arguments.only:
@@ -97,6 +98,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--width", type=int, default=64)
     made.add_argument("--blocks", type=int, default=4)
     made.add_argument("--processes", type=int, default=2)
+    made.add_argument("--further", action="store_true", help="refinements that take hours")
     made.add_argument("--only", nargs="+", help="groups of methods")
     made.add_argument("--work", type=Path, default=ROOT / "build" / "faithfulness")
     made.add_argument("--page", type=Path, default=ROOT / "docs" / "faithfulness.md")

@@ -72,14 +72,14 @@ def test_the_interval_covers_the_truth():
     """Outcomes with noise, many banks: 95 in 100 intervals hold the mean over all banks."""
     rng, inside, means = np.random.default_rng(1), [], []
     for _ in range(100):
-        x = rng.standard_normal((12, 40))
-        made = Fake(-(x + rng.standard_normal(x.shape))[:, None], np.eye(40, dtype=bool))
+        x, size = rng.standard_normal((12, 40)), np.exp(0.7 * rng.standard_normal((12, 1)))
+        made = Fake(-(x + size * rng.standard_normal(x.shape))[:, None], np.eye(40, dtype=bool))
         found = lds(made, x, draws=100)
         inside.append((found.low, found.high))
         means.append(found.mean)
     truth = np.mean(means)
     assert 0.9 <= np.mean([low <= truth <= high for low, high in inside]) <= 0.99
-    assert truth == pytest.approx(0.69, abs=0.03)  # of a correlation of sqrt(1/2)
+    assert truth == pytest.approx(0.67, abs=0.04)  # of correlations around sqrt(1/2)
 
 
 class Fake:

@@ -19,7 +19,8 @@ from .small_language_model import Training
 TRACKED = {"MLP": ["*.mlp.*"], "all": ["*.mlp.*", "*.attn.*"]}
 DAMPINGS = (1.0, 0.1, 0.01, 0.001)
 RANKS = (64, 32, 16, 8)
-REFINED = ("cg:1", "cg:2", "cg:5", "cg:10", "cg:20", "lissa:500", "astra:300")
+# A product with the Gauss-Newton matrix of so many examples takes 24 queries 20 s of one core.
+REFINED, FURTHER, EXAMPLES = ("cg:2", "cg:5", "cg:10"), ("cg:20", "lissa:500", "astra:300"), 128
 Method = Callable[[], np.ndarray]
 
 
@@ -41,6 +42,7 @@ class Methods:
     queries: list[dict]
     folder: Path
     seeds: int = 4
+    further: bool = False
 
     @cached_property
     def model(self) -> torch.nn.Module:
@@ -77,13 +79,13 @@ class Methods:
             "bf16 passes",
             partial(self.influence, "EK-FAC", "all", autocast=torch.bfloat16),
         )
-        for how in REFINED:
-            for layers in TRACKED:
-                yield (
-                    "refined",
-                    f"{how}, {layers}",
-                    partial(self.influence, "EK-FAC", layers, refine=how),
-                )
+        refined = [(how, "MLP") for how in REFINED]
+        if self.further:
+            refined += [(how, "all") for how in REFINED]
+            refined += [(how, layers) for how in FURTHER for layers in TRACKED]
+        for how, layers in refined:
+            method = partial(self.influence, "EK-FAC", layers, refine=how)
+            yield "refined", f"{how}, {layers}", method
         for count in (2, 4):
             if count <= self.seeds:
                 yield "ensemble", f"EK-FAC of {count} models", partial(self.ensemble, count)
@@ -114,7 +116,9 @@ class Methods:
     def scored(self, factors: Factors, seed=0, rank=None, refine=None, autocast=None) -> np.ndarray:
         """Scores by these factors."""
         model, data = self.training.model(seed, self.folder / "models"), self.training.data
-        refined = {} if refine is None else {"refine": refine, "dataset": data}
+        some = min(EXAMPLES, len(data))
+        sample = {"refine": refine, "dataset": data, "refine_examples": some}
+        refined = {} if refine is None else sample
         queries = prepare_queries(
             model, factors, self.queries, rank=rank, autocast=autocast, **refined
         )
