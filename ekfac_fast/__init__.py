@@ -14,7 +14,7 @@ from .errors import Error, Notice
 from .lazy import loader
 
 if TYPE_CHECKING:
-    from . import data, ops
+    from . import data, ops, validation
     from .model.tasks import LanguageModelTask, Task
     from .stages.factors import Factors, LayerFactors
     from .stages.fit import fit
@@ -38,6 +38,7 @@ __all__ = [
     "prepare_queries",
     "score",
     "self_scores",
+    "validation",
 ]
 
 __getattr__ = loader(
@@ -54,7 +55,7 @@ __getattr__ = loader(
         "score": "stages.scan",
         "self_scores": "stages.scan",
     },
-    rooms=("data", "ops"),
+    rooms=("data", "ops", "validation"),
 )
 
 

@@ -84,7 +84,7 @@ class Margins(LanguageModelTask):
         return 2 * super().compute_train_loss(batch, model, sample)
 
     def compute_measurement(self, batch, model):
-        logits, labels = self._logits(batch, model)[:, :-1], batch["labels"][:, 1:]
+        logits, labels = self.logits(batch, model)[:, :-1], batch["labels"][:, 1:]
         chosen = logits.gather(2, labels.clamp(min=0).unsqueeze(2)).squeeze(2)
         return torch.where(labels >= 0, chosen - logits.mean(2), 0).sum()
 

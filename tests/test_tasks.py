@@ -101,11 +101,11 @@ def test_positions_that_start_after_the_padding_index():
     with torch.no_grad():
         own = model(input_ids=ids[None]).logits
         batch = collate([example([{"input_ids": ids}], 0)])
-        close(LanguageModelTask()._logits(batch, model), own, 1e-12)
+        close(LanguageModelTask().logits(batch, model), own, 1e-12)
         # Padded on the left, as a loader of the user's own may do it.
         left = {name: F.pad(x, (4, 0), value=0) for name, x in batch.items()}
         left["input_ids"][:, :4] = 1
-        close(LanguageModelTask()._logits(left, model)[:, 4:], own, 1e-12)
+        close(LanguageModelTask().logits(left, model)[:, 4:], own, 1e-12)
     assert Batches([{"input_ids": ids}], model).context == 64
 
 

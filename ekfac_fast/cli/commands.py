@@ -209,6 +209,22 @@ def report(
 
 @app.command()
 @reported
+def validate(
+    bank: Annotated[Path, typer.Argument(help="folder written by ekfac_fast.validation.retrain")],
+    scores: Annotated[
+        list[Path], typer.Argument(help="folders of scores, .npy [Q,N], kronfluence's .safetensors")
+    ],
+    draws: Annotated[int, typer.Option(help="of the bootstrap")] = 1000,
+    seed: Annotated[int, typer.Option(help="of the bootstrap")] = 0,
+) -> None:
+    """Hold scores against models that were trained again: the linear datamodeling score."""
+    from . import runs
+
+    runs.validate_job(bank, scores, console, draws=draws, seed=seed)
+
+
+@app.command()
+@reported
 def plan(
     model: Model,
     sequences: Annotated[int, typer.Option(help="in the corpus")],

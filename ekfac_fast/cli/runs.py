@@ -1,9 +1,13 @@
 """What the commands do: files in, files out, progress shown; public API put together."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from rich.table import Table
+from rich.text import Text
 
 from .. import report
 from ..checks import Whole, check_json
@@ -17,11 +21,14 @@ from ..stages.queries import Queries, prepare_queries
 from ..stages.run import RunArguments, Stage
 from ..stages.scan import score, self_scores
 from ..stages.scores import Scores
+from ..stages.trust import note_validation
 from ..store.files import load_json, save_json
 from ..store.folder import Store
+from ..store.manifest import MANIFEST
+from ..validation import RetrainingBank, reliability, validate
 from .inputs import Cutting, Source
 from .progress import showing
-from .terminal import Terminal
+from .terminal import Terminal, harmless
 
 RUN, QUERIES = "run.json", "queries"
 DAMPING_RULE = "0.1 x the mean eigenvalue of each layer"
@@ -174,6 +181,34 @@ def report_job(
         scores, factors, queries, run["model"], run["damping_rule"], times, settings, notes
     )
     return report.write(out, about, results)
+
+
+def validate_job(
+    folder: Path, every: Sequence[Path], console: Terminal, *, draws: int, seed: int
+) -> None:
+    """LDS of scores on a bank, as a table; noted in folders of scores, for their report."""
+    bank = RetrainingBank(folder)
+    found = validate(bank, {str(path): path for path in every}, draws=draws, seed=seed)
+    shown = Table("scores", "LDS", "95 % interval", "worst query", "best query", box=None)
+    for one in found:
+        interval = f"{one.low:.3f} to {one.high:.3f}"
+        worst, best = one.per_query.min(), one.per_query.max()
+        shown.add_row(
+            Text(harmless(one.name)), f"{one.mean:.3f}", interval, f"{worst:.3f}", f"{best:.3f}"
+        )
+        if os.path.exists(Path(one.name) / MANIFEST):
+            note_validation(Path(one.name), f"{one.line} of {folder}")
+    console.print(shown)
+    ceiling = reliability(bank)
+    console.say(
+        f"{found[0].retrainings} subsets of {bank.examples} sequences, {len(bank)} retrainings, "
+        f"{bank.queries} queries; "
+        + (
+            "one seed a subset: no ceiling is known"
+            if ceiling is None
+            else f"the bank's own noise leaves at most {ceiling:.3f}"
+        )
+    )
 
 
 def print_top(

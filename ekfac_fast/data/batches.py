@@ -104,10 +104,7 @@ class Batches:
         mapping = isinstance(first, Mapping) and "input_ids" in first
         config = getattr(inner, "config", None)
         self.two_sided = mapping and bool(getattr(config, "is_encoder_decoder", False))
-        self.language = mapping and not self.two_sided
-        if self.language and (labels := first.get("labels")) is not None:
-            # Another shape of labels (classes of a whole sequence): a task of the user's own.
-            self.language = np.ndim(labels) == 1 and len(labels) == len(first["input_ids"])
+        self.language = not self.two_sided and is_text(first)
         self.truncated = self.without_targets = 0
         self.packed = False
         self.lengths: list[int] = []
@@ -187,11 +184,22 @@ class Batches:
 
 
 def data_fingerprint(dataset: Indexable) -> str:
-    """`Batches.fingerprint` of a language model's examples none of which was cut."""
-    digest = Digest()
+    """`Batches.fingerprint` of a data set none of whose examples was cut."""
+    digest, text = Digest(), is_text(dataset[0])
     for index in range(len(dataset)):
-        digest.add(_content(example(dataset, index)))
+        digest.add(_content(example(dataset, index)) if text else _plain(dataset[index]))
     return digest.hex()
+
+
+def is_text(record: Any) -> bool:
+    """Whether a record is an example of a causal language model.
+
+    Another shape of labels (classes of a whole sequence) is of a task of the user's own.
+    """
+    if not isinstance(record, Mapping) or "input_ids" not in record:
+        return False
+    labels = record.get("labels")
+    return labels is None or (np.ndim(labels) == 1 and len(labels) == len(record["input_ids"]))
 
 
 def _content(one: Example) -> tuple[Any, ...]:

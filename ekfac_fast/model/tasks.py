@@ -168,8 +168,8 @@ class LanguageModelTask:
         self._edges = self._edges + edges
         return losses
 
-    def _logits(self, batch: Any, model: nn.Module) -> Tensor:
-        """[B,T,V]"""
+    def logits(self, batch: Any, model: nn.Module) -> Tensor:
+        """[B,T,V] of the text's own positions."""
         return _text(_all_logits(self._inputs(batch, model), model), batch)
 
     def _inputs(self, batch: Any, model: nn.Module) -> dict[str, Any]:
@@ -217,13 +217,13 @@ class LanguageModelTask:
             logits = whole[0, whole.shape[1] - last - 1 :].float()
             behind = after = logits
             if last:
-                after = self._logits(one | {"input_ids": ids}, model)[0].float()
+                after = self.logits(one | {"input_ids": ids}, model)[0].float()
             if padded:
                 longer = {
                     name: F.pad(x, (0, 1), value=IGNORED * (name == "labels")) if x.ndim == 2 else x
                     for name, x in one.items()
                 }
-                behind = self._logits(longer, model)[0, : last + 1].float()
+                behind = self.logits(longer, model)[0, : last + 1].float()
         eps, size = torch.finfo(next(model.parameters()).dtype).eps, logits.abs().max()
         tolerance = min(1000 * eps, 0.02)
         # Another length is another rounding, and in few bits perhaps another expert.
@@ -251,8 +251,8 @@ class LanguageModelTask:
         both = {n: torch.cat([x, x], 1) if x.shape[1:] == (T,) else x for n, x in alone.items()}
         both["input_ids"] = torch.cat([(ids.flip(1) + 1) % (int(ids.max()) + 1), ids], 1)
         with torch.no_grad():
-            expected = self._logits(alone, model)[0].float()
-            found = self._logits(both, model)[0, -T:].float()
+            expected = self.logits(alone, model)[0].float()
+            found = self.logits(both, model)[0, -T:].float()
         if (found - expected).abs().max() > max(tolerance, 1e-4) * expected.abs().max():
             raise ModelError(
                 "position_ids start again where another document begins, but this model does not "

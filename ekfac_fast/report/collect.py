@@ -91,6 +91,7 @@ def run_facts(
         stages=tuple(stages),
         settings=tuple(settings),
         notes=tuple(notes),
+        trust="" if scores.trust is None else scores.trust.line,
     )
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..errors import ArgumentError
-from .statistics import Array, is_sparse
+from ..stages.trust import SPARSE, sparsity
+from .statistics import Array
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,9 +51,14 @@ class RankedSequence:
             )
 
     @property
+    def sparsity(self) -> float:
+        """Of its tokens."""
+        return sparsity(self.per_token)
+
+    @property
     def sparse(self) -> bool:
-        """One or two tokens carry it: see `is_sparse`."""
-        return is_sparse(self.per_token)
+        """One or two tokens carry it, likely spurious (paper 5.3)."""
+        return self.sparsity > SPARSE
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +99,7 @@ class RunFacts:
     train_size      N of the scale 1/N
     scanned         sequences whose influence was computed
     settings        further (name, value) rows
+    trust           one line on how far the scores can be trusted
     notes           sentences on what is weak about this run
     """
 
@@ -108,3 +115,4 @@ class RunFacts:
     stages: tuple[StageTime, ...] = ()
     settings: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
+    trust: str = ""

@@ -1,4 +1,4 @@
-"""What scores say: sparse tokens, spans, layer groups, tails.
+"""What scores say: spans, layer groups, tails.
 
 Pure functions on numpy arrays. Letters: N scanned sequences, T tokens, L tracked layers in the
 order of the forward pass. Scores are raw (not divided by the size of the training set); NaN marks
@@ -16,24 +16,8 @@ from ..extras import optional
 
 Array = NDArray[np.float64]
 
-SPARSE = 2 / 3
 GROUPS = 9
 SMALLEST_TAIL = 20
-
-
-def sparsity(per_token: ArrayLike) -> float:
-    """||a||_2 / ||a||_1 of token-wise influences [T]: 1 for one token, 0 where all are zero."""
-    a = np.abs(np.asarray(per_token, dtype=np.float64))
-    largest = a.max(initial=0.0)
-    if largest == 0:
-        return 0.0
-    a = a / largest  # squares of tiny or huge influences stay in range
-    return float(np.sqrt(np.square(a).sum()) / a.sum())
-
-
-def is_sparse(per_token: ArrayLike) -> bool:
-    """Whether one or two tokens carry the score: sparsity > 2/3, likely spurious (paper 5.3)."""
-    return sparsity(per_token) > SPARSE
 
 
 @dataclass(frozen=True)

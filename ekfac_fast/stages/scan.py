@@ -33,6 +33,7 @@ from .heap import Heap
 from .queries import LayerQueries, Queries
 from .run import Batch, Consumer, Run, RunArguments, Stage, accumulator
 from .scores import HEAP, Scores
+from .trust import trust_in
 
 # Top and lowest sequences of each query whose token and layer detail is worked out; `top_k` says
 # otherwise.
@@ -102,6 +103,8 @@ def score(
                 order = ranked if isinstance(candidates, str) else None
                 counts = (top_k or DETAILED, 0 if top_k else LOWEST)
                 explain(run, layers, gradients, store, counts, order)
+            asked = {"asked": queries.facts["data"]} if queries.facts else {}
+            store.update(trust=trust_in(queries), **asked)
             _finish(store, run)
         # Not before: a kill between would have them worked out again.
         store.pieces(PIECES).remove()

@@ -11,6 +11,7 @@ from ..checks import Whole, check_json
 from ..errors import ArgumentError, StoreError
 from ..store.folder import Store
 from ..store.manifest import MANIFEST
+from .trust import SPARSE, Trust, sparsity
 
 # Columns of a query's shard, for its top and its lowest sequences; a rank of 0 is none.
 DETAIL = ("indices", "scores", "candidate_ranks")
@@ -112,6 +113,17 @@ class Scores:
             Detail(query, index, score, shard[f"{index}"].numpy(), rank or None)
             for index, score, rank in rows
         ]
+
+    @cached_property
+    def trust(self) -> Trust | None:
+        """How far these scores can be trusted; None of self-influence and of older versions."""
+        told = self.store.state.get("trust")
+        if told is None:
+            return None
+        details = [d for q in sorted(self._shards.done) for d in self.details(q)]
+        sparse = [sparsity(d.per_token) > SPARSE for d in details]
+        share = float(np.mean(sparse)) if sparse else None
+        return Trust(**told, sparse=share, validation=self.store.state.get("validation"))
 
     @property
     def seconds(self) -> float:

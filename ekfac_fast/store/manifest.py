@@ -27,6 +27,9 @@ STATE: dict[str, Any] = {
     "seconds": ({str: float}, float), "scan_seconds": float, "sequences": Whole(1),
     "truncated": Whole(), "without_targets": Whole(), "edge_draws": ({str: Whole()}, Whole()),
     "shared": {str: str}, "threads": Whole(1), "parameters": [Whole(1)],
+    "asked": str, "validation": str,
+    "trust": {"rank": (Whole(1), None), "energy": float, "least_damping": float,
+              "most_damping": float, "refined": (str, None), "residual": (float, None)},
 }  # fmt: skip
 
 

@@ -1,5 +1,9 @@
 """One small gradient step on a training sequence: does the completion become more likely?"""
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -8,9 +12,35 @@ from ..data.examples import Indexable
 from ..model.tasks import LanguageModelTask
 from ..stages.queries import Queries
 from ..stages.scores import Scores
+from .measure import measurements
 
 # A step of this size along one sequence's gradient: small against the distance trained.
 STEP = 1e-3
+
+
+@contextmanager
+def stepped(
+    weights: Sequence[nn.Parameter], loss: Callable[[], Tensor], steps: int = 1, size: float = STEP
+) -> Iterator[None]:
+    """The model after so many steps down a loss, each of this length; afterwards as it was.
+
+    w <- w - size grad L / ||grad L||        of all `weights` together
+    """
+    before = [w.detach().clone() for w in weights]
+    try:
+        for _ in range(steps):
+            gradients = torch.autograd.grad(
+                loss(), weights, allow_unused=True, materialize_grads=True
+            )
+            length = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
+            with torch.no_grad():
+                for weight, g in zip(weights, gradients, strict=True):
+                    weight.sub_(size / length.clamp(min=1e-30) * g)
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, was in zip(weights, before, strict=True):
+                weight.copy_(was)
 
 
 def step_check(
@@ -21,28 +51,16 @@ def step_check(
     """
     task = LanguageModelTask()
     asked = [{"input_ids": ids, "labels": labels} for ids, labels in queries.examples]
-    every, ask = Batches(data, model), Batches(asked, model)
+    every = Batches(data, model)
     weights = [model.get_parameter(f"{name}.weight") for name in scores.layers]
     changes = []
-    for q in range(len(queries)):
-        batch = ask.load([q])
-        before = _log_probability(task, batch, model)
+    for q, one in enumerate(asked):
+        before = float(measurements(model, [one], task))
         pair = []
         for lowest in (False, True):
             ((index, _),) = scores.top(q, 1, lowest=lowest)
-            loss = task.compute_train_loss(every.load([index]), model)
-            gradients = torch.autograd.grad(loss, weights)
-            size = STEP / torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
-            with torch.no_grad():
-                for weight, g in zip(weights, gradients, strict=True):
-                    weight.sub_(size * g)
-                pair.append(_log_probability(task, batch, model) - before)
-                for weight, g in zip(weights, gradients, strict=True):
-                    weight.add_(size * g)
+            loss = partial(task.compute_train_loss, every.load([index]), model)
+            with stepped(weights, loss):
+                pair.append(before - float(measurements(model, [one], task)))
         changes.append((pair[0], pair[1]))
     return changes
-
-
-@torch.no_grad()
-def _log_probability(task: LanguageModelTask, batch: dict[str, Tensor], model: nn.Module) -> float:
-    return -task.negative_log_likelihoods(batch, model).item()

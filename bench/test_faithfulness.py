@@ -1,0 +1,40 @@
+"""A bank of tiny models from one command: continued, the same again, and a page."""
+
+import json
+
+import faithfulness
+from pages.faithfulness_page import page
+
+SMALL = (
+    "--runs 8 --seeds 1 --epochs 1 --sequences 32 --queries 3 --width 16 --blocks 1 --processes 1"
+)
+
+
+def made(folder, *only):
+    """Rows and the page."""
+    words = [*SMALL.split(), "--only", *only, "--work", folder, "--page", folder / "page.md"]
+    faithfulness.main([str(x) for x in words])
+    told = json.loads((folder / "faithfulness.json").read_text())
+    return told, (folder / "page.md").read_text()
+
+
+def test_one_command_from_text_to_page(tmp_path):
+    told, text = made(tmp_path, "no model", "no curvature", "rank")
+    names = [row["name"] for row in told["rows"]]
+    assert names[:4] == ["random", "TF-IDF", "BM25", "last hidden states"]
+    assert "rank 8" in names
+    for row in told["rows"]:
+        assert row["low"] <= row["mean"] <= row["high"]
+        assert f"| {row['name']} | {row['mean']:.3f} |" in text
+    bank = {p.name: p.read_bytes() for p in (tmp_path / "bank").iterdir()}
+    again, _ = made(tmp_path, "no model", "no curvature", "rank")
+    assert again["rows"] == told["rows"]
+    assert bank == {p.name: p.read_bytes() for p in (tmp_path / "bank").iterdir()}
+
+
+def test_a_page_tells_the_ceiling():
+    facts = {"ceiling": 0.8125, "parameters": 1, "examples": 2, "queries": 3, "subsets": 4,
+             "share": 0.5, "seeds": 2, "epochs": 1, "train_loss": 1.0, "query_loss": 2.0,
+             "machine": "m", "date": "d", "revision": "r", "command": "c"}  # fmt: skip
+    assert "nothing could reach more than 0.812." in page([], facts)
+    assert "no ceiling is known" in page([], facts | {"ceiling": None})

@@ -1,0 +1,149 @@
+"""Every way to score the sequences of a bank: a name -> a function that gives [Q,N]."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ekfac_fast import Factors, fit, prepare_queries, score
+from ekfac_fast.store.files import load_json, replacing, save_json
+from ekfac_fast.validation import baselines
+from ekfac_fast.validation.ablations import diagonal_factors, kfac_factors
+
+from .small_language_model import Training
+
+TRACKED = {"MLP": ["*.mlp.*"], "all": ["*.mlp.*", "*.attn.*"]}
+DAMPINGS = (1.0, 0.1, 0.01, 0.001)
+RANKS = (64, 32, 16, 8)
+# A product with the Gauss-Newton matrix of so many examples takes 24 queries 20 s of one core.
+REFINED, FURTHER, EXAMPLES = ("cg:2", "cg:5", "cg:10"), ("cg:20", "lissa:500", "astra:300"), 128
+Method = Callable[[], np.ndarray]
+
+
+class Damped(Factors):
+    """Factors whose damping is another share of each layer's mean eigenvalue."""
+
+    share = 0.1
+
+    def dampings(self, layers, absolute):
+        """By layer."""
+        return {x.name: self.share * float(self[x.name].lam.mean()) for x in layers}
+
+
+@dataclass
+class Methods:
+    """Methods on one trained model; what several need (factors) is fitted once and kept."""
+
+    training: Training
+    queries: list[dict]
+    folder: Path
+    seeds: int = 4
+    further: bool = False
+
+    @cached_property
+    def model(self) -> torch.nn.Module:
+        """The one that is asked about."""
+        return self.training.model(0, self.folder / "models")
+
+    def every(self) -> Iterator[tuple[str, str, Method]]:
+        """(group, name, method), the cheap ones first."""
+        data, asked = self.training.data, self.queries
+        yield "no model", "random", partial(baselines.chance, len(asked), len(data))
+        yield "no model", "TF-IDF", partial(baselines.tfidf, asked, data)
+        yield "no model", "BM25", partial(baselines.bm25, asked, data)
+        yield (
+            "no curvature",
+            "last hidden states",
+            lambda: baselines.representation(self.model, asked, data),
+        )
+        for layers in TRACKED:
+            for cosine, name in ((False, "dot product"), (True, "cosine")):
+                yield (
+                    "no curvature",
+                    f"gradient {name}, {layers}",
+                    partial(self.gradients, layers, cosine),
+                )
+        for layers in TRACKED:
+            for kind in ("diagonal", "K-FAC", "EK-FAC"):
+                yield "curvature", f"{kind}, {layers}", partial(self.influence, kind, layers)
+        for rank in RANKS:
+            yield "rank", f"rank {rank}", partial(self.influence, "EK-FAC", "all", rank=rank)
+        for share in DAMPINGS:
+            yield "damping", f"{share:g} x mean", partial(self.damped, share)
+        yield (
+            "dtype",
+            "bf16 passes",
+            partial(self.influence, "EK-FAC", "all", autocast=torch.bfloat16),
+        )
+        refined = [(how, "MLP") for how in REFINED]
+        if self.further:
+            refined += [(how, "all") for how in REFINED]
+            refined += [(how, layers) for how in FURTHER for layers in TRACKED]
+        for how, layers in refined:
+            method = partial(self.influence, "EK-FAC", layers, refine=how)
+            yield "refined", f"{how}, {layers}", method
+        for count in (2, 4):
+            if count <= self.seeds:
+                yield "ensemble", f"EK-FAC of {count} models", partial(self.ensemble, count)
+
+    def gradients(self, layers: str, cosine: bool) -> np.ndarray:
+        """Dot products or cosines."""
+        return baselines.gradient_dot(
+            self.model, self.queries, self.training.data, layers=TRACKED[layers], cosine=cosine
+        )
+
+    def factors(self, kind: str, layers: str, seed: int = 0, autocast=None) -> Factors:
+        """Of one kind of curvature."""
+        model = self.training.model(seed, self.folder / "models")
+        place = self.folder / "factors" / f"{kind} {layers} {seed} {autocast}"
+        more = {"layers": TRACKED[layers], "autocast": autocast}
+        if kind == "diagonal":
+            return diagonal_factors(model, self.training.data, out=place, **more)
+        if kind == "K-FAC":
+            return kfac_factors(self.factors("EK-FAC", layers, seed, autocast), place)
+        return fit(model, self.training.data, out=place, **more)
+
+    def influence(
+        self, kind: str, layers: str, seed: int = 0, rank=None, refine=None, autocast=None
+    ) -> np.ndarray:
+        """Scores by factors of a kind."""
+        return self.scored(self.factors(kind, layers, seed, autocast), seed, rank, refine, autocast)
+
+    def scored(self, factors: Factors, seed=0, rank=None, refine=None, autocast=None) -> np.ndarray:
+        """Scores by these factors."""
+        model, data = self.training.model(seed, self.folder / "models"), self.training.data
+        some = min(EXAMPLES, len(data))
+        sample = {"refine": refine, "dataset": data, "refine_examples": some}
+        refined = {} if refine is None else sample
+        queries = prepare_queries(
+            model, factors, self.queries, rank=rank, autocast=autocast, **refined
+        )
+        place = self.folder / "scores" / f"{time.time_ns()}"
+        return np.array(score(model, queries, data, out=place, autocast=autocast).matrix)
+
+    def damped(self, share: float) -> np.ndarray:
+        """EK-FAC with another damping."""
+        factors = Damped(self.factors("EK-FAC", "all").folder)
+        factors.share = share
+        return self.scored(factors)
+
+    def ensemble(self, count: int) -> np.ndarray:
+        """The mean of the scores of models that differ in their seed."""
+        return np.mean([self.influence("EK-FAC", "all", seed) for seed in range(count)], axis=0)
+
+    def matrix(self, group: str, name: str, method: Method) -> tuple[np.ndarray, float]:
+        """A method's scores and processor seconds, kept in the folder."""
+        place = self.folder / "methods" / f"{group} {name}"
+        values, told = place.with_suffix(place.suffix + ".npy"), Path(f"{place}.json")
+        if not told.exists():
+            start = time.process_time()
+            found = method()
+            seconds = time.process_time() - start
+            with replacing(values, found.nbytes) as partial_file, partial_file.open("wb") as file:
+                np.save(file, found)
+            save_json(told, {"seconds": seconds})
+        return np.load(values), load_json(told, ours=True)["seconds"]
