@@ -44,7 +44,7 @@ def run(python):
 def demo(run, tmp_path_factory):
     """The short form of `make demo`: the same command, fewer steps."""
     folder = tmp_path_factory.mktemp("cli")
-    output = run("demo", "--steps", 12, "--topics", 8, cwd=folder)
+    output = run("demo", "--steps", 12, "--topics", 6, cwd=folder)
     return folder, output
 
 
@@ -70,7 +70,7 @@ def test_demo_again_changes_nothing(demo):
     folder, _ = demo
     before = (folder / "demo/scores/scores.npy").read_bytes()
     subprocess.run(
-        [sys.executable, "-m", "ekfac_fast", "demo", "--steps", "12", "--topics", "8"],
+        [sys.executable, "-m", "ekfac_fast", "demo", "--steps", "12", "--topics", "6"],
         cwd=folder, check=True, stdout=subprocess.DEVNULL,
     )  # fmt: skip
     assert (folder / "demo/scores/scores.npy").read_bytes() == before

@@ -85,6 +85,16 @@ def test_parity(card, dtype):
     assert not failures, "\n".join(failures)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("O", "I"), [(530, 40), (40, 1100), (600, 530)])
+def test_layers_of_several_library_products(O, I, dtype):
+    """Wider than what is multiplied at once where the library's products are the fastest."""
+    for T in (3, 40, 140):
+        shape = Shape(B=3, T=T, I=I, O=O, Q=3, bias=True)
+        for card, args in all_calls(problem(B=3, T=T, I=I, O=O, dtype=dtype)):
+            parity.check(card, Sample(f"{T} tokens", shape, args, T + O + I), ops.call(card))
+
+
 def test_parity_refuses_wrong_results():
     sample = samples(eigenvalues)[2]
 

@@ -316,22 +316,23 @@ def test_scores_of_kronfluence_and_of_files(made, tmp_path):
     assert [x.mean for x in validate(made.folder, every)] == pytest.approx([1] * 5)
 
 
-def test_the_command_prints_a_table_and_ends_by_our_errors(made, tmp_path):
-    runner, right = CliRunner(), str(tmp_path / "plain.npy")
+def test_the_command_prints_a_table_and_ends_by_our_errors(made, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runner, right = CliRunner(), "plain.npy"
     np.save(right, LINEAR)
-    np.save(tmp_path / "other.npy", -LINEAR)
-    words = ["validate", str(made.folder), right, str(tmp_path / "other.npy"), "--draws", "50"]
-    done = runner.invoke(app, words, env={"COLUMNS": "300"})
+    np.save("other.npy", -LINEAR)
+    words = ["validate", str(made.folder), right, "other.npy", "--draws", "50"]
+    done = runner.invoke(app, words)
     assert done.exit_code == 0, done.output
     lines = done.output.splitlines()
     assert lines[1].split()[:2] == [right, "1.000"]
     assert lines[2].split()[1] == "-1.000"
     assert "24 subsets of 24 sequences, 24 retrainings, 3 queries; one seed" in lines[3]
     np.save(right, LINEAR[:, 1:])
-    done = runner.invoke(app, words, env={"COLUMNS": "300"})
+    done = runner.invoke(app, words)
     assert done.exit_code == 1
     assert "error: " in done.output
     assert "scores are [3, 23], expected [3, 24]" in done.output
-    done = runner.invoke(app, ["validate", str(tmp_path), right], env={"COLUMNS": "300"})
+    done = runner.invoke(app, ["validate", ".", right])
     assert done.exit_code == 1
     assert "no manifest.json there" in done.output

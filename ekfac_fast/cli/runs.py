@@ -189,7 +189,10 @@ def validate_job(
     """LDS of scores on a bank, as a table; noted in folders of scores, for their report."""
     bank = RetrainingBank(folder)
     found = validate(bank, {str(path): path for path in every}, draws=draws, seed=seed)
-    shown = Table("scores", "LDS", "95 % interval", "worst query", "best query", box=None)
+    shown = Table(box=None)
+    shown.add_column("scores", overflow="fold")
+    for name in ("LDS", "95 % interval", "worst query", "best query"):
+        shown.add_column(name, no_wrap=True)
     for one in found:
         interval = f"{one.low:.3f} to {one.high:.3f}"
         worst, best = one.per_query.min(), one.per_query.max()

@@ -68,7 +68,7 @@ def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
         ("no sequences", 3, 0, 4, 5, 6, True),
     ):
         for per_token in (False, True):
-            B = min(B, 3) if per_token else B
+            Q, B = (min(Q, 8), min(B, 3)) if per_token else (Q, B)
             shape = Shape(B=B, T=T, I=I, O=O, Q=Q, bias=bias)
             s = torch.randn((Q, B, T) if per_token else (Q, B)).to(device, wide(dtype))
             P = draw(Q, O, shape.J, dtype=dtype, device=device)
