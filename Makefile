@@ -43,7 +43,7 @@ test test-short: export OMP_WAIT_POLICY = PASSIVE
 
 test: lint build
 	$(BIN)/pytest $(BESIDE)
-	$(BIN)/pytest bench --benchmark-disable
+	$(BIN)/pytest bench $(BESIDE)
 	$(MAKE) test-short
 
 # The package as pip installs it where there is no torch to build with. -S leaves out the editable
