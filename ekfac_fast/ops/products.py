@@ -21,6 +21,8 @@ from torch.overrides import TorchFunctionMode
 
 from .attention import attention, pays
 
+Operands = tuple[Tensor, Tensor, Tensor | None]
+
 # Below so many FLOPs a product is over before the call of a Python function is.
 WORTHWHILE = 1 << 24
 
@@ -64,8 +66,8 @@ def product(dtype: torch.dtype) -> Callable[..., Tensor] | None:
 
 def linear(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
     """x W^T + b on whichever product is fastest: x [...,I], W [O,I] -> [...,O]."""
-    some = product(x.dtype) if _pays(x, W, b) else None
-    return some(x, W, b) if some else F.linear(x, W, b)
+    these = _taken(x, W, b)
+    return _multiply(*these) if these else F.linear(x, W, b)
 
 
 def _plain(x: Any) -> bool:
@@ -91,14 +93,27 @@ def _dtype(*given: Tensor | None) -> torch.dtype | None:
     return found.pop() if len(found) == 1 else None
 
 
+def _taken(x: Tensor, W: Tensor, b: Tensor | None) -> Operands | None:
+    """x, W and b as `product` multiplies them; None where `F.linear` is as fast."""
+    if not _pays(x, W, b) or not (dtype := _dtype(x, W, b)) or not product(dtype):
+        return None
+    return x.to(dtype), W.to(dtype), None if b is None else b.to(dtype)
+
+
+def _multiply(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+    """x W^T + b of what `_taken` has taken."""
+    some = product(x.dtype)
+    assert some
+    return some(x, W, b)
+
+
 class _Linear(torch.autograd.Function):
     """x W^T + b of weights that need no gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-        ctx.W, some = W, product(x.dtype)
-        assert some
-        return some(x.contiguous(), W, b)
+        ctx.W = W
+        return _multiply(x.contiguous(), W, b)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None, None]:
@@ -126,18 +141,12 @@ class Products(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _frozen(x: Tensor, W: Tensor, b: Tensor | None = None) -> tuple[Tensor | None, ...] | None:
+def _frozen(x: Tensor, W: Tensor, b: Tensor | None = None) -> Operands | None:
     """What `_Linear` takes; None unless it is faster, and only the input's gradient is wanted."""
-    if (
-        not _pays(x, W, b)
-        or not (dtype := _dtype(x, W, b))
-        or not product(dtype)
-        or W.requires_grad
-        or (b is not None and b.requires_grad)
-        or torch._C._are_functorch_transforms_active()
-    ):
+    wanted = W.requires_grad or (b is not None and b.requires_grad)
+    if wanted or torch._C._are_functorch_transforms_active():
         return None
-    return x.to(dtype), W.to(dtype), None if b is None else b.to(dtype)
+    return _taken(x, W, b)
 
 
 def _attention(
