@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from dense_ekfac import asked, close, corpus, gpt2, weight_gradient
+from plain_tasks import Translation
 from small_networks import Net, assert_equal, captured, expected, sequences
 from test_capture import plain
 from test_data import bpe, jsonl
@@ -61,25 +62,6 @@ def test_token_types_reach_the_model():
             close(found[name, index], weight_gradient(model, name, loss), 1e-10)
     without = captured(model, [{"input_ids": x["input_ids"]} for x in data], names)
     assert (found[names[0], 0] - without[names[0], 0]).abs().max() > 1e-6
-
-
-class Translation:
-    """As written for kronfluence: the source's mask goes to the model with its batch."""
-
-    def compute_train_loss(self, batch, model, sample=False):
-        logits = model(**batch).logits.flatten(0, 1)
-        return nn.functional.cross_entropy(
-            logits, batch["labels"].flatten(), ignore_index=-100, reduction="sum"
-        )
-
-    def compute_measurement(self, batch, model):
-        return self.compute_train_loss(batch, model)
-
-    def get_influence_tracked_modules(self):
-        return None
-
-    def get_attention_mask(self, batch):
-        return None
 
 
 def test_a_padded_source_of_an_encoder_and_a_decoder():

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from dense_ekfac import asked, close, corpus, gpt2
+from plain_tasks import Squares
 from torch import nn
 
 from ekfac_fast import fit, prepare_queries, score
@@ -15,20 +16,6 @@ from ekfac_fast.stages import detail
 from ekfac_fast.stages.queries import LayerQueries, Queries
 
 Q, K = 2000, 2
-
-
-class Regression:
-    def compute_train_loss(self, batch, model, sample=False):
-        return (model(batch[0]) - batch[1]).square().sum()
-
-    def compute_measurement(self, batch, model):
-        return self.compute_train_loss(batch, model)
-
-    def get_influence_tracked_modules(self):
-        return None
-
-    def get_attention_mask(self, batch):
-        return None
 
 
 def peak():
@@ -50,13 +37,13 @@ def test_a_scan_takes_the_factors_of_its_queries_and_little_more(tmp_path):
     data = [(torch.randn(256), torch.randn(256)) for _ in range(8)]
     peak()
     before = peak()
-    scores = score(model, queries, data, out=tmp_path, task=Regression(), batch_size=4)
+    scores = score(model, queries, data, out=tmp_path, task=Squares(), batch_size=4)
     taken = peak() - before
     factors = sum(x.L.nbytes + x.R.nbytes for x in kept) / 2**20
     assert factors < 50
     assert taken < 3 * factors + 50, f"{taken:.0f} MB for {factors:.0f} MB of factors"
     model.zero_grad()
-    Regression().compute_train_loss([x[None] for x in data[3]], model).backward()
+    Squares().compute_train_loss([x[None] for x in data[3]], model).backward()
     some = slice(1990, 2000)
     exact = sum(
         torch.einsum("qok,qkj,oj->q", x.L[some], x.R[some],

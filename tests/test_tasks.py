@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers as T
 from dense_ekfac import CONTEXT, VOCABULARY, asked, close, corpus, gpt2, llama
+from plain_tasks import Squares, Translation
 from small_networks import Net, sequences
 from torch import nn
 from torch.nn import functional as F
@@ -41,27 +42,13 @@ def test_a_measurement_of_a_derived_task_is_the_one_that_is_taken(tmp_path):
     close(own.measurements, torch.stack(each), 1e-6)
 
 
-class Squares:
-    """A regression as kronfluence's users write it."""
-
-    def compute_train_loss(self, batch, model, sample=False):
-        return F.mse_loss(model(batch[0]), batch[1], reduction="sum")
-
-    compute_measurement = compute_train_loss
-
-    def get_influence_tracked_modules(self):
-        return ["0", "2"]
-
-    def get_attention_mask(self, batch):
-        return None
-
-
 def test_measurements_are_every_querys_own(tmp_path):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
     data = [(torch.randn(6), torch.randn(1) * i) for i in range(6)]
-    factors = fit(model, data, out=tmp_path, task=Squares())
-    found = prepare_queries(model, factors, data[3:], task=Squares()).measurements
+    task = Squares(["0", "2"])
+    factors = fit(model, data, out=tmp_path, task=task)
+    found = prepare_queries(model, factors, data[3:], task=task).measurements
     true = torch.stack([F.mse_loss(model(x), y, reduction="sum").detach() for x, y in data[3:]])
     close(found, true, 1e-6)
 
@@ -157,21 +144,6 @@ def test_fields_that_the_model_does_not_take_are_refused():
         Batches([{"input_ids": [1, 2], "position_ids": [[0, 1]]}], llama())
 
 
-class Seq2Seq:
-    def compute_train_loss(self, batch, model, sample=False):
-        logits = model(**batch).logits
-        labels = batch["labels"].flatten()
-        return F.cross_entropy(logits.flatten(0, 1), labels, reduction="sum", ignore_index=-100)
-
-    compute_measurement = compute_train_loss
-
-    def get_influence_tracked_modules(self):
-        return [f"decoder.block.0.layer.2.DenseReluDense.{x}" for x in ("wi", "wo")]
-
-    def get_attention_mask(self, batch):
-        return None
-
-
 def test_an_encoder_and_a_decoder_keep_their_own_lengths(tmp_path):
     torch.manual_seed(0)
     config = T.T5Config(
@@ -188,12 +160,11 @@ def test_an_encoder_and_a_decoder_keep_their_own_lengths(tmp_path):
         }
 
     data = [record(4, 9), record(7, 3), record(5, 8)]
-    factors = fit(model, data, out=tmp_path, task=Seq2Seq())
-    found = prepare_queries(model, factors, data, task=Seq2Seq()).measurements
+    task = Translation([f"decoder.block.0.layer.2.DenseReluDense.{x}" for x in ("wi", "wo")])
+    factors = fit(model, data, out=tmp_path, task=task)
+    found = prepare_queries(model, factors, data, task=task).measurements
     with torch.no_grad():
-        each = [
-            Seq2Seq().compute_train_loss({k: v[None] for k, v in r.items()}, model) for r in data
-        ]
+        each = [task.compute_train_loss({k: v[None] for k, v in r.items()}, model) for r in data]
     close(found, torch.stack(each), 1e-5)
     with pytest.raises(DataError, match="LanguageModelTask needs examples"):
         fit(model, data, out=tmp_path / "lm", layers="*.wi")
