@@ -24,6 +24,12 @@ def shown(value: Any) -> str:
     return text if len(text) <= 100 else text[:97] + "..."
 
 
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """Names as they stand in a message: the first, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def require(right: bool, name: str, value: Any, expected: str) -> None:
     """ArgumentError unless an argument is right."""
     if not right:

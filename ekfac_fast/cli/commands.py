@@ -254,9 +254,10 @@ def plan(
         shape = transformers.AutoModelForCausalLM.from_config(
             config, trust_remote_code=trust_remote_code
         )
-    tracked, parameters = parameter_counts(shape, select_layers(shape, layers))
+    selected = select_layers(shape, layers)
+    tracked, parameters = parameter_counts(shape, selected)
     costs = planning.plan(
-        select_layers(shape, layers), parameters=parameters, sequences=sequences, tokens=tokens,
+        selected, parameters=parameters, sequences=sequences, tokens=tokens,
         fit_sequences=sequences if fit_sequences is None else fit_sequences, queries=queries,
         rank=rank or None,
     )  # fmt: skip

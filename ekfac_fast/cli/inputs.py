@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checks import whole
+from ..checks import listed, whole
 from ..data.batches import positions
 from ..data.choices import OnLong, Split
 from ..data.records import read
@@ -68,10 +68,9 @@ def load(
             dtype="auto" if lowered else torch.float32,
         )
     if absent := sorted(found["missing_keys"]):
-        more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
         raise ArgumentError(
-            f"model {path!r} has no weights for {', '.join(absent[:3])}{more}: they would be drawn "
-            f"at random; give the checkpoint of a {type(model).__name__}"
+            f"model {path!r} has no weights for {listed(absent, 3)}: they would be drawn at "
+            f"random; give the checkpoint of a {type(model).__name__}"
         )
     tokenizer = load_tokenizer(path, trust_remote_code)
     return Source(path, model.to(device).eval(), tokenizer, lowered)

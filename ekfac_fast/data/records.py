@@ -24,7 +24,7 @@ from typing import IO, Any, get_args
 import numpy as np
 from torch.utils.data import ConcatDataset, Dataset
 
-from ..checks import choice, require
+from ..checks import choice, listed, require
 from ..checks import path as argument_path
 from ..errors import DataError, Notice
 from ..extras import optional
@@ -271,9 +271,8 @@ def read(path: str | Path, *, split: Split = "file", field: str | None = "text")
         if not files:
             raise DataError(f"{path}: no file of a kind that can be read ({supported}) in it")
         if left := [str(file.relative_to(path)) for file in every if not _kind(file)]:
-            more = f" and {len(left) - 5} more" if len(left) > 5 else ""
             warnings.warn(
-                f"{path}: left out {', '.join(left[:5])}{more}: not of a kind that can be read",
+                f"{path}: left out {listed(left)}: not of a kind that can be read",
                 Notice,
                 stacklevel=2,
             )

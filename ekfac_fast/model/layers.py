@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from ..checks import flag, instance, require
@@ -200,6 +201,16 @@ def weights(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     W, b = module.weight, module.bias
     assert isinstance(W, Tensor)
     return W.t() if is_conv1d(module) else W, b.float() if isinstance(b, Tensor) else None
+
+
+@torch.no_grad()
+def is_product(module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Whether y [...,O] is W x + b of every row x [...,I], as far as y's dtype tells: one bool."""
+    W, b = weights(module)
+    with torch.autocast(x.device.type, enabled=False):
+        error = (nn.functional.linear(x.float(), W.float(), b) - y.float()).abs()
+    slack = max(1e-3, 8 * torch.finfo(y.dtype).eps) * y.abs().max()
+    return (error <= slack).all()
 
 
 def is_embedding(module: nn.Module) -> bool:

@@ -5,7 +5,7 @@ Files have kronfluence's names and layout, so factors travel both ways.
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_json, is_number, path, require
+from ..checks import check_json, is_number, listed, path, require
 from ..curvature.basis import Basis, heuristic_damping
 from ..curvature.offload import Travelling, placed
 from ..errors import ArgumentError, NotFiniteError, Notice, StoreError
@@ -217,15 +217,14 @@ def bases(
     }
 
 
-def tell_of_zeros(found: Mapping[str, Tensor], what: str) -> None:
+def tell_of_zeros(found: Iterable[tuple[str, Tensor]], what: str) -> None:
     """A `Notice` that names the layers of which everything found is exactly zero."""
-    some = torch.stack([x.any() for x in found.values()]).tolist()
-    dead = [name for name, moves in zip(found, some, strict=True) if not moves]
-    if dead:
-        more = f" and {len(dead) - 5} more" if len(dead) > 5 else ""
+    names, some = zip(*((name, x.any()) for name, x in found), strict=True)
+    moves = torch.stack(some).tolist()
+    if dead := [name for name, moved in zip(names, moves, strict=True) if not moved]:
         warnings.warn(
-            f"layers {', '.join(dead[:5])}{more}: the gradient of {what} is exactly zero "
-            "throughout (a weight of zeros behind them, or numbers too small for their dtype)",
+            f"layers {listed(dead)}: the gradient of {what} is exactly zero throughout (a weight "
+            "of zeros behind them, or numbers too small for their dtype)",
             Notice,
             stacklevel=2,
         )

@@ -288,7 +288,7 @@ class _Fit:
         consumer = Covariances(self.passes, self.store, self.layers, self.waiting)
         self._pass(Stage.COVARIANCE, batches, consumer)
         sums = consumer.cov["gradient"]
-        tell_of_zeros({x.name: sums[x.name].value() for x in self.layers}, "the sampled loss")
+        tell_of_zeros(((x.name, sums[x.name].value()) for x in self.layers), "the sampled loss")
         for side in consumer.cov:
             owner = {
                 x.name: consumer.owners[x.name] if side == "activation" else x.name
