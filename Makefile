@@ -41,9 +41,9 @@ lint: venv
 # products four times slower.
 test test-short: export OMP_WAIT_POLICY = PASSIVE
 
-test: lint build
+test: venv
+	$(MAKE) --jobs=2 --output-sync=target lint build
 	$(BIN)/pytest $(BESIDE)
-	$(BIN)/pytest bench $(BESIDE)
 	$(MAKE) test-short
 
 # The package as pip installs it where there is no torch to build with. -S leaves out the editable

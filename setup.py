@@ -27,7 +27,7 @@ def extension() -> dict:
     from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
     sources = sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp"))
-    kind, flags = CppExtension, {"cxx": ["-O3", "-std=c++20", "-Wall", "-fopenmp"]}
+    kind, flags = CppExtension, {"cxx": ["-O3", "-g0", "-std=c++20", "-Wall", "-fopenmp"]}
     if CUDA:
         if not (torch.version.cuda and CUDA_HOME):
             here = (

@@ -24,8 +24,9 @@ def test_one_command_from_text_to_page(tmp_path):
     assert names[:4] == ["random", "TF-IDF", "BM25", "last hidden states"]
     assert "rank 8" in names
     for row in told["rows"]:
-        assert row["low"] <= row["mean"] <= row["high"]
-        assert f"| {row['name']} | {row['mean']:.3f} |" in text
+        mean, low, high = row["lds"]
+        assert low <= mean <= high
+        assert f"| {row['name']} | {mean:.3f} ({low:.3f} to " in text
     bank = {p.name: p.read_bytes() for p in (tmp_path / "bank").iterdir()}
     again, _ = made(tmp_path, "no model", "no curvature", "rank")
     assert again["rows"] == told["rows"]

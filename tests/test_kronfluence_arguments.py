@@ -156,7 +156,7 @@ def test_low_precision_presets_are_no_farther_from_fp64(preset: str, tmp_path: P
     factor_args = getattr(factor_arguments, f"{preset}_factor_arguments")()
     factor_args.use_empirical_fisher = True
     torch.manual_seed(3)
-    one = Pair(language_model(), NextToken(), texts(24), texts(5), tmp_path, factor_args, batch=2)
+    one = Pair(language_model(), NextToken(), texts(12), texts(5), tmp_path, factor_args, batch=2)
     compare_factors(one)
     scores = getattr(score_arguments, f"{preset}_score_arguments")
     compare_scores(one.pairwise, scores(None))

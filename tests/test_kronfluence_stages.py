@@ -30,7 +30,7 @@ from test_kronfluence_cases import (
 from torch import Tensor
 
 TOLERANCE = {"fp32": 1e-5, "fp64": 1e-10}
-AB = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+AB = settings(max_examples=30, deadline=None, derandomize=True, database=None)
 
 
 @st.composite

@@ -6,7 +6,6 @@ Interpretation is decided when a kernel is decorated, so these cases have a proc
 
 import importlib
 import os
-from itertools import product
 
 import pytest
 import torch
@@ -29,7 +28,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
 
 # A small chip splits little; one as wide as an H100 splits wherever it can, and takes wide tiles.
 CHIPS = {"small": (80, 4, 166912), "wide": (90, 132, 232448), "little memory": (89, 128, 101376)}
-CHIPS_TRIED = ("small", "wide")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -89,17 +87,23 @@ def agree(card, samples, call) -> int:
     return count
 
 
-# What a launcher chooses depends on the size of a number, not on which 16 bits they are.
+# What a launcher chooses depends on the size of a number, not on which 16 bits they are. Chips and
+# sizes are crossed on every third sample.
 @pytest.mark.parametrize(
-    ("chip", "dtype"),
-    [*product(CHIPS_TRIED, DTYPES[:1]), *zip(CHIPS_TRIED, DTYPES[1:], strict=True)],
+    ("chip", "dtype", "step"),
+    [
+        ("small", DTYPES[0], 1),
+        ("wide", DTYPES[1], 1),
+        ("wide", DTYPES[0], 3),
+        ("small", DTYPES[2], 3),
+    ],
 )
 @pytest.mark.parametrize("card", ops.ALL, ids=ops.stem)
-def test_parity(card, dtype, chip, monkeypatch):
+def test_parity(card, chip, dtype, step, monkeypatch):
     use_chip(monkeypatch, chip)
     # Sums in parts are the CPU's; of 8449 rows, interpreting takes longer than all other samples.
-    samples = (x for x in card.samples(dtype) if x.why != "sum in parts")
-    assert agree(card, samples, launcher(card)) >= 10
+    samples = [x for x in card.samples(dtype) if x.why != "sum in parts"]
+    assert agree(card, samples[::step], launcher(card)) * step >= 10
 
 
 @pytest.mark.parametrize("card", ops.ALL, ids=ops.stem)
@@ -167,8 +171,10 @@ def test_strips_of_every_width(card, O, I, bias, monkeypatch):
     agree(card, [Sample("strips", shape, args, 150 + O + I)], launcher(card))
 
 
-@pytest.mark.parametrize("way", ["few_queries", "many_queries"])
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize(
+    ("way", "dtype"),
+    [("few_queries", DTYPES[1]), ("many_queries", DTYPES[1]), ("many_queries", DTYPES[0])],
+)
 def test_both_ways_of_dense_scores(way, dtype, monkeypatch):
     dense = kernels("dense_scores")
     monkeypatch.setattr(dense, "FEW_QUERIES", 100 if way == "few_queries" else 0)
@@ -179,7 +185,7 @@ def test_both_ways_of_dense_scores(way, dtype, monkeypatch):
     assert agree(ops.dense_scores, samples, dense.dense_scores) >= 7
 
 
-@pytest.mark.parametrize("B", [4, 6, 8])
+@pytest.mark.parametrize("B", [4, 8])
 def test_sequences_side_by_side_on_a_tile(B, monkeypatch):
     use_chip(monkeypatch, "little memory")
     shape = Shape(B=B, T=20, I=150, O=600, Q=3, bias=True)
@@ -218,9 +224,14 @@ def test_triangle_of_many_tiles(monkeypatch):
     x = draw(24, 1300, dtype=torch.float16)
     sample = Sample("many tiles", Shape(B=24, I=1300, bias=True), (torch.zeros(1301, 1301), x), 24)
     sample = Sample(sample.why, sample.shape, (*sample.args, None, True), 24)
-    agree(ops.covariance, [sample], launcher(ops.covariance))
-    cov = parity.run(launcher(ops.covariance), sample.args)
-    assert torch.equal(cov, cov.T)
+    found = []
+
+    def kept(cov, *rest):
+        launcher(ops.covariance)(cov, *rest)
+        found.append(cov)
+
+    agree(ops.covariance, [sample], kept)
+    assert torch.equal(found[0], found[0].T)
 
 
 def test_no_tokens():

@@ -40,7 +40,7 @@ def made(tmp_path_factory):
 def test_the_scores_of_a_linear_outcome_are_right_and_their_sign_counts(made):
     found = lds(made, LINEAR)
     assert np.allclose(found.per_query, 1)
-    assert found.low == found.mean == found.high == pytest.approx(1)
+    assert found.interval == pytest.approx((1, 1, 1))
     assert lds(made, -LINEAR).mean == pytest.approx(-1)
     assert "24 retrainings" in found.line
 
@@ -52,7 +52,8 @@ def test_shuffled_scores_say_nothing_and_noise_says_less():
     noise = LINEAR + 2 * LINEAR.std() * rng.standard_normal(LINEAR.shape)
     shuffled = rng.permuted(LINEAR, axis=1)
     right, noisy, wrong = (lds(made, x) for x in (LINEAR, noise, shuffled))
-    assert wrong.low < 0.1 < noisy.low < noisy.high < right.low
+    _, low, high = noisy.interval
+    assert wrong.interval.low < 0.1 < low < high < right.interval.low
     assert abs(wrong.mean) < 0.2
     # Of the true correlation 1 / sqrt(1 + 2^2), the ranks' share.
     assert noisy.mean == pytest.approx(0.45, abs=0.15)
@@ -75,11 +76,28 @@ def test_the_interval_covers_the_truth():
         x, size = rng.standard_normal((12, 40)), np.exp(0.7 * rng.standard_normal((12, 1)))
         made = Fake(-(x + size * rng.standard_normal(x.shape))[:, None], np.eye(40, dtype=bool))
         found = lds(made, x, draws=100)
-        inside.append((found.low, found.high))
+        inside.append(found.interval[1:])
         means.append(found.mean)
     truth = np.mean(means)
     assert 0.9 <= np.mean([low <= truth <= high for low, high in inside]) <= 0.99
     assert truth == pytest.approx(0.67, abs=0.04)  # of correlations around sqrt(1/2)
+
+
+def test_two_methods_differ_by_less_than_their_intervals():
+    """One that is always a little worse, on queries that differ much from each other."""
+    rng, masks = np.random.default_rng(0), np.eye(60, dtype=bool)
+    x, size = rng.standard_normal((20, 60)), np.exp(rng.standard_normal((20, 1)))
+    made = Fake(-(x + size * rng.standard_normal(x.shape))[:, None], masks)
+    worse = x + 0.5 * rng.standard_normal(x.shape)
+    first, second = (lds(made, scores) for scores in (x, worse))
+    mean, low, high = first.over(second)
+    assert mean == pytest.approx(first.mean - second.mean)
+    assert 0 < low < mean < high
+    assert first.interval.low < second.interval.high
+    assert second.over(first) == pytest.approx((-mean, -high, -low))
+    assert first.over(first) == (0, 0, 0)
+    with pytest.raises(ArgumentError, match="of other banks or draws"):
+        first.over(lds(made, worse, draws=10))
 
 
 class Fake:
@@ -325,8 +343,9 @@ def test_the_command_prints_a_table_and_ends_by_our_errors(made, tmp_path, monke
     done = runner.invoke(app, words)
     assert done.exit_code == 0, done.output
     lines = done.output.splitlines()
-    assert lines[1].split()[:2] == [right, "1.000"]
+    assert lines[1].split()[:5] == [right, "1.000", "(1.000", "to", "1.000)"]
     assert lines[2].split()[1] == "-1.000"
+    assert "-2.000 (-2.000 to -2.000)" in lines[2]
     assert "24 subsets of 24 sequences, 24 retrainings, 3 queries; one seed" in lines[3]
     np.save(right, LINEAR[:, 1:])
     done = runner.invoke(app, words)

@@ -191,14 +191,12 @@ def validate_job(
     found = validate(bank, {str(path): path for path in every}, draws=draws, seed=seed)
     shown = Table(box=None)
     shown.add_column("scores", overflow="fold")
-    for name in ("LDS", "95 % interval", "worst query", "best query"):
+    for name in ("LDS (95 % interval)", "less the first's"):
         shown.add_column(name, no_wrap=True)
+    first = found[0]
     for one in found:
-        interval = f"{one.low:.3f} to {one.high:.3f}"
-        worst, best = one.per_query.min(), one.per_query.max()
-        shown.add_row(
-            Text(harmless(one.name)), f"{one.mean:.3f}", interval, f"{worst:.3f}", f"{best:.3f}"
-        )
+        behind = "" if one is first else str(one.over(first))
+        shown.add_row(Text(harmless(one.name)), str(one.interval), behind)
         if os.path.exists(Path(one.name) / MANIFEST):
             note_validation(Path(one.name), f"{one.line} of {folder}")
     console.print(shown)

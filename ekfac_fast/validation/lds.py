@@ -8,13 +8,15 @@ loss of the completion). Linear datamodeling score: Ilyas et al. 2022, Park et a
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from ..checks import instance, whole
-from ..errors import DataError, StoreError
+from ..errors import ArgumentError, DataError, StoreError
 from .bank import RetrainingBank
 from .scores_of import AnyScores, scores_of
 
@@ -22,28 +24,61 @@ from .scores_of import AnyScores, scores_of
 FEWEST, MOST_DRAWS = 8, 100_000
 
 
+class Interval(NamedTuple):
+    """A mean, and from `low` to `high` its 95 % interval.
+
+    It covers the choice of queries and that of subsets (the latter by bootstrap).
+    """
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+
 @dataclass(frozen=True)
 class LDS:
     """How well scores predict the outcomes of `retrainings` subsets.
 
-    per_query [Q]; `mean` over queries, with a 95 % interval from `low` to `high` that covers the
-    choice of queries and that of subsets (the latter by bootstrap).
+    per_query [Q], and under every draw of the bootstrap, redrawn [D,Q].
     """
 
     name: str
     per_query: np.ndarray
-    mean: float
-    low: float
-    high: float
+    redrawn: np.ndarray = field(repr=False)
     retrainings: int
+
+    @property
+    def mean(self) -> float:
+        """Over queries."""
+        return self.interval[0]
+
+    @cached_property
+    def interval(self) -> Interval:
+        """Of the mean over queries."""
+        return _interval(self.per_query, self.redrawn)
 
     @property
     def line(self) -> str:
         """In words."""
-        return (
-            f"LDS {self.mean:.3f} ({self.low:.3f} to {self.high:.3f}), {len(self.per_query)} "
-            f"queries, {self.retrainings} retrainings"
-        )
+        return f"LDS {self.interval}, {len(self.per_query)} queries, {self.retrainings} retrainings"
+
+    def over(self, other: "LDS") -> Interval:
+        """How much better than another method on the same bank, under the same draws.
+
+        Narrower than the two intervals would have it: what is hard to predict is hard for both.
+
+        Raises:
+            ArgumentError: the two are of other queries, subsets or draws.
+        """
+        if self.redrawn.shape != other.redrawn.shape or self.retrainings != other.retrainings:
+            raise ArgumentError(
+                f"{self.name!r} and {other.name!r} are of other banks or draws: compare what one "
+                "call of validate returned"
+            )
+        return _interval(self.per_query - other.per_query, self.redrawn - other.redrawn)
 
 
 def validate(
@@ -102,15 +137,14 @@ def lds(
     again = np.stack(
         [correlations(x, y, counts) for x, y in zip(predicted, outcome, strict=True)], axis=1
     )
-    reach = 1.96 * np.sqrt(_variance(found, again))
-    mean = float(found.mean())
-    return LDS(name, found, mean, mean - reach, mean + reach, S)
+    return LDS(name, found, again, S)
 
 
-def _variance(found: np.ndarray, again: np.ndarray) -> float:
+def _interval(found: np.ndarray, again: np.ndarray) -> Interval:
     """Of the mean of found [Q], over queries and subsets; again [D,Q] are redraws of subsets.
 
         V = V_queries + V_subsets - V_both        what both hold is counted once
+        mean +- 1.96 sqrt(V)
 
     (Cameron, Gelbach & Miller 2011.)
     """
@@ -118,7 +152,9 @@ def _variance(found: np.ndarray, again: np.ndarray) -> float:
     of_queries = found.var(ddof=1) / Q if Q > 1 else 0.0
     of_subsets = again.mean(1).var()
     both = again.var(0).sum() / Q**2
-    return float(max(of_queries + of_subsets - both, of_queries, of_subsets))
+    reach = 1.96 * np.sqrt(max(of_queries + of_subsets - both, of_queries, of_subsets))
+    mean = float(found.mean())
+    return Interval(mean, float(mean - reach), float(mean + reach))
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
