@@ -5,8 +5,9 @@
     python bench/faithfulness.py --share 0.99 --epochs 40          # one per cent left out
     python bench/faithfulness.py --runs 8 --seeds 1 --epochs 2 --work /tmp/f --page /tmp/f.md
 
-Two processes of one thread each train; a run that was killed goes on where it was, training by
-training and method by method. The same command gives the same numbers on the same machine.
+Two processes of one thread each train, and score; a run that was killed goes on where it was,
+training by training and method by method. The same command gives the same numbers on the same
+machine.
 """
 
 import argparse
@@ -17,11 +18,11 @@ from pathlib import Path
 import torch
 
 from ekfac_fast.store.files import save_json
-from ekfac_fast.validation import RetrainingBank, reliability, retrain, tail_patch
+from ekfac_fast.validation import RetrainingBank, reliability, retrain
 from ekfac_fast.validation.lds import lds
 from ekfac_fast.validation.measure import measurements
 from measure.environment import environment
-from pages.faithfulness_page import page
+from pages.faithfulness_page import GROUPS, page
 from ways.attribution import Methods
 from ways.small_language_model import CONTEXT, PROMPT, Training, sequences
 
@@ -44,16 +45,17 @@ def main(words: list[str]) -> None:
     )  # fmt: skip
     methods = Methods(training, queries, work, further=arguments.further)
     rows, held = [], {}
+    groups = arguments.only or list(GROUPS)
+    methods.make(groups, arguments.processes)
     for group, name, method in methods.every():
-        if arguments.only and group not in arguments.only:
+        if group not in groups:
             continue
-        matrix, seconds = methods.matrix(group, name, method)
-        found = lds(bank, matrix, name=name)
-        tail = tail_patch(methods.model, queries, data, {name: matrix}, controls=False)[name]
-        told = {"group": group, "name": name, "seconds": seconds, "tail": float(tail.mean())}
-        rows.append(told | {"lds": found.interval, "per_query": found.per_query.tolist()})
-        held[name] = found
-        print(f"{group}, {name}: {found.line}, {seconds:.1f} s", flush=True)
+        kept = methods.kept(group, name, method)
+        held[name] = found = lds(bank, kept.scores, name=name)
+        told = {"group": group, "name": name, "seconds": kept.seconds}
+        told |= {"tail": float(kept.tail.mean()), "lds": found.interval}
+        rows.append(told | {"per_query": found.per_query.tolist()})
+        print(f"{group}, {name}: {found.line}, {kept.seconds:.1f} s", flush=True)
     if BESIDE in held:
         for row in rows:
             row["less"] = held[row["name"]].over(held[BESIDE])
@@ -103,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--blocks", type=int, default=4)
     made.add_argument("--processes", type=int, default=2)
     made.add_argument("--further", action="store_true", help="refinements that take hours")
-    made.add_argument("--only", nargs="+", help="groups of methods")
+    made.add_argument("--only", nargs="+", choices=GROUPS, help="groups of methods")
     made.add_argument("--work", type=Path, default=ROOT / "build" / "faithfulness")
     made.add_argument("--page", type=Path, default=ROOT / "docs" / "faithfulness.md")
     return made

@@ -10,6 +10,7 @@ GROUPS = {
     "no model": "No model",
     "no curvature": "No curvature",
     "curvature": "Curvature, full rank, damping 0.1 x mean eigenvalue",
+    "blocks": "EK-FAC, all layers: covariances in blocks",
     "rank": "EK-FAC, all layers: rank of the queries",
     "damping": "EK-FAC, all layers: damping",
     "dtype": "EK-FAC, all layers: passes",

@@ -2,24 +2,33 @@
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from ekfac_fast import Factors, fit, prepare_queries, score
 from ekfac_fast.store.files import load_json, replacing, save_json
-from ekfac_fast.validation import baselines
-from ekfac_fast.validation.ablations import diagonal_factors, kfac_factors
+from ekfac_fast.validation import baselines, tail_patch
+from ekfac_fast.validation.ablations import (
+    blocked_factors,
+    diagonal_factors,
+    kfac_factors,
+    shampoo_factors,
+)
 
 from .small_language_model import Training
 
 TRACKED = {"MLP": ["*.mlp.*"], "all": ["*.mlp.*", "*.attn.*"]}
-DAMPINGS = (1.0, 0.1, 0.01, 0.001)
+DAMPINGS = (1.0, 0.1, 0.01, 0.001, 0.0001)
 RANKS = (64, 32, 16, 8)
-# A product with the Gauss-Newton matrix of so many examples takes 24 queries 20 s of one core.
+BLOCKS = (2, 4)
+# A product with the Gauss-Newton matrix of so many examples takes a query 0.8 s of one core.
 REFINED, FURTHER, EXAMPLES = ("cg:2", "cg:5", "cg:10"), ("cg:20", "lissa:500", "astra:300"), 128
 Method = Callable[[], np.ndarray]
 
@@ -32,6 +41,16 @@ class Damped(Factors):
     def dampings(self, layers, absolute):
         """By layer."""
         return {x.name: self.share * float(self[x.name].lam.mean()) for x in layers}
+
+
+class Kept(NamedTuple):
+    """What a method gave: scores [Q,N], the processor seconds they took, the tail patch of each
+    query.
+    """
+
+    scores: np.ndarray
+    seconds: float
+    tail: np.ndarray
 
 
 @dataclass
@@ -68,8 +87,10 @@ class Methods:
                     partial(self.gradients, layers, cosine),
                 )
         for layers in TRACKED:
-            for kind in ("diagonal", "K-FAC", "EK-FAC"):
+            for kind in ("diagonal", "K-FAC", "EK-FAC", "ec-Shampoo"):
                 yield "curvature", f"{kind}, {layers}", partial(self.influence, kind, layers)
+        for count in BLOCKS:
+            yield "blocks", f"{count} blocks", partial(self.influence, f"{count} blocks", "all")
         for rank in RANKS:
             yield "rank", f"rank {rank}", partial(self.influence, "EK-FAC", "all", rank=rank)
         for share in DAMPINGS:
@@ -101,11 +122,13 @@ class Methods:
         model = self.training.model(seed, self.folder / "models")
         place = self.folder / "factors" / f"{kind} {layers} {seed} {autocast}"
         more = {"layers": TRACKED[layers], "autocast": autocast}
-        if kind == "diagonal":
-            return diagonal_factors(model, self.training.data, out=place, **more)
         if kind == "K-FAC":
             return kfac_factors(self.factors("EK-FAC", layers, seed, autocast), place)
-        return fit(model, self.training.data, out=place, **more)
+        if kind.endswith("blocks"):
+            whole = self.factors("EK-FAC", layers, seed, autocast)
+            return blocked_factors(model, self.training.data, whole, int(kind[0]), out=place)
+        fitted = {"diagonal": diagonal_factors, "ec-Shampoo": shampoo_factors, "EK-FAC": fit}
+        return fitted[kind](model, self.training.data, out=place, **more)
 
     def influence(
         self, kind: str, layers: str, seed: int = 0, rank=None, refine=None, autocast=None
@@ -135,15 +158,40 @@ class Methods:
         """The mean of the scores of models that differ in their seed."""
         return np.mean([self.influence("EK-FAC", "all", seed) for seed in range(count)], axis=0)
 
-    def matrix(self, group: str, name: str, method: Method) -> tuple[np.ndarray, float]:
-        """A method's scores and processor seconds, kept in the folder."""
+    def make(self, groups: list[str], processes: int) -> None:
+        """Keep what the methods of these groups give: the longest, refinements, beside the rest."""
+        names = [(group, name) for group, name, _ in self.every() if group in groups]
+        long = [[x] for x in reversed(names) if x[0] == "refined"]
+        jobs = [*long[:1], [x for x in names if x[0] != "refined"], *long[1:]]
+        if processes == 1:
+            for job in jobs:
+                self.keep(job)
+            return
+        for layers in TRACKED:  # which several would fit at once
+            self.factors("EK-FAC", layers)
+        mine, spawn = replace(self), get_context("spawn")
+        with ProcessPoolExecutor(processes, spawn, torch.set_num_threads, (1,)) as pool:
+            list(pool.map(mine.keep, jobs))
+
+    def keep(self, names: list[tuple[str, str]]) -> None:
+        """Score by methods of these names."""
+        for group, name, method in self.every():
+            if (group, name) in names:
+                self.kept(group, name, method)
+
+    def kept(self, group: str, name: str, method: Method) -> Kept:
+        """What a method gives, from the folder where it is there."""
         place = self.folder / "methods" / f"{group} {name}"
         values, told = place.with_suffix(place.suffix + ".npy"), Path(f"{place}.json")
         if not told.exists():
             start = time.process_time()
             found = method()
             seconds = time.process_time() - start
+            data = self.training.data
+            tail = tail_patch(self.model, self.queries, data, {name: found}, controls=False)[name]
             with replacing(values, found.nbytes) as partial_file, partial_file.open("wb") as file:
                 np.save(file, found)
-            save_json(told, {"seconds": seconds})
-        return np.load(values), load_json(told, ours=True)["seconds"]
+            save_json(told, {"seconds": seconds, "tail": tail.tolist()})
+            print(f"scored: {group}, {name}", flush=True)
+        there = load_json(told, ours=True)
+        return Kept(np.load(values), there["seconds"], np.array(there["tail"]))

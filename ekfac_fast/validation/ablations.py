@@ -1,23 +1,31 @@
-"""EK-FAC with less: folders of factors that every stage takes as it takes `fit`'s.
+"""EK-FAC with less, or in another basis: folders of factors that every stage takes as `fit`'s.
 
 K-FAC       the same eigenvectors; lam = T lam_g lam_a^T, products of covariances' eigenvalues
 diagonal    no eigenvectors; lam = mean over sequences of G^2, the Fisher's diagonal in parameters
+blocks      eigenvectors of covariances without the correlations between blocks of a layer's
+            inputs, and of its outputs (Grosse et al. 2023, Section 2.2: large models)
+Shampoo     eigenvectors of sum_b G_b G_b^T and sum_b G_b^T G_b of sequences' gradients
 
-T is the mean number of tokens of a sequence: covariances are means over tokens, eigenvalues over
-sequences, so that a damping means the same to all three.
+All but K-FAC have eigenvalues corrected in their basis, lam = mean over sequences of (Qg^T G Qa)^2,
+summed with the labels that `fit` sums its own with. T is the mean number of tokens of a sequence:
+covariances are means over tokens, eigenvalues over sequences, so that a damping means the same to
+all of them.
 """
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..checks import path
-from ..curvature.basis import Eigenvectors
+from ..checks import path, whole
+from ..curvature.basis import Eigenvectors, with_ones
+from ..curvature.sums import Sum
 from ..data.examples import Indexable
 from ..errors import StoreError
-from ..model.layers import select_layers
+from ..model.capture import LayerBatch
+from ..model.layers import Layer, select_layers
 from ..stages.factors import (
     EIGENVALUES,
     EIGENVECTORS,
@@ -26,10 +34,14 @@ from ..stages.factors import (
     TOKEN_COUNT,
     Factors,
 )
-from ..stages.fit import EIGENVALUE_DRAW, Eigenvalues
-from ..stages.run import Run, RunArguments, Stage
+from ..stages.fit import COVARIANCE_DRAW, EIGENVALUE_DRAW, Eigenvalues
+from ..stages.run import Batch, Run, RunArguments, Stage, accumulator
+from ..stages.sums import Sums
 from ..store.files import load_tensors, save_tensors
 from ..store.folder import Store
+
+# By side ("activation", "gradient") and layer.
+Vectors = Mapping[str, Mapping[str, Tensor]]
 
 
 def kfac_factors(factors: Factors, out: str | Path) -> Factors:
@@ -66,37 +78,151 @@ def diagonal_factors(
     layers: str | list[str] | None = None,
     **arguments: Unpack[RunArguments],
 ) -> Factors:
-    """The Fisher's diagonal, from the pass of `fit` that sums eigenvalues, with its labels.
+    """The Fisher's diagonal: identities are the eigenvectors.
 
-    The eigenvectors on disk are whole identities: for models of a size to compare methods on.
+    They are on disk as whole matrices: for models of a size to compare methods on.
     """
-    out = path("out", out)
-    tracked = select_layers(model, layers)
-    run = Run(model, dataset, arguments)
-    names = [x.name for x in tracked]
-    facts = run.facts() | {"layers": names, "shared_parameters": False, "strategy": "diagonal"}
-    with Store.open(out, kind="factors", facts=facts) as store:
+    tracked, run = select_layers(model, layers), Run(model, dataset, arguments)
+
+    def identities(store: Store) -> Vectors:
+        return {
+            side: {x.name: torch.eye(x.J if side == "activation" else x.O) for x in tracked}
+            for side in EIGENVECTORS
+        }
+
+    return _corrected(run, tracked, path("out", out), {"strategy": "diagonal"}, identities)
+
+
+@torch.inference_mode(False)
+def blocked_factors(
+    model: nn.Module,
+    dataset: Indexable,
+    factors: Factors,
+    blocks: int,
+    *,
+    out: str | Path,
+    **arguments: Unpack[RunArguments],
+) -> Factors:
+    """EK-FAC of covariances in `blocks` blocks a side: one is `fit`'s.
+
+    Args:
+        factors: of `fit`, on the same model and data: their covariances are taken.
+        blocks: contiguous and as equal as can be; of the inputs of a layer the last has the bias.
+    """
+    whole("blocks", blocks)
+    tracked, run = select_layers(model, list(factors)), Run(model, dataset, arguments)
+
+    def of_blocks(store: Store) -> Vectors:
+        return {
+            side: {
+                name: _eigenvectors(cov, blocks)
+                for name, cov in load_tensors(
+                    factors.folder / f"{side}_covariance.safetensors", ours=True
+                ).items()
+            }
+            for side in EIGENVECTORS
+        }
+
+    facts = {"strategy": "blocks", "blocks": blocks, "covariances": factors.identity}
+    return _corrected(run, tracked, path("out", out), facts, of_blocks)
+
+
+@torch.inference_mode(False)
+def shampoo_factors(
+    model: nn.Module,
+    dataset: Indexable,
+    *,
+    out: str | Path,
+    layers: str | list[str] | None = None,
+    **arguments: Unpack[RunArguments],
+) -> Factors:
+    """Shampoo's eigenvectors (Gupta et al. 2018) of every sequence's gradient, corrected.
+
+    A sequence's own, not a batch's: the result does not depend on the batch size.
+    """
+    tracked, run = select_layers(model, layers), Run(model, dataset, arguments)
+
+    def of_products(store: Store) -> Vectors:
+        consumer = GradientProducts(run, store, tracked)
+        _pass(run, store, tracked, consumer, Stage.COVARIANCE, COVARIANCE_DRAW)
+        return {
+            side: {name: _eigenvectors(x.value().cpu()) for name, x in sums.items()}
+            for side, sums in consumer.products.items()
+        }
+
+    return _corrected(run, tracked, path("out", out), {"strategy": "shampoo"}, of_products)
+
+
+class GradientProducts(Sums):
+    """Sums over sequences of G^T G [J,J] and G G^T [O,O]."""
+
+    def __init__(self, run: Run, store: Store, layers: list[Layer]) -> None:
+        super().__init__(run, store, Stage.COVARIANCE)
+        self.products = {side: {x.name: self._of(side, x) for x in layers} for side in EIGENVECTORS}
+
+    def _of(self, side: str, layer: Layer) -> Sum:
+        size = layer.J if side == "activation" else layer.O
+        return self.found(f"{side} {layer.name}", size, size)
+
+    def add(self, seen: LayerBatch, batch: Batch) -> None:
+        """Of a batch: rows of G, and its columns, as a covariance's."""
+        G = seen.g.mT @ with_ones(seen.a, seen.layer.bias)
+        for side, rows in (("activation", G), ("gradient", G.mT)):
+            total = self.products[side][seen.layer.name].rest
+            torch.ops.ekfac_fast.covariance(total, rows.reshape(-1, rows.shape[-1]), None, False)
+
+    def sums(self) -> Mapping[str, Sum]:
+        """Of both sides."""
+        return {f"{s} {n}": x for s, part in self.products.items() for n, x in part.items()}
+
+
+def _eigenvectors(cov: Tensor, blocks: int = 1) -> Tensor:
+    """Of a covariance's blocks on the diagonal, in columns, in its dtype."""
+    parts = torch.arange(len(cov)).tensor_split(blocks)
+    found = [torch.linalg.eigh(cov[p][:, p].double()).eigenvectors for p in parts if len(p)]
+    return torch.block_diag(*found).to(cov.dtype)
+
+
+def _corrected(
+    run: Run,
+    layers: list[Layer],
+    out: Path,
+    facts: Mapping[str, Any],
+    vectors: Callable[[Store], Vectors],
+) -> Factors:
+    """Factors with these eigenvectors, and eigenvalues summed in their basis."""
+    names = [x.name for x in layers]
+    known = run.facts() | {"layers": names, "shared_parameters": False, **facts}
+    with Store.open(out, kind="factors", facts=known) as store:
         if not store.finished:
-            batches = store.batches(run.batches.divided)
-            own = {x.name: Eigenvectors(None, None) for x in tracked}
-            consumer = Eigenvalues(run, store, tracked, own)
-            run.each(
-                Stage.EIGENVALUE,
-                tracked,
-                batches,
-                consumer,
-                done=consumer.state.done,
-                loss=lambda batch: run.train_loss(batch, EIGENVALUE_DRAW),
-            )
-            for side, file in EIGENVECTORS.items():
-                sizes = {x.name: x.J if side == "activation" else x.O for x in tracked}
-                save_tensors(out / file, {name: torch.eye(n) for name, n in sizes.items()})
+            dtype = accumulator(run.model)
+            for side, found in vectors(store).items():
+                tensors = {n: Q.to(dtype).contiguous() for n, Q in found.items()}
+                save_tensors(out / EIGENVECTORS[side], tensors)
+            Qa, Qg = (load_tensors(out / file, ours=True) for file in EIGENVECTORS.values())
+            bases = {n: Eigenvectors(Qg[n].to(run.dtype), Qa[n].to(run.dtype)) for n in names}
+            consumer = Eigenvalues(run, store, layers, bases)
+            _pass(run, store, layers, consumer, Stage.EIGENVALUE, EIGENVALUE_DRAW)
             lam = {name: x.value().cpu() for name, x in consumer.lam.items()}
             size, tokens = run.batches.size, run.batches.tokens(range(run.batches.size))
             _save_eigenvalues(out, lam, size, tokens)
             store.finish(seconds=run.seconds)
-        store.remove_state(f"{Stage.EIGENVALUE}_state")
+        for stage in (Stage.COVARIANCE, Stage.EIGENVALUE):
+            store.remove_state(f"{stage}_state")
     return Factors(out)
+
+
+def _pass(
+    run: Run, store: Store, layers: list[Layer], consumer: Sums, stage: Stage, draw: int
+) -> None:
+    run.each(
+        stage,
+        layers,
+        store.batches(run.batches.divided),
+        consumer,
+        done=consumer.state.done,
+        loss=lambda batch: run.train_loss(batch, draw),
+    )
 
 
 def _save_eigenvalues(
