@@ -7,7 +7,7 @@ from dense_ekfac import asked, batch_of, close, corpus, gpt2, weight_gradient
 from dense_newton import MADE, gauss_newton
 from torch import nn
 
-from ekfac_fast.errors import ArgumentError
+from ekfac_fast.errors import ArgumentError, Notice
 from ekfac_fast.model.layers import select_layers
 from ekfac_fast.model.tasks import LanguageModelTask
 from ekfac_fast.validation import baselines
@@ -85,5 +85,7 @@ def test_refusals():
     with pytest.raises(ArgumentError, match="weight is -1"):
         responses(model, asked(), data, [0], damping=0.1, weight=-1)
 
+    with pytest.warns(Notice, match="example 0: after 1 steps .* of the gradient is left"):
+        responses(model, asked(1), data, [0], damping=1e-6, steps=1)
     with pytest.raises(ArgumentError, match="Bare does not tell its outputs"):
         responses(model, asked(), data, [0], damping=0.1, task=Bare())

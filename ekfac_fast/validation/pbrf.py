@@ -11,6 +11,7 @@ of any method can be correlated with it, and no model is trained again (Bae et a
 """
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,14 +24,14 @@ from torch.nn import functional as F
 from ..checks import is_number, require, whole
 from ..data.batches import Batches
 from ..data.examples import IGNORED, Indexable
-from ..errors import ArgumentError, NotFiniteError
+from ..errors import ArgumentError, NotFiniteError, Notice
 from ..model.layers import select_layers
 from ..model.tasks import LanguageModelTask, Task
 from ..stages.run import checked_task
 from .measure import measurements
 
-# Of the first gradient, what may be left of it.
-SOLVED = 1e-6
+# Of the first gradient, what may be left of it; of more than LEFT a notice tells.
+SOLVED, LEFT = 1e-6, 1e-3
 
 
 def responses(
@@ -42,7 +43,7 @@ def responses(
     damping: float | Mapping[str, float],
     layers: str | list[str] | None = None,
     weight: float | None = None,
-    steps: int = 100,
+    steps: int = 1000,
     task: Task | None = None,
     batch_tokens: int | None = None,
     batch_size: int | None = None,
@@ -54,8 +55,8 @@ def responses(
         examples: indices of the sequences z that are weighted up, and down.
         damping: of every layer, or by its name, as the scores were made with.
         layers: those that move; see `fit`.
-        weight: eps; None for 1/N.
-        steps: of L-BFGS, at most, for each z and sign.
+        weight: eps; None for 1/N. Where the response bends with it, it is no derivative.
+        steps: of L-BFGS, at most, for each z and sign; a notice tells where they were too few.
 
     Raises:
         ArgumentError: the task does not tell its outputs (see `refine`), or no such example.
@@ -170,6 +171,16 @@ class _Proximal:
 
         try:
             optimiser.step(closure)
+            closure()
+            left = max(float(w.grad.abs().max()) for w in self.weights if w.grad is not None)
+            if left > LEFT * largest:
+                warnings.warn(
+                    f"example {index}: after {steps} steps {left / largest:.1e} of the gradient is "
+                    "left, so the response is not the optimum's: give more steps, or a larger "
+                    "damping",
+                    Notice,
+                    stacklevel=5,
+                )
             yield
         finally:
             with torch.no_grad():
