@@ -133,6 +133,21 @@ def test_a_mark_without_a_checksum_is_not_ours(tmp_path, prepared):
         _ = Scores(tmp_path).matrix
 
 
+def test_every_bit_of_a_matrix_header_counts(tmp_path):
+    """The byte order is in it: one bit, and every number is another."""
+    with Store.open(tmp_path / "s", kind="scores", facts={}) as store:
+        store.matrix((2, 3)).write(0, [0, 1, 2], torch.ones(2, 3))
+        store.finish()
+    path = tmp_path / "s" / "scores.npy"
+    whole = path.read_bytes()
+    header = len(whole) - 2 * 3 * 4
+    for at in range(header):
+        for bit in range(8):
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
+            with pytest.raises(StoreError, match=r"scores\.npy"):
+                Store.load(tmp_path / "s").matrix()
+
+
 def test_a_whole_file_that_cannot_be_read_now_is_never_to_be_deleted(tmp_path, monkeypatch):
     path = tmp_path / "x.safetensors"
     save_tensors(path, {"a": torch.ones(3)})

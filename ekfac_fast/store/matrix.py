@@ -62,6 +62,8 @@ class Matrix:
             found = np.load(self.path, mmap_mode="r")
             if self.path.stat().st_size != found.offset + found.nbytes:
                 raise ValueError("its size is not that of its shape")
+            if not found.dtype.isnative:
+                raise ValueError(f"its numbers, {found.dtype.str}, are not in this byte order")
             with self.path.open("rb") as file:
                 if file.read(found.offset) != _header(found.shape, found.dtype):
                     raise ValueError("its header is not as it was written")
