@@ -31,7 +31,7 @@ from ..stages.run import checked_task
 from .measure import measurements
 
 # Of the first gradient, what may be left of it; of more than LEFT a notice tells.
-SOLVED, LEFT = 1e-6, 1e-3
+SOLVED, LEFT = 1e-6, 1e-2
 
 
 def responses(
