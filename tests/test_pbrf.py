@@ -49,6 +49,8 @@ def test_of_a_linear_model_it_is_the_damped_solve():
     found = responses(model, data[:2], data, some, weight=1e-4, **more)
     close(found, expected, 1e-5)
     assert torch.equal(model[0].weight, kept)
+    # However small the gradients are, L-BFGS learns the curvature.
+    close(responses(model, data[:2], data, some, weight=1e-9, **more), expected, 1e-5)
     by_name = responses(model, data[:2], data, some, weight=1e-4, **more | {"damping": {"0": 0.1}})
     assert np.array_equal(by_name, found)
 

@@ -31,7 +31,8 @@ from ..stages.run import checked_task
 from .measure import measurements
 
 # Of the first gradient, what may be left of it; of more than LEFT a notice tells.
-SOLVED, LEFT = 1e-6, 1e-2
+SOLVED, LEFT = 1e-6, 1e-3
+HISTORY = 50
 
 
 def responses(
@@ -155,27 +156,34 @@ class _Proximal:
     def solved(self, index: int, eps: float, steps: int) -> Iterator[None]:
         """The model at the optimum for one example; afterwards as it was."""
         z = self.batches.load([index])
-        # Where it starts, the gradient is that of z alone.
+        # Where it starts, the gradient is that of z alone; in units of it, as L-BFGS of PyTorch
+        # forgets what it has seen of curvature where gradients are small.
         first = torch.autograd.grad(eps * self.loss(self.outputs(z), z), self.weights)
-        largest = max(g.abs().max().item() for g in first)
-        optimiser = torch.optim.LBFGS(
-            self.weights, max_iter=steps, history_size=20, line_search_fn="strong_wolfe",
-            tolerance_grad=SOLVED * largest, tolerance_change=0,
-        )  # fmt: skip
+        unit = max(g.abs().max().item() for g in first) or 1.0
+        moved = [torch.zeros_like(w, requires_grad=True) for w in self.weights]
 
         def closure() -> float:
-            optimiser.zero_grad()
+            with torch.no_grad():
+                for w, was, u in zip(self.weights, self.before, moved, strict=True):
+                    w.copy_(was + unit * u)
             value = self.value(z, eps)
-            value.backward()
-            return value.item()
+            gradients = torch.autograd.grad(value, self.weights)
+            for u, g in zip(moved, gradients, strict=True):
+                u.grad = g / unit
+            return value.item() / unit**2
 
         try:
-            optimiser.step(closure)
+            # Where the objective's change drowns in its rounding, its gradient does not yet.
+            for search in ("strong_wolfe", None):
+                torch.optim.LBFGS(
+                    moved, max_iter=steps, max_eval=2 * steps, history_size=HISTORY,
+                    line_search_fn=search, tolerance_grad=SOLVED, tolerance_change=0,
+                ).step(closure)  # fmt: skip
             closure()
-            left = max(float(w.grad.abs().max()) for w in self.weights if w.grad is not None)
-            if left > LEFT * largest:
+            left = max(float(u.grad.abs().max()) for u in moved if u.grad is not None)
+            if left > LEFT:
                 warnings.warn(
-                    f"example {index}: after {steps} steps {left / largest:.1e} of the gradient is "
+                    f"example {index}: after {steps} steps {left:.1e} of the gradient is "
                     "left, so the response is not the optimum's: give more steps, or a larger "
                     "damping",
                     Notice,
