@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 # Enough for what counts as an exact solve, by its relative residual.
 EXACT, RESIDUAL = "cg:1000", 1e-3
 # Of the response: small enough to be a derivative, in shares of an example.
-WEIGHT = 0.1
+WEIGHT = 0.01
 RANK, DRAWS, LISSA = 2, 16, 5000
 Method = Callable[[], np.ndarray]
 
