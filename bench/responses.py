@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from ekfac_fast import Factors, fit, prepare_queries, score
+from ekfac_fast.curvature.solvers import Outcome
 from ekfac_fast.validation import baselines
 from ekfac_fast.validation.ablations import diagonal_factors, kfac_factors
 from ekfac_fast.validation.pbrf import responses
@@ -49,6 +50,7 @@ class Estimators:
 
     def __init__(self, case: Case, folder: Path) -> None:
         self.case, self.folder = case, folder
+        self.stopped = 0  # queries of the last refinement that failed
         self.settings = settings(case)
         self.factors = self.fitted("EK-FAC", case)
         lam = [own.lam for own in self.factors.values()]
@@ -85,6 +87,8 @@ class Estimators:
         queries = prepare_queries(
             model, factors, case.queries, rank=rank, damping=self.damping, **self.settings, **more
         )
+        if queries.refinement is not None:
+            self.stopped = int((queries.refinement.outcomes > Outcome.CONVERGED).sum())
         if refine == EXACT and queries.residual.max() > RESIDUAL:
             raise SystemExit(f"{case.name}: a residual of {queries.residual.max():.1e} is left")
         with TemporaryDirectory() as place:
@@ -147,12 +151,13 @@ def compared(case: Case, examples: int, folder: Path) -> dict:
     told["parameters"] = sum(own.lam.numel() for own in ways.factors.values())
     rows = []
     for name, method in ways.every():
-        start = time.process_time()
+        start, ways.stopped = time.process_time(), 0
         scores = method()
         seconds = time.process_time() - start
         each = [np.corrcoef(a, b)[0, 1] for a, b in zip(scores[:, some], found, strict=True)]
         error = np.std(each, ddof=1) / len(each) ** 0.5
-        rows.append({"name": name, "mean": np.mean(each), "error": error, "seconds": seconds})
+        row = {"name": name, "mean": np.mean(each), "error": error, "seconds": seconds}
+        rows.append(row | {"stopped": ways.stopped})
         print(
             f"{case.name}, {name}: {np.mean(each):.4f} +- {error:.4f}, {seconds:.1f} s", flush=True
         )

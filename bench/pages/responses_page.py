@@ -12,7 +12,11 @@ WIDTH, HEIGHT = 7.0, 3.6  # inches
 def page(found: list[dict[str, Any]], facts: dict[str, Any], figure: str) -> str:
     """The whole page."""
     names = [row["name"] for row in found[0]["rows"]]
-    correlations = _by_name(found, names, lambda row: f"{row['mean']:.3f} +- {row['error']:.3f}")
+    correlations = _by_name(
+        found,
+        names,
+        lambda row: f"{row['mean']:.3f} +- {row['error']:.3f}{'*' * bool(row['stopped'])}",
+    )
     times = _by_name(found, names, lambda row: duration(row["seconds"]))
     times += [["the responses", *(duration(one["responses"]) for one in found)]]
     cases = [one["case"] for one in found]
@@ -31,6 +35,8 @@ def page(found: list[dict[str, Any]], facts: dict[str, Any], figure: str) -> str
             f"![correlations]({figure}.svg)",
             "",
             table(["leaves out more from line to line", *cases], correlations),
+            "",
+            "An asterisk: it diverged for some queries, of which EK-FAC's solution was kept.",
             "",
             "Processor time, beside EK-FAC's fit; all queries together, every training example "
             "scored:",
