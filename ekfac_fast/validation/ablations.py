@@ -20,12 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import path, whole
-from ..curvature.basis import Eigenvectors, with_ones
+from ..curvature.basis import Eigenvectors
+from ..curvature.eigen import eigendecomposition
 from ..curvature.sums import Sum
 from ..data.examples import Indexable
 from ..errors import StoreError
 from ..model.capture import LayerBatch
 from ..model.layers import Layer, select_layers
+from ..ops.gradients import gradients
 from ..stages.factors import (
     EIGENVALUES,
     EIGENVECTORS,
@@ -85,10 +87,7 @@ def diagonal_factors(
     tracked, run = select_layers(model, layers), Run(model, dataset, arguments)
 
     def identities(store: Store) -> Vectors:
-        return {
-            side: {x.name: torch.eye(x.J if side == "activation" else x.O) for x in tracked}
-            for side in EIGENVECTORS
-        }
+        return {side: {x.name: torch.eye(_size(side, x)) for x in tracked} for side in EIGENVECTORS}
 
     return _corrected(run, tracked, path("out", out), {"strategy": "diagonal"}, identities)
 
@@ -158,15 +157,14 @@ class GradientProducts(Sums):
 
     def __init__(self, run: Run, store: Store, layers: list[Layer]) -> None:
         super().__init__(run, store, Stage.COVARIANCE)
-        self.products = {side: {x.name: self._of(side, x) for x in layers} for side in EIGENVECTORS}
-
-    def _of(self, side: str, layer: Layer) -> Sum:
-        size = layer.J if side == "activation" else layer.O
-        return self.found(f"{side} {layer.name}", size, size)
+        self.products = {
+            side: {x.name: self.found(f"{side} {x.name}", *[_size(side, x)] * 2) for x in layers}
+            for side in EIGENVECTORS
+        }
 
     def add(self, seen: LayerBatch, batch: Batch) -> None:
         """Of a batch: rows of G, and its columns, as a covariance's."""
-        G = seen.g.mT @ with_ones(seen.a, seen.layer.bias)
+        G = gradients(seen.g, seen.a, seen.layer.bias)
         for side, rows in (("activation", G), ("gradient", G.mT)):
             total = self.products[side][seen.layer.name].rest
             torch.ops.ekfac_fast.covariance(total, rows.reshape(-1, rows.shape[-1]), None, False)
@@ -176,10 +174,14 @@ class GradientProducts(Sums):
         return {f"{s} {n}": x for s, part in self.products.items() for n, x in part.items()}
 
 
+def _size(side: str, layer: Layer) -> int:
+    return layer.J if side == "activation" else layer.O
+
+
 def _eigenvectors(cov: Tensor, blocks: int = 1) -> Tensor:
     """Of a covariance's blocks on the diagonal, in columns, in its dtype."""
     parts = torch.arange(len(cov)).tensor_split(blocks)
-    found = [torch.linalg.eigh(cov[p][:, p].double()).eigenvectors for p in parts if len(p)]
+    found = [eigendecomposition(cov[p][:, p].double())[1] for p in parts if len(p)]
     return torch.block_diag(*found).to(cov.dtype)
 
 
@@ -196,10 +198,10 @@ def _corrected(
     with Store.open(out, kind="factors", facts=known) as store:
         if not store.finished:
             dtype = accumulator(run.model)
-            for side, found in vectors(store).items():
-                tensors = {n: Q.to(dtype).contiguous() for n, Q in found.items()}
-                save_tensors(out / EIGENVECTORS[side], tensors)
-            Qa, Qg = (load_tensors(out / file, ours=True) for file in EIGENVECTORS.values())
+            found = vectors(store)
+            Qa, Qg = ({n: found[s][n].to(dtype).contiguous() for n in names} for s in EIGENVECTORS)
+            for file, tensors in zip(EIGENVECTORS.values(), (Qa, Qg), strict=True):
+                save_tensors(out / file, tensors)
             bases = {n: Eigenvectors(Qg[n].to(run.dtype), Qa[n].to(run.dtype)) for n in names}
             consumer = Eigenvalues(run, store, layers, bases)
             _pass(run, store, layers, consumer, Stage.EIGENVALUE, EIGENVALUE_DRAW)
