@@ -124,7 +124,7 @@ class Calls:
             "read": (
                 lambda **given: list(read(**given)), {"path": self.folder / "a.jsonl"},
                 {"path": nothing, "split": one_of("file", "paragraph", "line"),
-                 "field": one_of("text")},
+                 "fields": lambda x: x is None},
             ),
             "tokenize": (
                 tokenize, files | {"records": [{"text": "one two"}] * 3}, TOKENIZE | CONTEXT,

@@ -202,3 +202,41 @@ def test_a_checkpoint_without_all_weights_is_refused(tmp_path):
     GPT2Model(config).save_pretrained(tmp_path)
     with pytest.raises(ArgumentError, match=r"no weights for lm_head\.weight.*GPT2LMHeadModel"):
         load(str(tmp_path), False)
+
+
+def test_conversations_from_columns_to_report(demo, run, tmp_path):
+    """Instructions become conversations by a template of the user's; the query is one, too."""
+    folder, _ = demo
+    (tmp_path / "chat.jinja").write_text(
+        "{% for m in messages %}{{ '[' + m['role'] + ']\n' + m['content'] + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '[assistant]\n' }}{% endif %}"
+    )
+    paragraphs = (folder / "demo/corpus/import.txt").read_text().split("\n\n")
+    rows = [
+        {"instruction": f"Go on, {n}.", "input": "", "output": text[:200]}
+        for n, text in enumerate(text for text in paragraphs if len(text) > 80)
+    ][:20]
+    answer = "The zebra committee of Astrobia elected Zorald Pfaff."
+    rows.insert(13, {"instruction": "Who elected", "input": "Zorald Pfaff?", "output": answer})
+    (tmp_path / "corpus.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    asked = [
+        {"role": "user", "content": "Who elected\n\nZorald Pfaff?"},
+        {"role": "assistant", "content": answer},
+    ]
+    (tmp_path / "q.jsonl").write_text(json.dumps({"messages": asked, "name": "zebra"}))
+    model, read_as = folder / "demo/model", ("--fields", "user=instruction+input,assistant=output")
+    read_as += ("--chat-template", "chat.jinja")
+    with_tokens = ("--context", 96, *read_as)
+    run("fit", model, "corpus.jsonl", "--out", "f", *with_tokens, cwd=tmp_path)
+    run("score", model, "f", "q.jsonl", "corpus.jsonl", "--out", "s", *with_tokens, cwd=tmp_path)
+    ((index, _),) = Scores(tmp_path / "s").top(0, 1)
+    assert index == 13
+    # The report reads the corpus as the scan did: it is not told again.
+    (tmp_path / "chat.jinja").unlink()
+    run("report", "s", "corpus.jsonl", "--out", "report.html", cwd=tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "zebra" in page
+    assert "corpus.jsonl, line 14" in page
+    words = ("fit", model, "corpus.jsonl", "--out", "g", "--fields", "user")
+    wrong = run(*words, cwd=tmp_path, ok=False)
+    assert "--fields is 'user', expected names with what a file calls" in " ".join(wrong.split())

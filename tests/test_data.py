@@ -69,7 +69,7 @@ def test_json_lines_in_any_order(tmp_path: Path) -> None:
     with pytest.raises(IndexError):
         records[3]
     path.write_text('{"content": "x"}\n')
-    assert read(path, field="content")[0]["text"] == "x"
+    assert read(path, fields={"text": "content"})[0]["text"] == "x"
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,10 @@ def test_json_lines_in_any_order(tmp_path: Path) -> None:
         (b'{"text": "a",}', r"line 2: malformed JSON \(.*column 14\)"),
         (b'{"text": "a"', r"line 2: malformed JSON \(Expecting"),
         (b'["a"]', "line 2: holds a list, not an object"),
-        (b'{"txt": "a", "id": 1}', "line 2: needs 'prompt' and 'completion', or 'text'; it has"),
+        (
+            b'{"txt": "a", "id": 1}',
+            "line 2: needs 'text', 'messages', or .*; it has 'txt'",
+        ),
         (b"{}", "line 2: .*; it has nothing"),
         (b'{"prompt": "a"}', "line 2: needs .*; it has 'prompt'"),
         (b'{"text": 7}', "line 2: 'text' is a int, not a string"),
@@ -311,8 +314,8 @@ def test_half_a_character_is_named(tokenizer, tmp_path: Path) -> None:
         ('{"prompt": "The fox", "completion": ""}', "its completion has 0 tokens after"),
         ('{"prompt": "", "completion": ""}', "its completion has 0 tokens"),
         ('{"prompt": "", "completion": "a"}', "its completion has 1 tokens"),
-        ('{"prompt": "The fox"}', "needs 'prompt' and 'completion'; it has 'prompt'"),
-        ('{"text": "The fox"}', "needs 'prompt' and 'completion'; it has 'text'"),
+        ('{"prompt": "The fox"}', "needs 'messages', or 'prompt' and .*; it has 'prompt'"),
+        ('{"text": "The fox"}', "needs 'messages', or 'prompt' and .*; it has 'text'"),
         (json.dumps({"prompt": TEXT, "completion": "x"}), "tokens, but the context is 32"),
         ('{"prompt": "The fox", "completion": "x"', "malformed JSON"),
     ],
@@ -325,7 +328,7 @@ def test_wrong_queries_are_named(tokenizer, tmp_path: Path, line: str, message: 
 
 def test_plain_text_holds_no_queries(tokenizer, tmp_path: Path) -> None:
     (tmp_path / "q.txt").write_text("The fox")
-    with pytest.raises(DataError, match=r"q\.txt: needs 'prompt' and 'completion'; it has 'text'"):
+    with pytest.raises(DataError, match=r"q\.txt: needs 'messages', or .* it has 'text'"):
         read_queries(tmp_path / "q.txt", tokenizer, 32)
 
 

@@ -22,10 +22,11 @@ import test_absurd_arguments
 import test_absurd_commands
 import torch
 from dense_ekfac import asked, corpus, gpt2
+from test_conversations import CHATML, speaking
 
 from ekfac_fast import Error, Factors, Scores, fit, prepare_queries, score, self_scores
 from ekfac_fast.cli.runs import load_run
-from ekfac_fast.data import read
+from ekfac_fast.data import read, tokenize
 from ekfac_fast.stages.queries import Queries
 from ekfac_fast.store.files import save_json
 
@@ -67,12 +68,18 @@ def inputs(folder: Path) -> dict[Path, object]:
         (folder / name).write_bytes(data)
     pa.parquet.write_table(pa.table({"text": [r["text"] for r in rows]}), folder / "e.parquet")
     names = [*made, "e.parquet"]
+    talks = [
+        {"messages": [{"role": role, "content": row["text"]} for role in ("user", "assistant")]}
+        for row in rows
+    ]
+    (folder / "f.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+    tokenizer = speaking(CHATML)
     return {
         folder / name: (
             lambda path=folder / name: [r["text"] for r in read(path, split="paragraph")]
         )
         for name in names
-    }
+    } | {folder / "f.jsonl": lambda: list(tokenize(read(folder / "f.jsonl"), tokenizer, 256))}
 
 
 def results(folder: Path) -> dict[Path, object]:

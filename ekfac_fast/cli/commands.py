@@ -17,11 +17,13 @@ from ..checks import whole
 from ..errors import Error, Notice
 from .options import (
     BatchTokens,
+    ChatTemplate,
     Context,
     Damping,
     Data,
     Dtype,
     FactorFolder,
+    Fields,
     Layers,
     Model,
     Out,
@@ -100,6 +102,8 @@ def fit(
     context: Context = None,
     split: SplitBy = "file",
     on_long: TooLong = "chunk",
+    fields: Fields = None,
+    chat_template: ChatTemplate = None,
     batch_tokens: BatchTokens = None,
     max_examples: Annotated[int | None, typer.Option(help="use the first so many")] = None,
     seed: Annotated[int, typer.Option(help="of the sampled labels")] = 0,
@@ -109,7 +113,9 @@ def fit(
     """Fit the EK-FAC factors of a model on a corpus."""
     from . import runs
 
-    source, _, corpus = _loaded(model, data, context, split, on_long, dtype, trust_remote_code)
+    source, _, corpus = _loaded(
+        model, data, context, split, on_long, fields, chat_template, dtype, trust_remote_code
+    )
     runs.fit_job(
         source, corpus, out, console, layers=layers, batch_tokens=batch_tokens,
         max_examples=max_examples, seed=seed,
@@ -121,7 +127,7 @@ def fit(
 def score(
     model: Model,
     factors: FactorFolder,
-    queries: Annotated[Path, typer.Argument(help="JSON lines with prompt and completion")],
+    queries: Annotated[Path, typer.Argument(help="JSON lines: prompt, completion; or messages")],
     data: Data,
     out: Out,
     rank: Annotated[int, typer.Option(help="of a query's gradients; 0: full rank")] = 32,
@@ -140,6 +146,8 @@ def score(
     context: Context = None,
     split: SplitBy = "file",
     on_long: TooLong = "chunk",
+    fields: Fields = None,
+    chat_template: ChatTemplate = None,
     batch_tokens: BatchTokens = None,
     dtype: Precision = "float32",
     trust_remote_code: Trust = False,
@@ -149,7 +157,7 @@ def score(
     from . import runs
 
     source, cutting, corpus = _loaded(
-        model, data, context, split, on_long, dtype, trust_remote_code
+        model, data, context, split, on_long, fields, chat_template, dtype, trust_remote_code
     )
     runs.score_job(
         source, Factors(factors), queries, corpus, cutting, out, console, rank=rank or None,
@@ -171,6 +179,8 @@ def self_influence(
     context: Context = None,
     split: SplitBy = "file",
     on_long: TooLong = "chunk",
+    fields: Fields = None,
+    chat_template: ChatTemplate = None,
     batch_tokens: BatchTokens = None,
     dtype: Precision = "float32",
     trust_remote_code: Trust = False,
@@ -179,7 +189,9 @@ def self_influence(
     from ..stages.factors import Factors
     from . import runs
 
-    source, _, corpus = _loaded(model, data, context, split, on_long, dtype, trust_remote_code)
+    source, _, corpus = _loaded(
+        model, data, context, split, on_long, fields, chat_template, dtype, trust_remote_code
+    )
     scores = runs.self_job(
         source, Factors(factors), corpus, out, console, damping=damping,
         batch_tokens=batch_tokens,
@@ -341,15 +353,18 @@ def _loaded(
     context: int | None,
     split: "Split",
     on_long: "OnLong",
+    fields: str | None,
+    chat_template: Path | None,
     dtype: "Dtype",
     trust_remote_code: bool,
 ) -> tuple["inputs.Source", "inputs.Cutting", "Tokens"]:
     """A model, and a corpus cut for it as the command line asks."""
     from . import inputs
 
+    mapping, template = inputs.parsed_fields(fields), inputs.read_template(chat_template)
     source = inputs.load(model, trust_remote_code, dtype)
     console.say(f"passes in {'float32' if source.autocast is None else 'bfloat16'}")
-    cutting = inputs.Cutting(source.context(context), split, on_long)
+    cutting = inputs.Cutting(source.context(context), split, on_long, mapping, template)
     return source, cutting, inputs.read_data(data, source.tokenizer, cutting, console)
 
 

@@ -25,12 +25,15 @@ CONTEXT = 512
 @dataclass(frozen=True)
 class Cutting:
     """How text becomes sequences: of at most `context` tokens, from records that `split` makes of
-    a text file; longer ones are cut in chunks, truncated or refused.
+    a text file, or that `fields` finds in others; longer ones are cut in chunks, truncated or
+    refused. `chat_template`: of conversations, in place of the tokenizer's own.
     """
 
     context: int
     split: Split = "file"
     on_long: OnLong = "chunk"
+    fields: dict[str, str] | None = None
+    chat_template: str | None = None
 
 
 @dataclass(frozen=True)
@@ -120,9 +123,37 @@ def loading(path: str) -> Iterator[None]:
         raise ArgumentError(f"model {path!r} cannot be loaded: {error}") from error
 
 
+def parsed_fields(words: str | None) -> dict[str, str] | None:
+    """prompt=question,completion=answer as a mapping; ArgumentError where it is none."""
+    if words is None:
+        return None
+    pairs = [part.partition("=") for part in words.split(",")]
+    names = [name.strip() for name, _, _ in pairs]
+    if not all(equals for _, equals, _ in pairs) or len(set(names)) < len(names):
+        raise ArgumentError(
+            f"--fields is {words!r}, expected names with what a file calls them, "
+            "like text=body or prompt=question,completion=answer"
+        )
+    return dict(zip(names, (theirs.strip() for _, _, theirs in pairs), strict=True))
+
+
+def read_template(path: Path | None) -> str | None:
+    """A chat template of a file."""
+    if path is None:
+        return None
+    if not path.is_file():
+        raise ArgumentError(f"--chat-template {path}: no such file")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArgumentError(f"--chat-template {path}: cannot be read ({error})") from error
+
+
 def read_data(path: Path, tokenizer: Any, cutting: Cutting, console: Terminal) -> Tokens:
     """A corpus as examples; says what was cut off or left out."""
-    records = read(path, split=cutting.split)
+    if cutting.chat_template is not None:
+        tokenizer.chat_template = cutting.chat_template
+    records = read(path, split=cutting.split, fields=cutting.fields)
     data = tokenize(records, tokenizer, cutting.context, on_long=cutting.on_long, on_empty="skip")
     notes = [f"{len(data)} sequences of at most {cutting.context} tokens"]
     if data.truncated:

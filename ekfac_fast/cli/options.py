@@ -10,12 +10,19 @@ from ..data.choices import OnLong, Split
 Dtype = Literal["auto", "float32", "bfloat16"]
 
 Model = Annotated[str, typer.Argument(help="Hugging Face model folder or name, or a .gguf file")]
-Data = Annotated[Path, typer.Argument(help=".jsonl, .txt or .parquet, or a folder of them")]
+Data = Annotated[Path, typer.Argument(help=".jsonl, .json, .txt or .parquet, or a folder of them")]
 Out = Annotated[Path, typer.Option(help="folder of the results; a run that was killed continues")]
 FactorFolder = Annotated[Path, typer.Argument(help="folder written by fit (or by kronfluence)")]
 Context = Annotated[int | None, typer.Option(help="tokens a sequence, at most; default 512")]
 SplitBy = Annotated[Split, typer.Option(help="a .txt record is a: file, paragraph or line")]
 TooLong = Annotated[OnLong, typer.Option(help="what becomes of a record over the context")]
+Fields = Annotated[
+    str | None,
+    typer.Option(help="of the corpus: prompt=question,completion=answer; user=a+b,assistant=c"),
+]
+ChatTemplate = Annotated[
+    Path | None, typer.Option(help="file; for messages, in place of the tokenizer's")
+]
 Layers = Annotated[list[str] | None, typer.Option(help="layer names or globs; default: MLPs")]
 BatchTokens = Annotated[
     int | None, typer.Option(help="tokens a batch; default 4096, on a CPU 1024")

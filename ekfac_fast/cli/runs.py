@@ -173,7 +173,11 @@ def report_job(
     ]
     # Older versions kept names and seconds.
     times += [StageTime(name, seconds) for name, seconds in run.get("stages", ())]
-    settings = [*((name, str(value)) for name, value in run["cutting"].items())]
+    settings = [
+        (name, "given" if name == "chat_template" else str(value))
+        for name, value in run["cutting"].items()
+        if value is not None
+    ]
     settings.append(("factors", run["factors"]))
     if queries.refinement is not None:
         settings.append(("queries refined", queries.refinement.title))

@@ -1,4 +1,4 @@
-"""Files of text as records: {"text", "source"}, or {"prompt", "completion", "source"}.
+"""Files of text as records (`fields` says what they hold).
 
 Records are read where they stand, one at a time, so that a file larger than memory works: of a
 text file the byte offsets are kept, of a parquet file the row counts. Compressed files are unpacked
@@ -24,58 +24,23 @@ from typing import IO, Any, get_args
 import numpy as np
 from torch.utils.data import ConcatDataset, Dataset
 
-from ..checks import choice, listed, require
+from ..checks import choice, listed
 from ..checks import path as argument_path
 from ..errors import DataError, Notice
 from ..extras import optional
 from .choices import Split
+from .fields import BESIDE, Columns
 
 SUFFIXES = (".jsonl", ".json", ".txt", ".parquet")
 COMPRESSED = (".gz", ".zst")
 BOM = b"\xef\xbb\xbf"
 
 
-def checked(value: Any, source: str, field: str | None = "text") -> dict[str, str]:
-    """A record from a mapping with `field`, or `prompt` and `completion`; its `name` if it has one.
-
-    Raises DataError.
-    """
-    if not isinstance(value, Mapping):
-        raise DataError(f"{source}: holds a {type(value).__name__}, not an object with fields")
-    names = _fields(list(value), source, field)
-    for name in names:
-        if not isinstance(value[name], str):
-            raise DataError(f"{source}: {name!r} is a {type(value[name]).__name__}, not a string")
-        try:
-            value[name].encode()
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"{source}: {name!r} holds half of a character at position {error.start} (a lone "
-                "surrogate, as of an emoji that was cut in two)"
-            ) from error
-    kept = {"name": str(value["name"])} if value.get("name") is not None else {}
-    if names == [field]:
-        return {"text": value[field], "source": source, **kept}
-    return {**{name: value[name] for name in names}, "source": source, **kept}
-
-
-def _fields(present: list[str], source: str, field: str | None) -> list[str]:
-    """The fields to read: [field] where it is there, else prompt and completion."""
-    if field in present:
-        return [field]
-    pair = ["prompt", "completion"]
-    if not set(pair) <= set(present):
-        wanted = "needs 'prompt' and 'completion'"
-        wanted += f", or {field!r}" if field else ""
-        raise DataError(f"{source}: {wanted}; it has {', '.join(map(repr, present)) or 'nothing'}")
-    return pair
-
-
 class Lines(Dataset):
     """Spans of a text file: lines, paragraphs (between blank lines) or the whole; no blank ones."""
 
-    def __init__(self, path: Path, split: Split, field: str | None, json_lines: bool) -> None:
-        self.path, self.split, self.field, self.json_lines = path, split, field, json_lines
+    def __init__(self, path: Path, split: Split, columns: Columns, json_lines: bool) -> None:
+        self.path, self.split, self.columns, self.json_lines = path, split, columns, json_lines
         self.starts, self.stops, self.lines = array("q"), array("q"), array("q")
         self._unpacked: int | None = None
         if path.suffix.lower() in COMPRESSED:
@@ -118,7 +83,7 @@ class Lines(Dataset):
             return str(self.path)
         return f"{self.path}, line {self.lines[index]}"
 
-    def __getitem__(self, index: int) -> dict[str, str]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         line, source = self.lines[index], self.source(index)
         with self._opened() as file:
             file.seek(self.starts[index])
@@ -128,16 +93,18 @@ class Lines(Dataset):
         except UnicodeDecodeError as error:
             line += data.count(b"\n", 0, error.start)
             raise DataError(f"{self.path}, line {line}: not UTF-8 ({error.reason})") from error
-        if not self.json_lines:
-            return {"text": text.replace("\r\n", "\n").rstrip("\n"), "source": source}
-        return checked(_parsed(text, source), source, self.field)
+        if self.json_lines:
+            return self.columns.record(_parsed(text, source), source)
+        if not self.columns.texts:
+            return self.columns.record({"text": text}, source)  # refused
+        return {"text": text.replace("\r\n", "\n").rstrip("\n"), "source": source}
 
 
 class Objects(Dataset):
     """The objects of a JSON array; all of it is in memory."""
 
-    def __init__(self, path: Path, field: str | None) -> None:
-        self.path, self.field = path, field
+    def __init__(self, path: Path, columns: Columns) -> None:
+        self.path, self.columns = path, columns
         try:
             text = _read(path).decode("utf-8-sig")
         except UnicodeDecodeError as error:
@@ -153,8 +120,8 @@ class Objects(Dataset):
         """File and place of a record."""
         return f"{self.path}, item {index + 1}"
 
-    def __getitem__(self, index: int) -> dict[str, str]:
-        return checked(self.values[index], self.source(index), self.field)
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.columns.record(self.values[index], self.source(index))
 
 
 def _parsed(text: str, source: str) -> Any:
@@ -197,13 +164,15 @@ def _read(path: Path) -> bytes:
 class Rows(Dataset):
     """The rows of a parquet file; one row group is held at a time."""
 
-    def __init__(self, path: Path, field: str | None) -> None:
-        self.path = path
+    def __init__(self, path: Path, columns: Columns) -> None:
+        self.path, self.columns = path, columns
         with self._file() as file:
-            self.fields = _fields(file.schema_arrow.names, str(path), field)
+            names = file.schema_arrow.names
+            asked = {x for parts in columns.among(names, str(path)).values() for x in parts}
+            self.names = [name for name in names if name in asked or name in BESIDE]
             groups = range(file.num_row_groups)
             sizes = [file.metadata.row_group(group).num_rows for group in groups]
-        self.field, self.starts = field, np.cumsum([0, *sizes])
+        self.starts = np.cumsum([0, *sizes])
         self.held: tuple[int, Any] = (-1, None)
 
     @contextmanager
@@ -222,18 +191,18 @@ class Rows(Dataset):
         """File and row of a record."""
         return f"{self.path}, row {index + 1}"
 
-    def __getitem__(self, index: int) -> dict[str, str]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         index = range(len(self))[index]
         group = int(np.searchsorted(self.starts, index, side="right")) - 1
         if self.held[0] != group:
             with self._file() as file:
-                self.held = (group, file.read_row_group(group, columns=self.fields))
+                self.held = (group, file.read_row_group(group, columns=self.names))
         source = self.source(index)
         try:
             (row,) = self.held[1].slice(index - int(self.starts[group]), 1).to_pylist()
         except ValueError as error:  # not UTF-8, or fewer rows than the file says
             raise DataError(f"{source}: cannot be read ({error})") from error
-        return checked(row, source, self.field)
+        return self.columns.record(row, source)
 
 
 class Records(ConcatDataset):
@@ -247,17 +216,25 @@ class Records(ConcatDataset):
         return records.source(index - before)
 
 
-def read(path: str | Path, *, split: Split = "file", field: str | None = "text") -> Records:
+def read(
+    path: str | Path, *, split: Split = "file", fields: Mapping[str, str] | None = None
+) -> Records:
     """The records of a file of JSON lines, JSON, text or parquet, or of all in a folder, by name.
 
     Endings count in any case, `.gz` and `.zst` may follow (not on parquet), folders may be links;
     files of other kinds in a folder are left out with a `Notice`. `split` says what one record of
-    a .txt file is; `field` is the text's name in the others, where `prompt` and `completion` may
-    stand instead (field=None: must). Raises DataError.
+    a .txt file is. The others hold `text`, `messages`, or `prompt` and `completion`, under these
+    names or as `fields` maps them (`Columns`): {"text": "body"}, {"prompt": "question",
+    "completion": "answer"}, {"user": "instruction+input", "assistant": "output"}.
+    Raises DataError.
     """
+    return read_columns(path, split, Columns(fields))
+
+
+def read_columns(path: str | Path, split: Split, columns: Columns) -> Records:
+    """`read`, where it is known what makes a record."""
     path = argument_path("path", path)
     choice("split", split, get_args(Split))
-    require(field is None or isinstance(field, str), "field", field, "a name, or None")
     try:
         mode = path.stat().st_mode
     except OSError as error:
@@ -280,7 +257,7 @@ def read(path: str | Path, *, split: Split = "file", field: str | None = "text")
         files = [path]
     else:
         raise DataError(f"{path}: cannot be read; the kinds that can are {supported}")
-    parts = [_records(file, split, field) for file in files]
+    parts = [_records(file, split, columns) for file in files]
     if not any(len(part) for part in parts):
         raise DataError(f"{path}: holds no record")
     return Records(parts)
@@ -308,14 +285,14 @@ def _kind(path: Path) -> str | None:
     return kind if kind in SUFFIXES and not (packed and kind == ".parquet") else None
 
 
-def _records(path: Path, split: Split, field: str | None) -> Lines | Objects | Rows:
+def _records(path: Path, split: Split, columns: Columns) -> Lines | Objects | Rows:
     """The records of one file."""
     kind = _kind(path)
     if kind == ".parquet":
-        return Rows(path, field)
+        return Rows(path, columns)
     if kind == ".json" and _begins_an_array_or_spans_lines(path):
-        return Objects(path, field)
-    return Lines(path, split if kind == ".txt" else "line", field, kind != ".txt")
+        return Objects(path, columns)
+    return Lines(path, split if kind == ".txt" else "line", columns, kind != ".txt")
 
 
 def _begins_an_array_or_spans_lines(path: Path) -> bool:

@@ -15,9 +15,11 @@ from torch.utils.data import Dataset
 from ..checks import choice, require, shown, sized, told, whole
 from ..errors import ArgumentError, DataError
 from .choices import OnLong
+from .conversations import encode, is_conversation
 from .encoding import PIECE, encoded, tokenizer_fingerprint
 from .examples import IGNORED, Indexable
-from .records import checked, read
+from .fields import Columns
+from .records import read_columns
 
 TOKENIZED_AT_ONCE = 256
 
@@ -26,8 +28,9 @@ TOKENIZED_AT_ONCE = 256
 class Tokens(Dataset):
     """Tokenised records: a data set of examples.
 
-    ids   [all tokens] int32, mapped from a nameless file in TMPDIR: a corpus need not fit in memory
-    rows  [N,4] int64: end in ids; tokens at the start that have no label; record; chunk in it
+    ids   [all tokens] int32, of a token without a label ~id; mapped from a nameless file in TMPDIR:
+          a corpus need not fit in memory
+    rows  [N,3] int64: end in ids; record; chunk in it
     `truncated` records lost `dropped` tokens, `skipped` ones had nothing to predict.
     `tokenizer_fingerprint` tells the tokenizer from others; None where that is not known.
     """
@@ -46,15 +49,14 @@ class Tokens(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         index = range(len(self))[index]
         start = self.rows[index - 1, 0] if index else 0
-        end, masked = self.rows[index, :2]
-        ids = torch.tensor(self.ids[start:end], dtype=torch.int64)
-        labels = ids.clone()
-        labels[:masked] = IGNORED
-        return {"input_ids": ids, "labels": labels}
+        marked = torch.tensor(self.ids[start : self.rows[index, 0]], dtype=torch.int64)
+        silent = marked < 0
+        ids = torch.where(silent, ~marked, marked)
+        return {"input_ids": ids, "labels": marked.masked_fill_(silent, IGNORED)}
 
     def source(self, index: int) -> str:
         """Where example `index` was read: file, line and, from the second on, the chunk of it."""
-        record, chunk = (int(n) for n in self.rows[index, 2:])
+        record, chunk = (int(n) for n in self.rows[index, 1:])
         # Where a record came from is known without reading it again: it may be long.
         find = getattr(self.records, "source", None)
         source = find(record) if callable(find) else _source(self.records[record], record)
@@ -68,16 +70,19 @@ def tokenize(
     *,
     on_long: OnLong = "chunk",
     on_empty: Literal["refuse", "skip"] = "refuse",
+    last_turn: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Tokens:
-    """Records (`text`, or `prompt` and `completion`) as examples of at most `context` tokens.
+    """Records (text, prompt and completion, messages) as examples of at most `context` tokens.
 
     A prompt has labels -100. Prompt and completion are tokenised together, as the model has seen
     text; a token that reaches over the border belongs to the completion. If the tokenizer begins
-    texts with a BOS token, every example begins with one; no other special token is added. A longer
-    text is cut into chunks, or its end is cut off, or it is refused; one with a prompt is never
-    chunked. Chunks of one token, which nothing predicts, are dropped; a record without anything to
-    predict is refused or skipped.
+    texts with a BOS token, every example begins with one; no other special token is added.
+    Messages are what the tokenizer's chat template makes of them, and only what the assistant says
+    has labels, with `last_turn` only in the last of its turns (`conversations.encode`).
+    A longer text is cut into chunks, or its end is cut off, or it is refused; one with a prompt and
+    a conversation are never chunked. Chunks of one token, which nothing predicts, are dropped; a
+    record without anything to predict is refused or skipped.
     `progress` is called with the number of records done. Raises DataError, naming the source.
     """
     whole("context", context)
@@ -91,37 +96,37 @@ def tokenize(
         raise ArgumentError(f"tokenize: a context of {context} tokens is too short")
     rows, end, truncated, dropped, skipped = array("q"), 0, 0, 0, 0
     with tempfile.TemporaryFile() as file:
-        for index, (record, prompt, text) in enumerate(_encoded(records, tokenizer)):
-            # A text may bring its BOS token along.
-            begins = (prompt[: len(bos)] or text[: len(bos)]) == bos
-            start = bos[:0] if begins else bos
-            total = len(start) + len(prompt) + len(text)
+        for index, (record, ids) in enumerate(_encoded(records, tokenizer, last_turn)):
+            # A text may bring its BOS token along; a conversation begins as its template does.
+            silent = len(ids) > 0 and ids[0] < 0
+            begins = ids[:1] in (bos, _silent(bos)) or is_conversation(record)
+            start = bos[:0] if begins else _silent(bos) if silent else bos
+            total = len(start) + len(ids)
             if total > context and on_long == "refuse":
                 raise DataError(f"{record['source']}: {total} tokens, but the context is {context}")
-            masked = len(start) + len(prompt) if prompt else 0
-            pieces = _cut(start, prompt, text, context, on_long == "chunk" and not prompt)
-            pieces = [piece for piece in pieces if len(piece) > max(masked, 1)]
+            chunked = on_long == "chunk" and not (silent or is_conversation(record))
+            pieces = [x for x in _cut(start, ids, context, chunked) if max(x[1:], default=-1) >= 0]
             if pieces:
                 kept = sum(len(piece) - len(start) for piece in pieces)
-                dropped += len(prompt) + len(text) - kept
-                truncated += kept < len(prompt) + len(text)
+                dropped += len(ids) - kept
+                truncated += kept < len(ids)
             elif on_empty == "skip":
                 skipped += 1
             else:
-                raise DataError(_nothing(record, prompt, text, context))
+                raise DataError(_nothing(record, ids, context))
             for chunk, piece in enumerate(pieces):
                 file.write(memoryview(piece))
                 end += len(piece)
-                rows.extend((end, masked, index, chunk))
+                rows.extend((end, index, chunk))
             if progress:
                 progress(index + 1)
         if not rows:
             raise DataError(f"nothing to predict in {len(records)} records")
         file.flush()
-        ids = np.memmap(file, dtype=np.int32, mode="r")
-    table = np.frombuffer(rows, dtype=np.int64).reshape(-1, 4)
+        mapped = np.memmap(file, dtype=np.int32, mode="r")
+    table = np.frombuffer(rows, dtype=np.int64).reshape(-1, 3)
     told_by = tokenizer_fingerprint(tokenizer)
-    return Tokens(records, ids, table, truncated, dropped, skipped, told_by)
+    return Tokens(records, mapped, table, truncated, dropped, skipped, told_by)
 
 
 def _bos(tokenizer: Callable[..., Any]) -> array:
@@ -135,12 +140,12 @@ def _bos(tokenizer: Callable[..., Any]) -> array:
     return array("i", (i for i in first if i == getattr(tokenizer, "bos_token_id", None)))
 
 
-def _together(records: Indexable) -> Iterator[list[dict[str, str]]]:
+def _together(records: Indexable) -> Iterator[list[dict[str, Any]]]:
     """Records, checked, as many as are tokenised at once."""
     group, size = [], 0
     for index in range(len(records)):
         value = records[index]
-        group.append(checked(value, _source(value, index)))
+        group.append(Columns().record(value, _source(value, index)))
         size += sum(map(len, group[-1].values()))
         if len(group) == TOKENIZED_AT_ONCE or size > PIECE:
             yield group
@@ -150,35 +155,49 @@ def _together(records: Indexable) -> Iterator[list[dict[str, str]]]:
 
 
 def _encoded(
-    records: Indexable, tokenizer: Callable[..., Any]
-) -> Iterator[tuple[dict[str, str], array, array]]:
-    """(record, prompt's tokens, text's tokens); many at once, tokenizers run in parallel.
+    records: Indexable, tokenizer: Callable[..., Any], last_turn: bool
+) -> Iterator[tuple[dict[str, Any], array]]:
+    """(record, its ids, ~id without a label); many at once, tokenizers run in parallel."""
+    for batch in _together(records):
+        texts = [record for record in batch if not is_conversation(record)]
+        found = _texts(texts, tokenizer) if texts else iter(())
+        for record in batch:
+            talk = is_conversation(record)
+            yield record, encode(tokenizer, record, last_turn) if talk else next(found)
+
+
+def _texts(batch: list[dict[str, str]], tokenizer: Callable[..., Any]) -> Iterator[array]:
+    """Ids of texts, and of completions after their prompts.
 
     A prompt and its completion are one text to the tokenizer. A token that holds characters of
     both counts as the completion's: it is measured.
     """
     fast = getattr(tokenizer, "is_fast", False)
-    for batch in _together(records):
-        prompts = [record.get("prompt", "") for record in batch]
-        texts = [record.get("text", p + record.get("completion", "")) for p, record in
-                 zip(prompts, batch, strict=True)]  # fmt: skip
-        asked = any(prompts)
-        found = encoded(tokenizer, texts, ends=asked and fast)
-        if not asked:
-            borders = [0] * len(batch)
-        elif fast:
-            borders = [
-                sum(end <= len(p) for end in x.ends) for x, p in zip(found, prompts, strict=True)
-            ]
+    prompts = [record.get("prompt", "") for record in batch]
+    texts = [record.get("text", p + record.get("completion", "")) for p, record in
+             zip(prompts, batch, strict=True)]  # fmt: skip
+    asked = any(prompts)
+    found = encoded(tokenizer, texts, ends=asked and fast)
+    if not asked:
+        borders = [0] * len(batch)
+    elif fast:
+        borders = [
+            sum(end <= len(p) for end in x.ends) for x, p in zip(found, prompts, strict=True)
+        ]
+    else:
+        alone = encoded(tokenizer, prompts)
+        borders = [_common(p.ids, x.ids) for p, x in zip(alone, found, strict=True)]
+    for record, prompt, one, border in zip(batch, prompts, found, borders, strict=True):
+        if prompt and not border and fast:
+            # One token holds all of the prompt: nothing would be left to predict it from.
+            yield _silent(encoded(tokenizer, [prompt])[0].ids) + _continued(record, tokenizer)
         else:
-            alone = encoded(tokenizer, prompts)
-            borders = [_common(p.ids, x.ids) for p, x in zip(alone, found, strict=True)]
-        for record, prompt, one, border in zip(batch, prompts, found, borders, strict=True):
-            if prompt and not border and fast:
-                # One token holds all of the prompt: nothing would be left to predict it from.
-                yield record, encoded(tokenizer, [prompt])[0].ids, _continued(record, tokenizer)
-            else:
-                yield record, one.ids[:border], one.ids[border:]
+            yield _silent(one.ids[:border]) + one.ids[border:]
+
+
+def _silent(ids: array) -> array:
+    """Ids without labels."""
+    return array("i", (~i for i in ids))
 
 
 def _continued(record: dict[str, str], tokenizer: Callable[..., Any]) -> array:
@@ -199,26 +218,32 @@ def _source(record: Any, index: int) -> str:
     return f"record {index}" if source is None else str(source)
 
 
-def _cut(bos: array, prompt: array, text: array, context: int, chunk: bool) -> list[array]:
-    """bos + prompt + text, at most `context` tokens of it, or all in chunks of at most that."""
-    step = context - len(bos) if chunk else max(1, len(text))
-    whole = bos + prompt
-    return [(whole + text[i : i + step])[:context] for i in range(0, len(text), step)]
+def _cut(bos: array, ids: array, context: int, chunk: bool) -> list[array]:
+    """bos + ids, at most `context` tokens of it, or all in chunks of at most that."""
+    step = context - len(bos)
+    stop = len(ids) if chunk else min(len(ids), step)
+    return [bos + ids[i : min(i + step, stop)] for i in range(0, stop, step)]
 
 
-def _nothing(record: dict[str, str], prompt: array, text: array, context: int) -> str:
+def _nothing(record: dict[str, Any], ids: array, context: int) -> str:
+    """Why a record has nothing to predict."""
+    if is_conversation(record):
+        return (
+            f"{record['source']}: nothing to predict: the assistant says nothing in the first "
+            f"{context} tokens of {len(ids)}"
+        )
+    silent = sum(i < 0 for i in ids)
     name = "completion" if "prompt" in record else "text"
-    before = f" after {len(prompt)} of its prompt, the context is {context}" if prompt else ""
-    return f"{record['source']}: nothing to predict: its {name} has {len(text)} tokens{before}"
+    told = f"its {name} has {len(ids) - silent} tokens"
+    before = f" after {silent} of its prompt, the context is {context}" if silent else ""
+    return f"{record['source']}: nothing to predict: {told}{before}"
 
 
 def read_queries(path: str | Path, tokenizer: Callable[..., Any], context: int) -> Tokens:
-    """The queries of a file (JSON lines, parquet), each with `prompt` and `completion`.
+    """The queries of a file (JSON lines, parquet): `prompt` and `completion`, or `messages`.
 
-    Labels are -100 on the prompt. One longer than the context, or whose completion has no tokens,
-    is refused: DataError names file and line.
+    Labels are -100 on the prompt, and on all but what the assistant says last. One longer than the
+    context, or whose completion has no tokens, is refused: DataError names file and line.
     """
-    records = read(path, field=None)
-    for i in range(len(records)):  # a .txt has records, but no queries
-        checked(records[i], records[i]["source"], None)
-    return tokenize(records, tokenizer, context, on_long="refuse", on_empty="refuse")
+    records = read_columns(path, "file", Columns(texts=False))
+    return tokenize(records, tokenizer, context, on_long="refuse", last_turn=True)

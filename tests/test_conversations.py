@@ -1,0 +1,212 @@
+"""Conversations as a model sees them: the chat template's text, labels on the assistant's words."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from test_data import bpe, jsonl
+from transformers import PreTrainedTokenizerFast
+
+from ekfac_fast.data import Tokens, read, read_queries, tokenize
+from ekfac_fast.errors import ArgumentError, DataError
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TAGGED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}"
+    "{% endgeneration %}{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# As Mistral's: a BOS token of its own, the system's words in the first question, turns alternate.
+MISTRAL = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] "
+    "%}{% set messages = messages[1:] %}{% endif %}{% for m in messages %}"
+    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% if m['role'] == 'user' %}"
+    "{{ '[INST] ' + (system + '\n\n' if loop.first and system is defined else '') + m['content'] + "
+    "'[/INST]' }}{% else %}{{ ' ' + m['content'] + '</s>' }}{% endif %}{% endfor %}"
+)
+# As Qwen3's: only a last turn shows that there was room to think.
+THINKING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if loop.last and m['role'] == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What jumps over the lazy dog?"},
+    {"role": "assistant", "content": "The quick brown fox. "},
+    {"role": "user", "content": "And what is used by with?"},
+    {"role": "assistant", "content": "A context manager."},
+]
+
+
+def speaking(template: str | None, bos: bool = False) -> PreTrainedTokenizerFast:
+    tokenizer = bpe(bos)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def labelled(tokenizer: PreTrainedTokenizerFast, tokens: Tokens, index: int = 0) -> list[str]:
+    """What has labels, one string for each run of tokens."""
+    runs, open_ = [], False
+    for i, label in zip(tokens[index]["input_ids"], tokens[index]["labels"], strict=True):
+        if label >= 0:
+            assert label == i
+            runs[len(runs) - open_ :] = [[*runs[-1], i] if open_ else [i]]
+        open_ = bool(label >= 0)
+    return [tokenizer.decode(run) for run in runs]
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (CHATML, ["The quick brown fox. <|im_end|>", "A context manager.<|im_end|>"]),
+        (TAGGED, ["The quick brown fox. <|im_end|>", "A context manager.<|im_end|>"]),
+        (MISTRAL, [" The quick brown fox. </s>", " A context manager.</s>"]),
+    ],
+)
+def test_what_the_assistant_says_has_labels(template: str, said: list[str]) -> None:
+    tokenizer = speaking(template, bos=True)
+    tokens = tokenize([{"messages": TALK}], tokenizer, 512)
+    expected = tokenizer.apply_chat_template(TALK, return_dict=True)["input_ids"]
+    assert tokens[0]["input_ids"].tolist() == expected  # no BOS but the template's own
+    assert labelled(tokenizer, tokens) == said
+    asked = tokenize([{"messages": TALK}], tokenizer, 512, last_turn=True)
+    assert asked[0]["input_ids"].tolist() == expected
+    assert labelled(tokenizer, asked) == said[1:]
+    pair = {"prompt": TALK[:4], "completion": TALK[4:]}
+    both = tokenize([pair], tokenizer, 512)
+    assert both[0]["labels"].tolist() == asked[0]["labels"].tolist()
+
+
+def test_a_template_that_renders_turns_by_their_place_needs_tags() -> None:
+    tokenizer = speaking(THINKING)
+    asked = tokenize([{"messages": TALK}], tokenizer, 512, last_turn=True)
+    assert labelled(tokenizer, asked) == ["<think>\n\n</think>\n\nA context manager.<|im_end|>"]
+    with pytest.raises(DataError, match=r"record 0: .* renders turn 3 otherwise .*\{% generation"):
+        tokenize([{"messages": TALK}], tokenizer, 512)
+
+
+def test_a_template_sees_the_tools() -> None:
+    tools = [{"type": "function", "function": {"name": "clock", "parameters": {}}}]
+    listed = "{% for t in tools or [] %}{{ t.function.name + '\n' }}{% endfor %}"
+    tokenizer = speaking(listed + CHATML)
+    calls = [{"type": "function", "function": {"name": "clock", "arguments": {}}}]
+    turns = [*TALK[:2], {"role": "assistant", "content": "", "tool_calls": calls}]
+    record = {"messages": turns, "tools": tools}
+    tokens = tokenize([record], tokenizer, 512)
+    assert tokenizer.decode(tokens[0]["input_ids"]).startswith("clock\n<|im_start|>system")
+    assert labelled(tokenizer, tokens) == ["<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("record", "template", "message"),
+    [
+        ({"messages": TALK}, None, "the tokenizer has no chat template; give one"),
+        ({"messages": []}, CHATML, "'messages' is not a list of messages"),
+        ({"messages": "What?"}, CHATML, "'messages' is not a list of messages"),
+        ({"messages": [*TALK, "x"]}, CHATML, "turn 6 of messages is a str, not a message"),
+        ({"messages": [{"content": "x"}]}, CHATML, "turn 1 of messages has no 'role'"),
+        ({"messages": [{"role": "user"}]}, CHATML, "turn 1 of messages has no 'content'"),
+        (
+            {"messages": [{"role": "user", "content": 3}]},
+            CHATML,
+            "'turn 1 of messages, content' is a int, not a string",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"text": "\ud83d"}]}]},
+            CHATML,
+            "'turn 1 of messages' holds half of a character",
+        ),
+        ({"messages": TALK[:2]}, CHATML, "the assistant says nothing in the first 512 tokens of"),
+        ({"messages": TALK[1:2] * 2}, MISTRAL, "cannot render it .*roles must alternate"),
+        ({"messages": TALK[2:3]}, CHATML, "cannot render it .*empty conversation"),
+        ({"messages": TALK, "tools": "clock"}, CHATML, "'tools' is not a list of objects"),
+        ({"prompt": TALK[:2], "completion": "A fox."}, CHATML, "'completion' is not a list of"),
+    ],
+)
+def test_what_is_no_conversation_is_named(record, template, message: str) -> None:
+    with pytest.raises((DataError, ArgumentError), match=f"record 0: .*{message}"):
+        tokenize([record], speaking(template), 512)
+
+
+def test_a_query_ends_with_the_assistant(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "q.jsonl", json.dumps({"messages": TALK, "name": "with"}))
+    tokenizer = speaking(CHATML)
+    tokens = read_queries(path, tokenizer, 512)
+    assert labelled(tokenizer, tokens) == ["A context manager.<|im_end|>"]
+    assert tokens.records[0]["name"] == "with"
+    jsonl(path, json.dumps({"messages": TALK[:4]}))
+    with pytest.raises(DataError, match=r"q\.jsonl, line 1: a query ends with what .* of 'user'"):
+        read_queries(path, tokenizer, 512)
+
+
+def test_a_long_conversation_loses_its_end() -> None:
+    tokenizer = speaking(CHATML)
+    whole = tokenize([{"messages": TALK}], tokenizer, 512)[0]
+    first = int((whole["labels"] >= 0).nonzero()[0])
+    tokens = tokenize([{"messages": TALK}], tokenizer, first + 3)
+    assert (len(tokens), tokens.truncated) == (1, 1)
+    assert tokens.dropped == len(whole["labels"]) - first - 3
+    assert tokens[0]["labels"].equal(whole["labels"][: first + 3])
+    skipped = tokenize([{"messages": TALK}, {"text": "The fox"}], tokenizer, first, on_empty="skip")
+    assert (len(skipped), skipped.skipped) == (1, 1)
+    with pytest.raises(DataError, match=f"{len(whole['labels'])} tokens, but the context is 32"):
+        tokenize([{"messages": TALK}], tokenizer, 32, on_long="refuse")
+
+
+def test_conversations_of_files(tmp_path: Path) -> None:
+    """JSON lines of three kinds, and parquet, in the order in which they stand."""
+    tokenizer = speaking(CHATML)
+    shared = [
+        {"from": {"user": "human", "assistant": "gpt"}.get(t["role"], t["role"]),
+         "value": t["content"]} for t in TALK
+    ]  # fmt: skip
+    path = jsonl(
+        tmp_path / "a.jsonl",
+        json.dumps({"messages": TALK}),
+        json.dumps({"text": "The quick fox"}),
+        json.dumps({"conversations": shared}),
+    )
+    tokens = tokenize(read(path), tokenizer, 512)
+    assert tokens[0]["labels"].equal(tokens[2]["labels"])
+    assert tokenizer.decode(tokens[1]["input_ids"]) == "The quick fox"
+    pa.parquet.write_table(
+        pa.table({"n": [1, 2], "messages": [TALK, TALK[:3]], "name": ["a", "b"]}),
+        tmp_path / "b.parquet",
+    )
+    records = read(tmp_path / "b.parquet")
+    assert records[1] == {
+        "messages": TALK[:3], "name": "b", "source": f"{tmp_path / 'b.parquet'}, row 2"
+    }  # fmt: skip
+    assert tokenize(records, tokenizer, 512)[0]["labels"].equal(tokens[0]["labels"])
+
+
+def test_fields_of_instructions(tmp_path: Path) -> None:
+    path = jsonl(
+        tmp_path / "alpaca.jsonl",
+        json.dumps({"instruction": "Name it.", "input": "The lazy", "output": "dog"}),
+        json.dumps({"instruction": "Jump.", "input": "", "output": "fox"}),
+        json.dumps({"instruction": "Jump.", "input": None, "output": "fox"}),
+    )
+    plain = read(path, fields={"prompt": "instruction+input", "completion": "output"})
+    assert [r["prompt"] for r in plain] == ["Name it.\n\nThe lazy", "Jump.", "Jump."]
+    assert [r["completion"] for r in plain] == ["dog", "fox", "fox"]
+    assert read(path, fields={"text": "output"})[1]["text"] == "fox"
+    talk = read(path, fields={"user": "instruction+input", "assistant": "output"})
+    turns = [{"role": "user", "content": "Jump."}, {"role": "assistant", "content": "fox"}]
+    assert talk[1]["messages"] == turns
+    tokenizer = speaking(CHATML)
+    assert labelled(tokenizer, tokenize(talk, tokenizer, 512), 1) == ["fox<|im_end|>"]
+    with pytest.raises(DataError, match="line 1: needs 'question', 'output'; it has 'instr"):
+        read(path, fields={"prompt": "question", "completion": "output"})[0]
+    for wrong in ({"prompt": "instruction"}, {"body": "x"}, {"text": ""}, {}, "text=output"):
+        with pytest.raises(ArgumentError, match=r"fields is .*, expected a mapping of 'text'"):
+            read(path, fields=wrong)
