@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from test_data import TEXT, bpe, jsonl
+from torch.utils.data import Subset
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from ekfac_fast import fit, prepare_queries, score, self_scores
 from ekfac_fast.data import read, read_queries, tokenize
 from ekfac_fast.data.encoding import tokenizer_fingerprint
+from ekfac_fast.data.examples import example
 from ekfac_fast.errors import ArgumentError, DataError, StoreError
 from ekfac_fast.report.collect import check_together
 
@@ -64,6 +66,8 @@ def test_another_tokenizer_is_refused_by_every_step(tmp_path: Path) -> None:
         lambda: prepare_queries(net, factors, queries[1], rank=2),
         lambda: score(net, prepared, corpus[1], out=tmp_path / "s"),
         lambda: self_scores(net, factors, corpus[1], out=tmp_path / "s"),
+        lambda: score(net, prepared, Subset(corpus[1], [3, 1]), out=tmp_path / "s"),
+        lambda: prepare_queries(net, factors, queries[0], rank=2, refine="cg:1", dataset=corpus[1]),
     ):
         with pytest.raises(ArgumentError, match=r"on a tokenizer of fingerprint \w+, this one's"):
             step()
@@ -74,6 +78,13 @@ def test_another_tokenizer_is_refused_by_every_step(tmp_path: Path) -> None:
     for tokenizer, data in ((other(), corpus[0]), (other(), corpus[1]), (bpe(bos=True), corpus[0])):
         with pytest.raises(StoreError, match=r"^the tokenizer: not what was scored"):
             check_together(scores, factors, prepared, data, tokenizer)
+
+
+def test_a_subset_knows_where_its_examples_are_from(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "c.jsonl", '{"text": "aa"}', '{"text": "The quick brown fox"}')
+    part = Subset(Subset(tokenize(read(path), bpe(), 16), [1, 0]), [0])
+    with pytest.raises(DataError, match=r"example 0 \(.*c\.jsonl, line 2\): token id \d+ at"):
+        example(part, 0, vocab_size=3)
 
 
 def test_an_id_that_the_model_does_not_have_is_named_by_file_and_line(tmp_path: Path) -> None:

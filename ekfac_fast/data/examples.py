@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Subset
 
 from ..checks import shown
 from ..errors import DataError
@@ -112,8 +113,19 @@ def example(
 
 def named(dataset: Indexable, index: int) -> str:
     """An example in a message: by file and line where its data set knows them."""
-    source = getattr(dataset, "source", None)
-    return f"example {index}" + (f" ({source(index)})" if callable(source) else "")
+    held: Any = dataset
+    tell, at = getattr(held, "source", None), index
+    while not callable(tell) and isinstance(held, Subset):
+        at, held = int(held.indices[at]), held.dataset
+        tell = getattr(held, "source", None)
+    return f"example {index}" + (f" ({tell(at)})" if callable(tell) else "")
+
+
+def tokenized_by(dataset: Any) -> str | None:
+    """The fingerprint of the tokenizer that a data set is from, where that is known."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return getattr(dataset, "tokenizer_fingerprint", None)
 
 
 def _is_sequence(name: str, value: Any, where: str) -> bool:

@@ -12,7 +12,7 @@ from ..checks import Whole, check_json, choice, instance, path, whole
 from ..curvature.basis import Eigenvectors
 from ..curvature.query_gradients import Dense, LowRank, QueryGradients
 from ..data.choices import OnLongExample
-from ..data.examples import Indexable
+from ..data.examples import Indexable, tokenized_by
 from ..errors import ArgumentError, DataError, StoreError
 from ..model.layers import Layer
 from ..store.files import load_json, load_tensors, save_json, save_tensors
@@ -218,6 +218,8 @@ def prepare_queries(
             model, factors, layers, job.dampings, dataset, refine, refine_examples, refine_seed,
             arguments,
         )  # fmt: skip
+        same = {"model": facts["model"], "tokenizer": tokenized_by(dataset)}
+        factors.check_run(same, "prepare_queries, the data to refine on")
         facts["refine"] = job.refining.facts
     if out is None:
         return job.prepared(run.batches.divided(), facts, lambda _: _Held(), None)

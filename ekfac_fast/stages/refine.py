@@ -28,7 +28,7 @@ from ..curvature.solvers import (
     difference,
     dot,
 )
-from ..data.examples import Indexable
+from ..data.examples import Indexable, tokenized_by
 from ..errors import ArgumentError, Notice
 from ..model.alone import alone
 from ..model.layers import Layer
@@ -110,6 +110,7 @@ class Sample:
 
     def __init__(self, dataset: Indexable, indices: Sequence[int]) -> None:
         self.dataset, self.indices = dataset, indices
+        self.tokenizer_fingerprint = tokenized_by(dataset)
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..checks import instance, require, told
 from ..data.batches import Batches, collate
 from ..data.choices import OnLongExample
-from ..data.examples import Indexable
+from ..data.examples import Indexable, tokenized_by
 from ..errors import ArgumentError, DataError, NotFiniteError
 from ..model.alone import alone
 from ..model.capture import Capture, LayerBatch
@@ -183,7 +183,7 @@ class Run:
         return {
             "model": self.fingerprint,
             "data": self.batches.fingerprint(),
-            "tokenizer": getattr(self.batches.dataset, "tokenizer_fingerprint", None),
+            "tokenizer": tokenized_by(self.batches.dataset),
             "examples": self.batches.size,
             "task": type(self.task).__qualname__,
             "task_state": task_state(self.task),
