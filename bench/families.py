@@ -36,6 +36,7 @@ from ekfac_fast.stages.scan import score
 from ekfac_fast.store.files import load_tensors
 from pages.family_table import outcome, write
 from ways import family_models
+from ways.expert_products import Slices, own
 
 # Norms and softmaxes compute in fp32 in most classes, whatever the model is.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
@@ -72,9 +73,7 @@ def alone(example: dict, draw: int = EIGENVALUE_DRAW) -> dict[str, Any]:
 
 def gradients(model: nn.Module, layers: Sequence[Layer], loss: Tensor) -> dict[str, Tensor]:
     """[O,J] of every layer, by autograd on the parameters themselves."""
-    owned = {
-        x.name: [p for p in model.get_submodule(x.name).parameters(recurse=False)] for x in layers
-    }
+    owned = {x.name: own(model, x) for x in layers}
     unique = list({id(p): p for own in owned.values() for p in own}.values())
     found = torch.autograd.grad(loss, unique, allow_unused=True)
     by_id = {
@@ -83,7 +82,11 @@ def gradients(model: nn.Module, layers: Sequence[Layer], loss: Tensor) -> dict[s
     result = {}
     for x in layers:
         weight, *bias = (by_id[id(p)] for p in owned[x.name])
-        weight = weight if isinstance(model.get_submodule(x.name), nn.Linear) else weight.T
+        if x.expert is not None:
+            weight, *bias = (g[x.expert] for g in (weight, *bias))
+            weight = weight if weight.shape == (x.O, x.I) else weight.T
+        elif not isinstance(model.get_submodule(x.name), nn.Linear):
+            weight = weight.T
         result[x.name] = torch.cat([weight, *(b.unsqueeze(1) for b in bias)], 1)
     return result
 
@@ -91,7 +94,9 @@ def gradients(model: nn.Module, layers: Sequence[Layer], loss: Tensor) -> dict[s
 def moments(
     model: nn.Module, layers: Sequence[Layer], loss: Callable[[], Tensor]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """sum a a^T and sum g g^T of every layer in one sequence, by plain hooks."""
+    """sum a a^T and sum g g^T of every layer in one sequence, by plain hooks; of experts, by the
+    products of the model's own code.
+    """
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {x.name: [] for x in layers}
 
     def hook_of(name: str) -> Callable:
@@ -107,9 +112,11 @@ def moments(
     handles = [
         model.get_submodule(name).register_forward_hook(hook_of(x.name), with_kwargs=True)
         for x in layers
+        if x.expert is None
         for name in (x.name, *x.also)
     ]
-    value = loss()
+    with Slices(model, [x for x in layers if x.expert is not None], seen):
+        value = loss()
     for handle in handles:
         handle.remove()
     outputs = [output for uses in seen.values() for _, output in uses]
@@ -165,6 +172,7 @@ def errors(
         ]
 
     model.requires_grad_(True)  # what is frozen has a gradient as well
+    every, layers = layers, [x for x in layers if x.name in factors]
 
     def ekfac(loss_of: Callable[[dict], Tensor], batches: list[dict]) -> list[dict[str, Tensor]]:
         """Per-sample gradients in the eigenbasis."""
@@ -177,11 +185,15 @@ def errors(
     sums = [
         moments(
             model,
-            layers,
+            every,
             lambda e=e: task.compute_train_loss(alone(e, COVARIANCE_DRAW), model, sample=True),
         )
         for e in data
     ]
+    # Experts are left out where no token comes, and nowhere else.
+    for x in every:
+        if x.name not in factors and any(isinstance(one[x.name][0], Tensor) for one in sums):
+            raise AssertionError(f"{x.name} has been left out")
     sampled = ekfac(lambda b: task.compute_train_loss(b, model, sample=True), [*map(alone, data)])
     train = ekfac(lambda b: task.compute_train_loss(b, model), [*map(alone, data)])
     asked_for = ekfac(lambda b: task.compute_measurement(b, model), [*map(alone, asked)])
@@ -223,7 +235,7 @@ def attempt(
     while True:
         try:
             layers = select_layers(model, wanted, shared=row["shared"])
-            sizes = [sum(p.numel() for p in own(model, x.name)) for x in layers]
+            sizes = [x.O * x.J for x in layers]
             row |= {
                 "layers": len(layers),
                 "kinds": sorted({kind(x.name) for x in layers}),
@@ -253,11 +265,6 @@ def attempt(
 def kind(name: str) -> str:
     """A layer's name without its numbers."""
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
-
-
-def own(model: nn.Module, name: str) -> list[nn.Parameter]:
-    """Parameters of one layer."""
-    return list(model.get_submodule(name).parameters(recurse=False))
 
 
 def place(error: BaseException) -> str:

@@ -67,10 +67,23 @@ def batch_of(examples, draw=0):
 
 def weight_gradient(model, name, loss):
     """[O,J] by autograd on the parameters themselves: no hook of ours."""
+    if name not in dict(model.named_modules()):
+        return _expert_gradient(model, name, loss)
     module = model.get_submodule(name)
     parameters = [p for p in (module.weight, module.bias) if p is not None]
     weight, *bias = torch.autograd.grad(loss, parameters, retain_graph=True)
     weight = weight if isinstance(module, nn.Linear) else weight.T
+    return torch.cat([weight, *(b.unsqueeze(1) for b in bias)], 1)
+
+
+def _expert_gradient(model, name, loss):
+    """Of one slice of parameters [E,O,I] or [E,I,O] and [E,O]."""
+    parameter, e = name.rsplit(".", 1)
+    held = dict(model.named_parameters())
+    parameters = [held[n] for n in (parameter, f"{parameter}_bias") if n in held]
+    weight, *bias = (g[int(e)] for g in torch.autograd.grad(loss, parameters, retain_graph=True))
+    # GPT-OSS keeps its experts transposed, with biases.
+    weight = weight.T if bias else weight
     return torch.cat([weight, *(b.unsqueeze(1) for b in bias)], 1)
 
 

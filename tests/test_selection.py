@@ -31,19 +31,24 @@ def test_a_layer_of_that_name_comes_before_a_keyword():
 
 
 @pytest.mark.parametrize(
-    "model",
+    ("model", "count"),
     [
-        lambda: T.PhimoeForCausalLM(T.PhimoeConfig(**SMALL, **TEXT, num_local_experts=4)),
-        lambda: T.Qwen2MoeForCausalLM(
-            T.Qwen2MoeConfig(**SMALL, **TEXT, num_experts=4, moe_intermediate_size=24,
-                             shared_expert_intermediate_size=24)
+        (lambda: T.PhimoeForCausalLM(T.PhimoeConfig(**SMALL, **TEXT, num_local_experts=4)), 8),
+        (
+            lambda: T.Qwen2MoeForCausalLM(
+                T.Qwen2MoeConfig(**SMALL, **TEXT, num_experts=4, moe_intermediate_size=24,
+                                 shared_expert_intermediate_size=24)
+            ),
+            8 + 3,
         ),
     ],
 )  # fmt: skip
-def test_routers_and_shared_experts_are_no_default(model):
+def test_routed_and_shared_experts_are_the_default_without_routers(model, count):
     model = model()
-    with pytest.raises(ArgumentError, match=r"experts in one tensor .*there is no default"):
-        select_layers(model)
+    default = names(model)
+    assert len(default) == count
+    assert all("expert" in name for name in default)
+    assert not any("gate" in name.split(".")[-2:] for name in default)
     assert names(model, "*.self_attn.?_proj") == [
         f"model.layers.0.self_attn.{x}_proj" for x in "qkvo"
     ]

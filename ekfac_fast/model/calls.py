@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from .experts import Routing
 from .layers import Layer, is_plain, is_product
 from .rows import Grid
 
@@ -24,6 +25,9 @@ class Calls:
         self._looked_at: set[nn.Module] = set()
         self.inputs: dict[str, list[Tensor]] = {}
         self.gradients: dict[str, dict[int, Tensor]] = {}
+        # Calls of modules of experts, and for each use of an expert its call.
+        self.routes: dict[str, list[Routing]] = {}
+        self.routed: dict[str, list[Routing]] = {}
         self.without_grad: set[str] = set()
         # Layers to be run again, in a graph that starts with their input.
         self.unstarted: set[str] = set()
@@ -118,8 +122,10 @@ class Calls:
         self.consumed.clear()
         self.gradients.clear()
         for name in self._late:
-            for seen in (self.inputs, self._products, self._shared):
+            for seen in (self.inputs, self._products, self._shared, self.routed):
                 seen.pop(name, None)
+        for module in {name.rsplit(".", 2)[0] for name in self._late} & self.routes.keys():
+            del self.routes[module]
         self._groups = None
         self._first = {k: name for k, name in self._first.items() if name not in self._late}
 
@@ -152,3 +158,26 @@ def read_by(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Ten
     if module.padding_idx is not None:
         rows[..., module.padding_idx] = 0
     return rows.detach()
+
+
+def inputs_of(model: nn.Module, names: list[str], run: Callable[[], Any]) -> dict[str, Tensor]:
+    """Inputs of the first use of modules in a forward pass."""
+    found: dict[str, Tensor] = {}
+
+    def hook_of(name: str) -> Callable:
+        def hook(_: nn.Module, args: tuple, kwargs: dict, __: Any) -> None:
+            found.setdefault(name, given(args, kwargs).detach().clone())
+
+        return hook
+
+    handles = [
+        model.get_submodule(name).register_forward_hook(hook_of(name), with_kwargs=True)
+        for name in names
+    ]
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

@@ -7,16 +7,19 @@ computed, and nothing below the first tracked layer is differentiated.
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError, Notice
+from . import experts
 from .alone import alone, gradients_on
-from .calls import Calls, given, read_by
+from .calls import Calls, inputs_of, read_by
+from .graph import backward, copied, reshaped, started
 from .layers import Layer
 from .outputs import product_among, tensors_of
 from .rows import Grid, Layout, Rows, probed, trusted
@@ -67,6 +70,12 @@ class Capture:
         self._layouts: dict[str, Layout] = {}
         self._from_inputs = False
         self._started_at: set[str] = set()
+        self._experts: dict[str, dict[tuple[str, int], Layer]] = {}
+        for layer in layers:
+            if layer.expert is not None:
+                key = layer.name.rsplit(".", 2)[1], layer.expert
+                self._experts.setdefault(layer.module, {})[key] = layer
+        self._verified: set[str] = set()
         self._places: dict[str, int] = {}
         self._anchor = torch.zeros((), requires_grad=True)
 
@@ -92,7 +101,7 @@ class Capture:
             with self._hooked(calls):
                 for number, one in enumerate(value.reshape(-1).unbind()):
                     calls.begin(number)
-                    _backward(one, retain_graph=not calls.last)
+                    backward(one, retain_graph=not calls.last)
                     calls.settle()
                     for name in self.layers:
                         self._complete(calls, name)
@@ -109,6 +118,7 @@ class Capture:
             calls.settle()
             changed = calls.changed_in_place() - self._copied
             silent = self.layers.keys() - calls.inputs.keys()
+            silent -= {n for n in silent if self.layers[n].module in calls.routes}
             if silent and silent <= calls.without_grad and not self._from_inputs:
                 # Run without grad by the model itself, to be run again in the backward pass
                 # (reentrant checkpoints), which starts only where an input requires grad.
@@ -143,15 +153,20 @@ class Capture:
         if grid is None or grid.sequences == 1:
             return
         unknown: dict[str, list[int]] = {}
-        for name in self.layers.keys() - calls.inputs.keys() - self._layouts.keys():
+        late = {name for name, x in self.layers.items() if x.expert is None} - calls.inputs.keys()
+        for name in late - self._layouts.keys():
             unknown[name] = []  # to run in the backward pass only: nothing is known of it
-        for name, uses in calls.inputs.items():
-            leading = tuple(uses[0].shape[:-1])
+        shapes = {name: uses[0].shape for name, uses in calls.inputs.items()}
+        shapes = {name: x for name, x in shapes.items() if self.layers[name].expert is None}
+        # Of experts it is the rows that they share out.
+        shapes |= {name: routes[0].shape for name, routes in calls.routes.items()}
+        for name, size in shapes.items():
+            leading = tuple(size[:-1])
             if name in self._layouts and self._layouts[name].fits(leading, grid.sequences):
                 continue
             known = trusted(leading, grid)
             if known is None:
-                unknown[name] = list(uses[0].shape)
+                unknown[name] = list(size)
             else:
                 self._layouts[name] = known
         if not unknown:
@@ -162,31 +177,9 @@ class Capture:
                 f"layer {first}: its input is {shape} for {grid.sequences} sequences of "
                 f"{grid.positions} positions; which rows belong to which sequence cannot be told"
             )
-        one, other = (self._inputs(list(unknown), run) for run in self._swap())
+        one, other = (inputs_of(self.model, list(unknown), run) for run in self._swap())
         for name, shape in unknown.items():
             self._layouts[name] = probed(name, one.get(name), other.get(name), shape)
-
-    def _inputs(self, names: list[str], run: Callable[[], Any]) -> dict[str, Tensor]:
-        """Inputs of the first use of layers in a forward pass."""
-        found: dict[str, Tensor] = {}
-
-        def hook_of(name: str) -> Callable:
-            def hook(_: nn.Module, args: tuple, kwargs: dict, __: Any) -> None:
-                found.setdefault(name, given(args, kwargs).detach().clone())
-
-            return hook
-
-        handles = [
-            self.model.get_submodule(name).register_forward_hook(hook_of(name), with_kwargs=True)
-            for name in names
-        ]
-        try:
-            with torch.no_grad():
-                run()
-        finally:
-            for handle in handles:
-                handle.remove()
-        return found
 
     @contextmanager
     def _hooked(self, calls: "Calls") -> Iterator[None]:
@@ -199,13 +192,15 @@ class Capture:
             return hook
 
         def start(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            return tuple(map(self._started, args)), {k: self._started(v) for k, v in kwargs.items()}
+            own = {k: started(v, self._anchor) for k, v in kwargs.items()}
+            return tuple(started(x, self._anchor) for x in args), own
 
         handles = [
             self.model.get_submodule(name).register_forward_hook(
                 forward_hook(layer), with_kwargs=True
             )
             for layer in self.layers.values()
+            if layer.expert is None
             for name in (layer.name, *layer.also)
         ]
         handles += [
@@ -216,21 +211,50 @@ class Capture:
         if self._from_inputs:
             handles.append(self.model.register_forward_pre_hook(start, with_kwargs=True))
             handles += [
-                module.register_forward_hook(lambda _, __, output: self._started(output))
+                module.register_forward_hook(lambda _, __, output: started(output, self._anchor))
                 for module in self.model.modules()
                 if isinstance(module, nn.Embedding)
             ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        with ExitStack() as replaced:
+            for name in self._experts:
+                module = self.model.get_submodule(name)
+                call = partial(self._routed, calls, name, module)
+                replaced.enter_context(experts.running(name, module, call))
+            try:
+                yield
+            finally:
+                for handle in handles:
+                    handle.remove()
 
-    def _started(self, x: Any) -> Any:
-        """`x`, or where it is a floating point tensor without grad, a copy that requires it."""
-        if not isinstance(x, Tensor) or not x.is_floating_point() or x.requires_grad:
-            return x
-        return _Start.apply(x, self._anchor)
+    def _routed(
+        self,
+        calls: "Calls",
+        name: str,
+        module: Any,
+        hidden: Tensor,
+        index: Tensor,
+        weights: Tensor,
+    ) -> Tensor:
+        """The forward pass of experts, with the tracked ones recorded."""
+        experts.check(name, module, hidden, index, weights)
+        routing = experts.Routing(hidden, index, module.num_experts)
+        if torch.is_grad_enabled() and not (calls.backward and name in calls.routes):
+            calls.routes.setdefault(name, []).append(routing)
+
+        def record(parameter: str, e: int, x: Tensor, y: Tensor) -> Tensor:
+            if (layer := self._experts[name].get((parameter, e))) is None:
+                return y
+            y = self._ran(calls, layer, module, x, y)
+            seen = calls.routed.setdefault(layer.name, [])
+            if len(calls.inputs.get(layer.name, ())) > len(seen):
+                seen.append(routing)
+            return y
+
+        out = experts.forward(module, record, hidden, routing, weights)
+        if name not in self._verified:
+            experts.verify(name, module, (hidden, index, weights), out)
+            self._verified.add(name)
+        return out
 
     def _ran(self, calls: "Calls", layer: Layer, module: nn.Module, x: Tensor, output: Any) -> Any:
         """The forward hook of a layer."""
@@ -249,17 +273,17 @@ class Capture:
             return output
         if calls.backward and name in calls.inputs and name not in calls.without_grad:
             # A checkpoint computes again what was seen: the same graph, and nothing else.
-            return output if output.requires_grad else _Start.apply(output, self._anchor)
-        calls.check(layer, module, x, output)
+            return started(output, self._anchor)
+        if layer.expert is None:
+            calls.check(layer, module, x, output)
         calls.saw(layer, module, x, output, copy=name in self._copied)
-        if not output.requires_grad:
-            # A copy, and no leaf: the model may go on to change it in place.
-            output = _Start.apply(output, self._anchor)
+        # A copy, and no leaf: the model may go on to change it in place.
+        output = started(output, self._anchor)
         use = len(calls.inputs[name]) - 1
         # A view that is changed in place leaves the graph with its hooks; its base does not.
         base = output._base if output._is_view() else output
-        if base is not output and not _reshaped(base, output):
-            base = output = _Copy.apply(output)
+        if base is not output and not reshaped(base, output):
+            base = output = copied(output)
         shape = output.shape
         base.register_hook(lambda g: self._arrived(calls, name, use, g.reshape(shape)))
         return output
@@ -281,6 +305,9 @@ class Capture:
                 )
             return
         layer, inputs = self.layers[name], calls.inputs.get(name)
+        if layer.expert is not None and layer.module in calls.routes:
+            self._complete_expert(calls, layer)
+            return
         if inputs is None:
             raise ModelError(
                 f"layer {name} runs where the model has switched gradients off; leave it out of "
@@ -319,6 +346,31 @@ class Capture:
         # Under autocast a layer multiplies its input in the dtype of its output.
         calls.consume(LayerBatch(layer, shared, readers, a.to(g.dtype), g, rows, calls.loss))
 
+    def _complete_expert(self, calls: "Calls", layer: Layer) -> None:
+        """Hand an expert to the consumer, its rows by sequence; without any, one row of zeros."""
+        name, module, e = layer.name, layer.module, layer.expert
+        assert e is not None
+        if calls.grid is None:
+            raise ModelError(
+                f"layer {name}: which tokens are of which sequence is known of language models "
+                "alone (examples with 'input_ids'); leave experts out of `layers`"
+            )
+        calls.consumed.add(name)
+        gradients, uses = calls.gradients.pop(name, {}), []
+        for use, routing in enumerate(calls.routed.get(name, [])):
+            x, zero = calls.inputs[name][use], calls.outputs(name)[use]
+            uses.append((routing, x, gradients.get(use, zero)))
+        if not uses:
+            first = calls.routes[module][0]
+            a, g = (first.like.new_zeros(0, F) for F in (layer.I, layer.O))
+            uses = [(first, a, g)]
+        a, g, places, positions = experts.by_sequence(
+            e, uses, lambda x: self._by_sequence(calls, x, 1, module)
+        )
+        rows = Rows(len(a), positions, before=calls.grid.before, places=places)
+        calls.release(name)
+        calls.consume(LayerBatch(layer, name, 1, a.to(g.dtype), g, rows, calls.loss))
+
     def _by_sequence(self, calls: "Calls", x: Tensor, features: int, name: str) -> Tensor:
         """[B,T,F] of a layer's input or gradient."""
         if x.ndim < 2 or x.shape[-1] != features:
@@ -337,48 +389,3 @@ class Capture:
                 f"of {grid.positions} positions; which rows belong to which sequence cannot be told"
             )
         return layout.by_sequence(x, grid.sequences)
-
-
-def _backward(value: Tensor, retain_graph: bool) -> None:
-    """A backward pass.
-
-    Raises:
-        ModelError: the model has one of its own, which asserts something else.
-    """
-    try:
-        value.backward(retain_graph=retain_graph)
-    except AssertionError as error:
-        raise ModelError(
-            f"the model's own backward pass does not run in evaluation mode: {error}"
-        ) from error
-
-
-def _reshaped(base: Tensor | None, view: Tensor) -> bool:
-    """Whether a view holds all of its base, in the same order, and has its gradient."""
-    if base is None or not base.requires_grad or base.numel() != view.numel():
-        return False
-    return base.is_contiguous() and view.is_contiguous()
-
-
-class _Copy(torch.autograd.Function):
-    """A copy, with a gradient of its own."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        return grad_outputs[0]
-
-
-class _Start(torch.autograd.Function):
-    """A copy that requires grad. (A view could not be changed in place by the model.)"""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[None, None]:
-        return None, None

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from ..checks import flag, instance, require
 from ..errors import ArgumentError, Notice
+from . import experts
 
 # A component of an MLP's name, below a numbered block: GPT-2, GPT-NeoX, Llama, Qwen, Mistral,
 # OLMo, Gemma say `mlp`; OPT and BERT have its matrices in the block itself, XLM a list of MLPs.
 MLP = re.compile(
     r"\.\d+\.(?:(?:.*\.)?(?:mlp|mlp_block|ffn|ff|feed_forward|feedforward)\."
-    r"|(?:fc[12]|(?:intermediate|output)\.dense)$)|\.(?:mlps|ffns)\.\d+\."
+    r"|(?:fc[12]|(?:intermediate|output)\.dense)$)|\.(?:mlps|ffns)\.\d+\.|\.shared_experts?\."
 )
 # What a default leaves out: choices between experts, and what text does not run through.
 ROUTER = re.compile(r"(?:^|\.)(?:gate|router|wg|shared_expert_gate|router\.\w+|gate\.\w+)$")
@@ -32,6 +33,7 @@ class Layer:
 
     `also`: further modules with the very same parameters, whose gradients are added to its own:
     linear layers, and embeddings, whose rows are those of W (a tied head).
+    `expert`: of routed experts, which one; its name is `<module>.<parameter>.<expert>`.
     """
 
     name: str
@@ -39,6 +41,12 @@ class Layer:
     O: int
     bias: bool
     also: tuple[str, ...] = ()
+    expert: int | None = None
+
+    @property
+    def module(self) -> str:
+        """The module that computes it."""
+        return self.name if self.expert is None else self.name.rsplit(".", 2)[0]
 
     @property
     def J(self) -> int:
@@ -47,7 +55,9 @@ class Layer:
 
 
 def linear_layers(model: nn.Module) -> dict[str, Layer]:
-    """Every layer that can be tracked: `nn.Linear` and Hugging Face's `Conv1D`, by name."""
+    """Every layer that can be tracked, by name: `nn.Linear`, Hugging Face's `Conv1D`, and each
+    matrix of routed experts.
+    """
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
@@ -57,6 +67,11 @@ def linear_layers(model: nn.Module) -> dict[str, Layer]:
         elif is_conv1d(module):
             I, O = module.weight.shape
             found[name] = Layer(name, I, O, module.bias is not None)
+        elif experts.is_experts(module):
+            for parameter, (I, O, bias) in experts.matrices(module).items():
+                for e in range(int(module.num_experts)):
+                    of = f"{name}.{parameter}.{e}"
+                    found[of] = Layer(of, I, O, bias, expert=e)
     return found
 
 
@@ -124,14 +139,19 @@ def _no_layer(pattern: str, names: list[str]) -> str:
 
 def _mlps(model: nn.Module, layers: dict[str, Layer]) -> set[str]:
     """The default: matrices of MLPs that train, without routers, and without towers of images."""
-    found = {name for name in layers if MLP.search(name) and not ROUTER.search(name)}
+    found = {
+        name
+        for name, layer in layers.items()
+        if layer.expert is not None or (MLP.search(name) and not ROUTER.search(name))
+    }
     found = {name for name in found if not TOWER.search(name)} or found
-    trained = {n for n in found if any(p.requires_grad for p in _own(model, n))}
+    trained = {n for n in found if any(p.requires_grad for p in _own(model, layers[n]))}
     found = trained or found
+    modules = {layer.module for layer in layers.values()}
     fused = [
         (n, p)
         for n, p in model.named_parameters()
-        if p.ndim > 1 and EXPERTS.search(n) and n.rpartition(".")[0] not in layers
+        if p.ndim > 1 and EXPERTS.search(n) and n.rpartition(".")[0] not in modules
     ]
     if fused:
         raise ArgumentError(
@@ -143,8 +163,12 @@ def _mlps(model: nn.Module, layers: dict[str, Layer]) -> set[str]:
     return found
 
 
-def _own(model: nn.Module, name: str) -> list[nn.Parameter]:
-    return list(model.get_submodule(name).parameters(recurse=False))
+def _own(model: nn.Module, layer: Layer) -> list[nn.Parameter]:
+    """The parameters that a layer is, or is a part of."""
+    module = model.get_submodule(layer.module)
+    if layer.expert is not None:
+        return experts.parameters(module, layer.name.rsplit(".", 2)[1])
+    return list(module.parameters(recurse=False))
 
 
 def _distinct(model: nn.Module, chosen: list[Layer], shared: bool, everything: bool) -> list[Layer]:
@@ -156,17 +180,17 @@ def _distinct(model: nn.Module, chosen: list[Layer], shared: bool, everything: b
     names = {layer.name for layer in chosen}
     result: dict[str, Layer] = {}
     for layer in chosen:
-        own = _own(model, layer.name)
+        own = _own(model, layer)
         # A module that goes by several names is one.
         modules: dict[int, str] = {}
         for u in (u for p in own for u in users[id(p)]):
             modules.setdefault(id(model.get_submodule(u)), u)
-        others = sorted({*modules.values()} - {layer.name})
+        others = sorted({*modules.values()} - {layer.module})
         if not others:
             result[layer.name] = layer
         elif any(layer.name in kept.also for kept in result.values()):
             continue
-        elif shared and all({*map(id, own)} == {*map(id, _own(model, u))} for u in others):
+        elif shared and layer.expert is None and _equal(model, own, others):
             linear = linear_layers(model)
             if not all(
                 (linear[u].I, linear[u].O) == (layer.I, layer.O)
@@ -187,6 +211,12 @@ def _distinct(model: nn.Module, chosen: list[Layer], shared: bool, everything: b
                 _tied(layer.name, others, "shared_parameters=True adds the gradients of equals")
             )
     return list(result.values())
+
+
+def _equal(model: nn.Module, own: list[nn.Parameter], others: list[str]) -> bool:
+    """Whether other modules have these parameters, and no others."""
+    every = (model.get_submodule(other).parameters(recurse=False) for other in others)
+    return all({*map(id, own)} == {*map(id, theirs)} for theirs in every)
 
 
 def _tied(name: str, others: list[str], what: str) -> str:

@@ -27,21 +27,34 @@ class Grid:
     before: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rows:
     """Row t of sequence b in a [B, uses * positions, F] is position t % positions of b.
 
     A layer that runs several times in a pass has the rows of all its uses, one after the other.
-    `before` of the positions come before the text.
+    `before` of the positions come before the text. An expert has the rows that are routed to it:
+    of row t of sequence b it is `places` [B,rows] that says the position, -1 where there is none.
     """
 
     sequences: int
     positions: int
     uses: int = 1
     before: int = 0
+    places: Tensor | None = None
 
-    def folded(self, s: Tensor) -> Tensor:
-        """[..., uses * positions] -> [..., positions]: what is said of every row, by position."""
+    def same(self, other: "Rows") -> bool:
+        """Whether rows stand for the same."""
+        mine, its = ((x.sequences, x.positions, x.uses, x.before) for x in (self, other))
+        return mine == its and self.places is other.places
+
+    def folded(self, s: Tensor, sequences: Tensor) -> Tensor:
+        """[n,rows] -> [n,positions]: what is said of every row of these sequences [n], by
+        position.
+        """
+        if self.places is not None:
+            # Of rows that are none it says zero.
+            places = self.places[sequences].clamp(min=0)
+            return s.new_zeros(len(s), self.positions).scatter_add_(1, places, s)
         return s.unflatten(-1, (self.uses, self.positions)).sum(-2) if self.uses > 1 else s
 
     def real(self, mask: Tensor) -> Tensor | None:
@@ -59,6 +72,8 @@ class Rows:
             mask = mask.new_ones(1, self.positions)
         elif before:
             mask = torch.nn.functional.pad(mask, (before, 0), value=True)
+        if self.places is not None:
+            return (mask.gather(1, self.places.clamp(min=0)) & (self.places >= 0)).flatten()
         return mask.repeat(1, self.uses).flatten()
 
 

@@ -118,7 +118,7 @@ class Details(Consumer):
         s = torch.zeros(len(self.asking), B, T, dtype=self.dtype, device=seen.g.device)
         own = self.gradients[seen.layer.name].each(lambda x: x[self.rows])
         own.add_scores(s, seen.g, seen.a, seen.layer.bias)
-        self.found[self.order[seen.layer.name]] = seen.rows.folded(s[self.q, self.b])
+        self.found[self.order[seen.layer.name]] = seen.rows.folded(s[self.q, self.b], self.b)
 
     def end(self, batch: Batch) -> None:
         """Keep [L,T] of every pair that is asked for, without padding."""

@@ -219,9 +219,9 @@ def bases(
 
 def tell_of_zeros(found: Iterable[tuple[str, Tensor]], what: str) -> None:
     """A `Notice` that names the layers of which everything found is exactly zero."""
-    names, some = zip(*((name, x.any()) for name, x in found), strict=True)
-    moves = torch.stack(some).tolist()
-    if dead := [name for name, moved in zip(names, moves, strict=True) if not moved]:
+    some = {name: x.any() for name, x in found}
+    moves = torch.stack([*some.values()]).tolist() if some else []
+    if dead := [name for name, moved in zip(some, moves, strict=True) if not moved]:
         warnings.warn(
             f"layers {listed(dead)}: the gradient of {what} is exactly zero throughout (a weight "
             "of zeros behind them, or numbers too small for their dtype)",

@@ -10,6 +10,7 @@ far as they fit, until the eigenbasis is there. What did not fit, or was lost in
 again and comes out in the same bits.
 """
 
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -18,13 +19,13 @@ from typing import Any, TypeGuard, Unpack
 import torch
 from torch import Tensor, nn
 
-from ..checks import flag, instance, path, whole
+from ..checks import flag, instance, listed, path, whole
 from ..curvature.basis import Eigenvectors, SharedRotation
 from ..curvature.eigen import FP32_FROM, Job, eigendecompositions, largest_first
 from ..curvature.offload import placed
 from ..curvature.sums import Sum
 from ..data.examples import Indexable
-from ..errors import ArgumentError, ModelError
+from ..errors import ArgumentError, ModelError, Notice
 from ..model.capture import LayerBatch
 from ..model.layers import Layer, parameter_counts, select_layers
 from ..model.rows import Rows
@@ -36,6 +37,7 @@ from .factors import (
     EIGENVECTORS,
     LAMBDA,
     LAMBDA_COUNT,
+    TOKEN_COUNT,
     Factors,
     kronfluence_arguments,
     tell_of_zeros,
@@ -165,10 +167,13 @@ class Covariances(Sums):
         mask = self.attention
         if isinstance(mask, Mapping):
             mask = mask.get(seen.layer.name)
-        if mask is None or (seen.rows.positions == 1 and mask.shape[-1] != 1):
+        routed = seen.rows.places is not None
+        if mask is None and routed:
+            mask = seen.a.new_ones(seen.rows.sequences, seen.rows.positions, dtype=torch.bool)
+        if mask is None or (seen.rows.positions == 1 and mask.shape[-1] != 1 and not routed):
             return None, seen.a.shape[0] * seen.a.shape[1]
         for own, rows, real, count in self.masks:
-            if own is mask and rows == seen.rows:
+            if own is mask and rows.same(seen.rows):
                 return real, count
         found = seen.rows.real(mask)
         if found is None:
@@ -205,6 +210,8 @@ class Eigenvalues(Sums):
     def add(self, seen: LayerBatch, batch: Batch) -> None:
         """lam += sum_b (Qg^T G_b Qa)^2."""
         name = seen.layer.name
+        if name not in self.lam:
+            return  # of the first pass, which did not yet know that no token comes here
         basis, a, bias = self.rotate(
             self.bases[name].at(seen.g.device),
             seen.g,
@@ -233,6 +240,8 @@ class _Fit:
         if not (self.folder / EIGENVALUES["gradient"]).exists():
             edges = {Stage.COVARIANCE: self._covariances(batches)}
             self.store.update(seconds=self.passes.seconds, edge_draws=edges)
+        self.layers = self._reached()
+        if not (self.folder / EIGENVALUES["gradient"]).exists():
             self._eigendecompositions()
             self.store.update(seconds=self.passes.seconds)
         self.passes.seconds.update(self.store.state["seconds"])
@@ -253,6 +262,19 @@ class _Fit:
             + (0 if draws_several(self.passes.task) else consumer.edge_draws),
             seconds=self.passes.seconds,
         )
+
+    def _reached(self) -> list[Layer]:
+        """The layers that tokens came to; a `Notice` names experts that none was routed to."""
+        counts = load_tensors(self.folder / TOKEN_COUNT, ours=True)
+        if idle := [x.name for x in self.layers if x.name not in counts]:
+            warnings.warn(
+                f"no token of the data was routed to {listed(idle, 3)}: without factors, these "
+                f"{len(idle)} of {len(self.layers)} layers take no part in any score. More data "
+                "may reach them",
+                Notice,
+                stacklevel=4,
+            )
+        return [x for x in self.layers if x.name in counts]
 
     def _pass(
         self, stage: Stage, batches: list[list[int]], consumer: Sums, kept: Kept | None = None
@@ -287,12 +309,12 @@ class _Fit:
         """The first pass and its files; how many of its labels rounding could flip."""
         consumer = Covariances(self.passes, self.store, self.layers, self.waiting)
         self._pass(Stage.COVARIANCE, batches, consumer)
-        sums = consumer.cov["gradient"]
-        tell_of_zeros(((x.name, sums[x.name].value()) for x in self.layers), "the sampled loss")
+        sums, counts = consumer.cov["gradient"], consumer.count["gradient"]
+        reached = [x.name for x in self.layers if x.expert is None or counts[x.name].any()]
+        tell_of_zeros(((name, sums[name].value()) for name in reached), "the sampled loss")
         for side in consumer.cov:
             owner = {
-                x.name: consumer.owners[x.name] if side == "activation" else x.name
-                for x in self.layers
+                name: consumer.owners[name] if side == "activation" else name for name in reached
             }
             # safetensors stores no aliases: a shared covariance is written under every layer's
             # name.
@@ -353,7 +375,8 @@ class _Fit:
         """Eigenvectors of every layer as its gradients are; one copy of what is shared."""
         Qa, Qg = (load_tensors(self.folder / name, ours=True) for name in EIGENVECTORS.values())
         owners, dtype = self.store.state["shared"], self.passes.dtype
-        own = {o: Qa[o].to(self.passes.device, dtype) for o in {*owners.values()}}
+        read = {owners[x.name] for x in self.layers}
+        own = {o: Qa[o].to(self.passes.device, dtype) for o in read}
         return {
             x.name: Eigenvectors(Qg[x.name].to(dtype), own[owners[x.name]]) for x in self.layers
         }

@@ -320,7 +320,9 @@ class _Preparation:
             examples = tuple((x.input_ids, x.labels) for x in loaded)
         found = tuple(_layer(x, every, f"{x.name} ") for x in self.layers)
         form = "P" if self.rank is None else "L"
-        tell_of_zeros(((x.name, every[f"{x.name} {form}"]) for x in self.layers), "every query")
+        # That no query is routed to an expert is no fault of anyone's.
+        dense = [x for x in self.layers if x.expert is None]
+        tell_of_zeros(((x.name, every[f"{x.name} {form}"]) for x in dense), "every query")
         damping = tuple(self.dampings[x.name] for x in self.layers)
         refinement = _refinement(facts, every, "refined ")
         return Queries(
