@@ -14,7 +14,7 @@ from ekfac_fast.model.tasks import LanguageModelTask
 
 
 def experts(dtype=torch.float32):
-    """A mixture of experts; the shared expert and the attention can be tracked."""
+    """A mixture of experts, routed and shared."""
     torch.manual_seed(0)
     config = transformers.Qwen2MoeConfig(
         num_hidden_layers=2, hidden_size=16, intermediate_size=24, num_attention_heads=2,
@@ -125,6 +125,13 @@ def jacobian(model, layers, y):
     eye = torch.eye(y.numel(), dtype=y.dtype).view(y.numel(), *y.shape)
     parts = []
     for layer in layers:
+        if layer.expert is not None:
+            parameter = model.get_parameter(layer.name.rpartition(".")[0])
+            (rows,) = torch.autograd.grad(
+                y, parameter, eye, is_grads_batched=True, retain_graph=True
+            )
+            parts.append(rows[:, layer.expert].flatten(1))
+            continue
         module = model.get_submodule(layer.name)
         own = [p for p in (module.weight, module.bias) if p is not None]
         rows = torch.autograd.grad(y, own, eye, is_grads_batched=True, retain_graph=True)
@@ -162,5 +169,5 @@ def flat(vectors, layers):
 
 def chosen(model, name):
     """The layers of a model of `MADE` that are tracked."""
-    wanted = {"experts": ["*.shared_expert.*", "*.q_proj"], "Llama": ["*.mlp.*", "*.v_proj"]}
+    wanted = {"experts": ["mlp", "*.q_proj"], "Llama": ["*.mlp.*", "*.v_proj"]}
     return select_layers(model, wanted.get(name, ["mlp"] if "-" in name else ["all"]))
