@@ -29,7 +29,8 @@ from torch.nn import functional as F
 
 from ekfac_fast import ops
 from ekfac_fast.curvature.query_gradients import Dense
-from ekfac_fast.model.capture import Capture, LayerBatch
+from ekfac_fast.model.capture import Capture
+from ekfac_fast.model.layer_batch import LayerBatch
 from ekfac_fast.model.layers import linear_layers
 from ekfac_fast.ops.shapes import Shape
 from ekfac_fast.store.folder import Store

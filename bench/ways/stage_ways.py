@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from ekfac_fast.curvature.basis import Eigenvectors
 from ekfac_fast.curvature.query_gradients import LowRank, QueryGradients
-from ekfac_fast.model.capture import LayerBatch
+from ekfac_fast.model.layer_batch import LayerBatch
 from ekfac_fast.model.layers import Layer
 from ekfac_fast.ops.shapes import wide
 from ekfac_fast.stages import scan

@@ -8,7 +8,7 @@ computed, and nothing below the first tracked layer is differentiated.
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,28 +20,12 @@ from . import experts
 from .alone import alone, gradients_on
 from .calls import Calls, inputs_of, read_by
 from .graph import backward, copied, reshaped, started
+from .layer_batch import LayerBatch
 from .layers import Layer
 from .outputs import product_among, tensors_of
 from .rows import Grid, Layout, Rows, probed, trusted
 
 Loss = Callable[[], Tensor]
-
-
-@dataclass(frozen=True)
-class LayerBatch:
-    """One layer's inputs and output gradients in one batch.
-
-    `shared` names the first layer that reads the very same input tensor (with a bias like its own):
-    gate and up, or q, k and v, share what depends on `a` alone; `readers` counts them.
-    """
-
-    layer: Layer
-    shared: str
-    readers: int
-    a: Tensor  # [B,T,I]
-    g: Tensor  # [B,T,O], gradient of the summed loss
-    rows: Rows  # what the rows B x T stand for
-    loss: int = 0  # of several losses of one pass, which it is the gradient of
 
 
 class Capture:
@@ -364,10 +348,8 @@ class Capture:
             first = calls.routes[module][0]
             a, g = (first.like.new_zeros(0, F) for F in (layer.I, layer.O))
             uses = [(first, a, g)]
-        a, g, places, positions = experts.by_sequence(
-            e, uses, lambda x: self._by_sequence(calls, x, 1, module)
-        )
-        rows = Rows(len(a), positions, before=calls.grid.before, places=places)
+        a, g, rows = experts.by_sequence(e, uses, lambda x: self._by_sequence(calls, x, 1, module))
+        rows = replace(rows, before=calls.grid.before)
         calls.release(name)
         calls.consume(LayerBatch(layer, name, 1, a.to(g.dtype), g, rows, calls.loss))
 

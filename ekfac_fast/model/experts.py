@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from .rows import Rows
 
 # (parameter, expert, x, y) -> y: one product y = W[e] x + b[e].
 Record = Callable[[str, int, Tensor, Tensor], Tensor]
@@ -96,7 +97,8 @@ class Places:
         order, rank = key.argsort(stable=True), torch.empty_like(key)
         starts = counts.cumsum(0) - counts
         rank[order] = torch.arange(len(key), device=key.device) - starts[key[order]]
-        self._widths: list[int] = counts.view(len(sizes), -1).amax(1).clamp(min=1).tolist()
+        self.counts = [tuple(x) for x in counts.view(len(sizes), -1).tolist()]
+        self._widths = [max(1, *x) for x in self.counts]
         self._rows = list(zip(sequence.split(sizes), rank.split(sizes), strict=True))
         self._positions = position.split(sizes)
         self._made: dict[int, Tensor] = {}
@@ -121,8 +123,8 @@ def by_sequence(
     expert: int,
     uses: list[tuple[Routing, Tensor, Tensor]],
     numbered: Callable[[Tensor], Tensor],
-) -> tuple[Tensor, Tensor, Tensor, int]:
-    """a [B,rows,I], g [B,rows,O], their places [B,rows] and the number of positions.
+) -> tuple[Tensor, Tensor, Rows]:
+    """a [B,rows,I], g [B,rows,O] and what their rows stand for.
 
     Rows of several uses stand end to end. `numbered` as in `Routing.places`.
     """
@@ -130,10 +132,13 @@ def by_sequence(
     for routing, a, g in uses:
         spread = routing.places(numbered)
         found.append((spread.spread(a, expert), spread.spread(g, expert), spread.of(expert)))
-    if len(found) == 1:
-        return *found[0], spread.positions  # the very places: both matrices of an expert share them
-    a, g, places = (torch.cat(side, 1) for side in zip(*found, strict=True))
-    return a, g, places, spread.positions
+    if len(found) > 1:
+        a, g, places = (torch.cat(side, 1) for side in zip(*found, strict=True))
+        return a, g, Rows(len(a), spread.positions, places=places)
+    # The very places: both matrices of an expert share what is made of them.
+    a, g, places = found[0]
+    counts = spread.counts[expert]
+    return a, g, Rows(len(a), spread.positions, places=places, counts=counts)
 
 
 def forward(

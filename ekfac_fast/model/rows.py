@@ -5,7 +5,7 @@ row a sequence, [B,F]. Where a shape leaves it open, the layer is run on two exa
 and in the other: the axis along which its input is swapped holds the sequences.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,7 +33,8 @@ class Rows:
 
     A layer that runs several times in a pass has the rows of all its uses, one after the other.
     `before` of the positions come before the text. An expert has the rows that are routed to it:
-    of row t of sequence b it is `places` [B,rows] that says the position, -1 where there is none.
+    of row t of sequence b it is `places` [B,rows] that says the position, -1 where there is none;
+    `counts` of every sequence come first (None: they do not).
     """
 
     sequences: int
@@ -41,6 +42,7 @@ class Rows:
     uses: int = 1
     before: int = 0
     places: Tensor | None = None
+    counts: tuple[int, ...] | None = None
 
     def same(self, other: "Rows") -> bool:
         """Whether rows stand for the same."""
@@ -75,6 +77,23 @@ class Rows:
         if self.places is not None:
             return (mask.gather(1, self.places.clamp(min=0)) & (self.places >= 0)).flatten()
         return mask.repeat(1, self.uses).flatten()
+
+
+# Of the longest in a group, how many rows the others have at least; fewer rows are no group alone.
+ALIKE, WORTHWHILE = 0.8, 32
+
+
+def alike(counts: Sequence[int]) -> list[list[int]]:
+    """Sequences that have some rows, in groups of about as many: little of a group is padding."""
+    order = sorted((b for b, count in enumerate(counts) if count), key=lambda b: -counts[b])
+    left = sum(counts)
+    groups: list[list[int]] = []
+    for b in order:
+        if not groups or (counts[b] < ALIKE * counts[groups[-1][0]] and left >= WORTHWHILE):
+            groups.append([])
+        groups[-1].append(b)
+        left -= counts[b]
+    return groups
 
 
 @dataclass(frozen=True)

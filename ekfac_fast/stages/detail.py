@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..curvature.query_gradients import QueryGradients
 from ..data.batches import divided
-from ..model.capture import LayerBatch
+from ..model.layer_batch import LayerBatch
 from ..model.layers import Layer
 from ..model.rows import Grid
 from ..store.folder import Pieces, Store

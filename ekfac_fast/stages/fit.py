@@ -26,7 +26,7 @@ from ..curvature.offload import placed
 from ..curvature.sums import Sum
 from ..data.examples import Indexable
 from ..errors import ArgumentError, ModelError, Notice
-from ..model.capture import LayerBatch
+from ..model.layer_batch import LayerBatch
 from ..model.layers import Layer, parameter_counts, select_layers
 from ..model.rows import Rows
 from ..model.tasks import LanguageModelTask, Task, checked_task
@@ -144,20 +144,26 @@ class Covariances(Sums):
             self.owners[layer.name] = seen.shared
             if len(self.owners) == len(self.layers):
                 self.store.update(shared=self.owners)
+        sizes = {"gradient": layer.O}
         if self.owners[layer.name] == layer.name:
-            self._add("activation", layer.name, seen.a, mask, layer.bias, real)
-        self._add("gradient", layer.name, seen.g, None, False, real)
-
-    def _add(
-        self, side: str, name: str, x: Tensor, mask: Tensor | None, bias: bool, real: Tensor | int
-    ) -> None:
-        cov, count, rows = self.cov[side], self.count[side], x.flatten(0, 1)
-        if name not in cov:
-            J = rows.shape[1] + bias
-            cov[name] = self.found(f"{side} covariance {name}", J, J)
-            count[name] = torch.zeros((), dtype=torch.int64, device=rows.device)
-        torch.ops.ekfac_fast.covariance(cov[name].rest, rows, mask, bias)
-        count[name] += real
+            sizes["activation"] = layer.J
+        for side, size in sizes.items():
+            if layer.name not in self.cov[side]:
+                zero = torch.zeros((), dtype=torch.int64, device=seen.g.device)
+                self.count[side][layer.name] = zero
+                self.cov[side][layer.name] = self.found(
+                    f"{side} covariance {layer.name}", size, size
+                )
+            self.count[side][layer.name] += real
+        for members, g, a in seen.parts():
+            if "activation" in sizes:
+                there = mask
+                if members is not None and mask is not None:
+                    there = mask.view(seen.g.shape[:2])[members, : a.shape[1]].flatten()
+                cov = self.cov["activation"][layer.name].rest
+                torch.ops.ekfac_fast.covariance(cov, a.flatten(0, 1), there, layer.bias)
+            cov = self.cov["gradient"][layer.name].rest
+            torch.ops.ekfac_fast.covariance(cov, g.flatten(0, 1), None, False)
 
     def _mask(self, seen: LayerBatch) -> tuple[Tensor | None, Tensor | int]:
         """Real positions of a layer's rows, flat, or None where every row is real; and how many.
@@ -212,15 +218,10 @@ class Eigenvalues(Sums):
         name = seen.layer.name
         if name not in self.lam:
             return  # of the first pass, which did not yet know that no token comes here
-        basis, a, bias = self.rotate(
-            self.bases[name].at(seen.g.device),
-            seen.g,
-            seen.a,
-            seen.layer.bias,
-            seen.shared,
-            seen.readers,
-        )
-        basis.add_eigenvalues(self.lam[name].rest, seen.g, a, bias)
+        whole = self.bases[name].at(seen.g.device)
+        for _, g, a in seen.parts():
+            basis, a, bias = self.rotate(whole, g, a, seen.layer.bias, seen.shared, seen.readers)
+            basis.add_eigenvalues(self.lam[name].rest, g, a, bias)
 
     def sums(self) -> Mapping[str, Sum]:
         """lam of every layer."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..curvature.basis import Eigenvectors, SharedRotation
 from ..curvature.low_rank import captured_energy, rotate_back, truncate
 from ..errors import NotFiniteError
-from ..model.capture import LayerBatch
+from ..model.layer_batch import LayerBatch
 from ..model.layers import Layer
 from ..model.tasks import LanguageModelTask
 from ..ops.gradients import gradients

@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ..data.examples import named
-from ..model.capture import Capture, LayerBatch
+from ..model.capture import Capture
+from ..model.layer_batch import LayerBatch
 
 if TYPE_CHECKING:
     from .run import Batch, Loss, Run

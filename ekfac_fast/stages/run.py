@@ -24,8 +24,9 @@ from ..data.choices import OnLongExample
 from ..data.examples import Indexable, tokenized_by
 from ..errors import ArgumentError, DataError, NotFiniteError
 from ..model.alone import alone
-from ..model.capture import Capture, LayerBatch
+from ..model.capture import Capture
 from ..model.identity import forward_state, model_fingerprint, task_state
+from ..model.layer_batch import LayerBatch
 from ..model.layers import Layer
 from ..model.rows import Grid
 from ..model.tasks import LanguageModelTask, Task, checked_task

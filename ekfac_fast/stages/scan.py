@@ -6,7 +6,7 @@ and the sequence's gradient G_b, which is never formed. Raw scores: no 1/N, posi
 raises the completion's log-probability (for `LanguageModelTask`).
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -21,7 +21,7 @@ from ..curvature.memory import free_bytes
 from ..curvature.query_gradients import Dense, QueryGradients
 from ..data.examples import Indexable, named
 from ..errors import ArgumentError, NotFiniteError, StoreError
-from ..model.capture import LayerBatch
+from ..model.layer_batch import LayerBatch
 from ..model.layers import Layer
 from ..ops.shapes import Shape
 from ..store.fingerprint import fingerprint
@@ -147,15 +147,10 @@ def self_scores(
 
             def add(s: Tensor, seen: LayerBatch) -> None:
                 layer = seen.layer
-                basis, a, bias = rotate(
-                    placed[layer.name].at(seen.g.device),
-                    seen.g,
-                    seen.a,
-                    layer.bias,
-                    seen.shared,
-                    seen.readers,
-                )
-                basis.add_self_influence(s[0], seen.g, a, bias)
+                whole = placed[layer.name].at(seen.g.device)
+                for part, g, a in by_parts(s, seen):
+                    basis, a, bias = rotate(whole, g, a, layer.bias, seen.shared, seen.readers)
+                    basis.add_self_influence(part[0], g, a, bias)
 
             _scan(run, layers, 1, store, None, None, add)
             _finish(store, run)
@@ -340,11 +335,23 @@ def _membership(chosen: list[np.ndarray], indices: Sequence[int]) -> Tensor:
     return torch.from_numpy(found)
 
 
+def by_parts(s: Tensor, seen: LayerBatch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(scores to add to, g, a) of a layer's parts: what they add arrives in s [Q,B]."""
+    for members, g, a in seen.parts():
+        if members is None:
+            yield s, g, a
+        else:
+            part = s.new_zeros(len(s), len(members))
+            yield part, g, a
+            s.index_add_(1, members, part)
+
+
 def adding(gradients: dict[str, QueryGradients]) -> Callable[[Tensor, LayerBatch], None]:
     """Scores of a layer's batch against the queries."""
 
     def add(s: Tensor, seen: LayerBatch) -> None:
-        gradients[seen.layer.name].add_scores(s, seen.g, seen.a, seen.layer.bias)
+        for part, g, a in by_parts(s, seen):
+            gradients[seen.layer.name].add_scores(part, g, a, seen.layer.bias)
 
     return add
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from ..curvature.memory import free_bytes
-from ..model.capture import LayerBatch
+from ..model.layer_batch import LayerBatch
 from ..model.layers import Layer
 from .run import Batch, Run
 

@@ -25,7 +25,7 @@ from ..curvature.eigen import eigendecomposition
 from ..curvature.sums import Sum
 from ..data.examples import Indexable
 from ..errors import StoreError
-from ..model.capture import LayerBatch
+from ..model.layer_batch import LayerBatch
 from ..model.layers import Layer, select_layers
 from ..ops.gradients import gradients
 from ..stages.factors import (

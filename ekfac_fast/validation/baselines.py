@@ -19,7 +19,8 @@ from ..curvature.query_gradients import Dense
 from ..data.batches import Batches
 from ..data.examples import Indexable, example
 from ..errors import ModelError
-from ..model.capture import LayerBatch, alone
+from ..model.alone import alone
+from ..model.layer_batch import LayerBatch
 from ..model.layers import Layer, select_layers
 from ..ops.shapes import wide
 from ..stages.candidates import top_candidates

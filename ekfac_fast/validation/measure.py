@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from ..data.batches import Batches
 from ..data.examples import Indexable
-from ..model.capture import alone
+from ..model.alone import alone
 from ..model.tasks import LanguageModelTask, Task
 from ..stages.measured import measures_each
 
