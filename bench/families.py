@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -100,11 +100,13 @@ def moments(
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {x.name: [] for x in layers}
 
     def hook_of(name: str) -> Callable:
-        def hook(_: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
             x = args[0] if args else next(iter(kwargs.values()))
-            if isinstance(output, Tensor) and output.requires_grad:
-                seen[name].append((x.detach().clone(), output))
-                return output.clone()  # the model may go on to change it in place
+            product = output if isinstance(output, Tensor) else product_of(module, x, output)
+            if product.requires_grad:
+                seen[name].append((x.detach().clone(), product))
+                # The model may go on to change it in place.
+                return output.clone() if output is product else output
             return output
 
         return hook
@@ -126,12 +128,27 @@ def moments(
         A, S = 0, 0
         for a, output in seen[x.name]:
             g = next(found)
+            if not a.is_floating_point():
+                # An embedding: its gradient is that of W^T, and of the rows that a loss reaches.
+                rows = nn.functional.one_hot(a.flatten(), x.O).to(output.dtype)
+                inputs = g.reshape(-1, x.I)
+                a, g = inputs, rows * (inputs != 0).any(1, keepdim=True)
             a = a.reshape(-1, x.I)
             a = torch.cat([a, a.new_ones(len(a), 1)], 1) if x.bias else a
             g = output.new_zeros(0, x.O) if g is None else g.reshape(-1, x.O)
             A, S = A + a.T @ a, S + g.T @ g
         result[x.name] = (A, S)
     return result
+
+
+def product_of(module: nn.Module, x: Tensor, outputs: Any) -> Tensor:
+    """Which of the tensors of a router's outputs is W x + b."""
+    expected = nn.functional.linear(x, module.weight, module.bias)
+    return next(
+        t
+        for t in (outputs.values() if isinstance(outputs, Mapping) else outputs)
+        if t.shape == expected.shape and torch.allclose(t, expected.to(t.dtype), rtol=1e-3)
+    )
 
 
 # Of the largest in any layer: a gradient that cancels to nothing is not compared with its rounding.

@@ -82,8 +82,10 @@ def _expert_gradient(model, name, loss):
     held = dict(model.named_parameters())
     parameters = [held[n] for n in (parameter, f"{parameter}_bias") if n in held]
     weight, *bias = (g[int(e)] for g in torch.autograd.grad(loss, parameters, retain_graph=True))
-    # GPT-OSS keeps its experts transposed, with biases.
-    weight = weight.T if bias else weight
+    # GPT-OSS and Llama 4 keep their experts transposed.
+    module = model.get_submodule(parameter.rpartition(".")[0])
+    turned = getattr(module, "is_transposed", "Llama4" in type(module).__name__)
+    weight = weight.T if turned else weight
     return torch.cat([weight, *(b.unsqueeze(1) for b in bias)], 1)
 
 

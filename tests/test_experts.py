@@ -38,6 +38,10 @@ NEMOTRON = FEW | {
         pytest.param("Olmoe", FEW | {"num_experts": 4}, 16, id="OLMoE"),
         pytest.param("GraniteMoe", MIXTRAL, 16, id="Granite"),
         pytest.param("Phimoe", MIXTRAL, 16, id="Phi"),
+        pytest.param(
+            "Llama4", MIXTRAL | {"intermediate_size_mlp": 24, "interleave_moe_layer_step": 2},
+            3 + 3 + 8, id="tokens by expert",
+        ),
     ],
 )  # fmt: skip
 def test_right(family, more, count, tmp_path):
@@ -171,7 +175,7 @@ def test_what_is_refused(tmp_path):
 def test_rows_go_where_their_tokens_stand():
     """Tokens position by position (two sequences of three), an expert of all, of some, of none."""
     index = torch.tensor([[0, 1], [0, 3], [0, 1], [1, 0], [0, 4], [0, 1]])
-    routing = Routing(torch.randn(6, 2), index, 4)  # a number of 4 is nobody's
+    routing = Routing.chosen(torch.randn(6, 2), index, 4)  # a number of 4 is nobody's
     assert [x.tolist() for x in routing.tokens] == [[0, 1, 2, 3, 4, 5], [0, 2, 3, 5], [], [1]]
     places = Places(routing.tokens, torch.tensor([[0, 2, 4], [1, 3, 5]]))
     assert places.of(1).tolist() == [[0, 1], [1, 2]]

@@ -31,7 +31,8 @@ ZAMBA = {
 
 def made(family, attention="eager", **more):
     """A model in fp64, weights drawn so that no path is nearly zero."""
-    config = getattr(transformers, f"{family}Config")(**SIZES | more)
+    kind = {"Llama4": "Llama4TextConfig"}.get(family, f"{family}Config")
+    config = getattr(transformers, kind)(**SIZES | more)
     head = {"Roberta": "RobertaForCausalLM"}.get(family, f"{family}ForCausalLM")
     torch.manual_seed(0)
     model = getattr(transformers, head)._from_config(

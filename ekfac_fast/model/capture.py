@@ -163,7 +163,11 @@ class Capture:
             )
         one, other = (inputs_of(self.model, list(unknown), run) for run in self._swap())
         for name, shape in unknown.items():
-            self._layouts[name] = probed(name, one.get(name), other.get(name), shape)
+            there, back = one.get(name), other.get(name)
+            if name in self._experts and there is not None and back is not None:
+                module = self.model.get_submodule(name)
+                there, back = (experts.tokens_of(module, x) for x in (there, back))
+            self._layouts[name] = probed(name, there, back, shape)
 
     @contextmanager
     def _hooked(self, calls: "Calls") -> Iterator[None]:
@@ -215,13 +219,10 @@ class Capture:
         calls: "Calls",
         name: str,
         module: Any,
-        hidden: Tensor,
-        index: Tensor,
-        weights: Tensor,
+        *given: Tensor,
     ) -> Tensor:
         """The forward pass of experts, with the tracked ones recorded."""
-        experts.check(name, module, hidden, index, weights)
-        routing = experts.Routing(hidden, index, module.num_experts)
+        routing = experts.routing_of(name, module, given)
         if torch.is_grad_enabled() and not (calls.backward and name in calls.routes):
             calls.routes.setdefault(name, []).append(routing)
 
@@ -234,9 +235,9 @@ class Capture:
                 seen.append(routing)
             return y
 
-        out = experts.forward(module, record, hidden, routing, weights)
+        out = experts.forward(module, record, routing, *given)
         if name not in self._verified:
-            experts.verify(name, module, (hidden, index, weights), out)
+            experts.verify(name, module, given, out)
             self._verified.add(name)
         return out
 

@@ -7,7 +7,7 @@ that it is known of each row which token it is; W[e] is a layer named `<module>.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,26 +17,28 @@ from .rows import Rows
 
 # (parameter, expert, x, y) -> y: one product y = W[e] x + b[e].
 Record = Callable[[str, int, Tensor, Tensor], Tensor]
-MARKS = ("num_experts", "has_gate", "has_bias", "is_transposed", "_apply_gate", "down_proj")
+MARKS = ("num_experts", "has_gate", "has_bias", "is_transposed", "_apply_gate")
+# Of Llama 4, unmarked: given all tokens once for each expert, [E*N,H], those of others as zeros.
+BY_EXPERT = "Llama4TextExperts"
 
 
 def is_experts(module: nn.Module) -> bool:
     """Whether a module holds routed experts as transformers marks them, in numbers that are there
     (not packed).
     """
-    if not all(hasattr(module, mark) for mark in MARKS):
+    if not _by_expert(module) and not all(hasattr(module, mark) for mark in MARKS):
         return False
-    held = [getattr(module, name, None) for name in (_first(module), "down_proj")]
+    held = [getattr(module, name, None) for name in _names(module)]
     return all(isinstance(p, nn.Parameter) and p.ndim == 3 and p.is_floating_point() for p in held)
 
 
 def matrices(module: Any) -> dict[str, tuple[int, int, bool]]:
     """I, O and bias of an expert's matrices, by their parameter."""
     found = {}
-    for name in (_first(module), "down_proj"):
+    for name in _names(module):
         sizes = getattr(module, name).shape[1:]
-        I, O = sizes if module.is_transposed else sizes[::-1]
-        found[name] = int(I), int(O), bool(module.has_bias)
+        I, O = sizes if _transposed(module) else sizes[::-1]
+        found[name] = int(I), int(O), bool(getattr(module, "has_bias", False))
     return found
 
 
@@ -46,26 +48,57 @@ def parameters(module: nn.Module, name: str) -> list[nn.Parameter]:
     return [p for p in held if isinstance(p, nn.Parameter)]
 
 
-def _first(module: Any) -> str:
-    return "gate_up_proj" if module.has_gate else "up_proj"
+def _by_expert(module: nn.Module) -> bool:
+    kind = type(module)
+    return kind.__name__ == BY_EXPERT and kind.__module__.startswith("transformers.")
+
+
+def _transposed(module: Any) -> bool:
+    return _by_expert(module) or bool(module.is_transposed)
+
+
+def _names(module: Any) -> tuple[str, str]:
+    gated = _by_expert(module) or module.has_gate
+    return ("gate_up_proj" if gated else "up_proj"), "down_proj"
 
 
 class Routing:
     """Which tokens each expert gets, in their order, in one call of a module of experts.
 
     Args:
-        hidden: the tokens, [N,H].
-        index: every token's experts, [N,K]; numbers from `experts` on stand for none.
+        tokens: of every expert.
+        choices: which of a token's K experts it is, of every expert; None where tokens come by
+            expert.
+        hidden: what the module is given.
+        N: how many tokens there are.
     """
 
-    def __init__(self, hidden: Tensor, index: Tensor, experts: int) -> None:
-        self.shape, self.like = hidden.shape, hidden.new_zeros(())
+    def __init__(
+        self,
+        tokens: tuple[Tensor, ...],
+        choices: tuple[Tensor, ...] | None,
+        hidden: Tensor,
+        N: int,
+    ) -> None:
+        self.tokens, self.choices = tokens, choices
+        self.shape, self.like = torch.Size((N, hidden.shape[-1])), hidden.new_zeros(())
+        self._places: Places | None = None
+
+    @classmethod
+    def chosen(cls, hidden: Tensor, index: Tensor, experts: int) -> Self:
+        """By every token's experts, [N,K]; numbers from `experts` on stand for none."""
         chosen, K = index.reshape(-1), index.shape[-1]
         sizes = torch.bincount(chosen, minlength=experts)[:experts].tolist()
         pairs = chosen.argsort(stable=True)[: sum(sizes)]
-        self.tokens = (pairs // K).split(sizes)
-        self.choices = (pairs % K).split(sizes)
-        self._places: Places | None = None
+        tokens, choices = ((pairs // K).split(sizes), (pairs % K).split(sizes))
+        return cls(tokens, choices, hidden, len(hidden))
+
+    @classmethod
+    def by_expert(cls, hidden: Tensor, experts: int) -> Self:
+        """By tokens [E*N,H] that are not zero."""
+        there = (hidden.view(experts, -1, hidden.shape[-1]) != 0).any(-1)
+        tokens = there.nonzero()[:, 1].split(there.sum(1).tolist())
+        return cls(tokens, None, hidden, there.shape[1])
 
     def places(self, numbered: Callable[[Tensor], Tensor]) -> "Places":
         """Rows by sequence; `numbered` makes [B,P,1] of one number a token, [N,1]."""
@@ -142,41 +175,71 @@ def by_sequence(
 
 
 def forward(
-    module: Any, record: Record, hidden: Tensor, routing: Routing, weights: Tensor
+    module: Any, record: Record, routing: Routing, hidden: Tensor, *given: Tensor
 ) -> Tensor:
-    """The output of experts, [N,H], by weights [N,K] of what each token meets."""
-    out = torch.zeros_like(hidden)
-    for e, (tokens, choices) in enumerate(zip(routing.tokens, routing.choices, strict=True)):
+    """The output of experts for hidden [N,H], the index [N,K] and the weights [N,K] of what each
+    token meets, or for [E*N,H] alone.
+    """
+    by_expert = routing.choices is None
+    x = hidden.view(len(routing.tokens), *routing.shape) if by_expert else hidden
+    out = torch.zeros_like(x)
+    for e, tokens in enumerate(routing.tokens):
         if not len(tokens):
             continue
-        x = _product(module, record, _first(module), e, hidden[tokens])
-        x = module._apply_gate(x) if module.has_gate else module.act_fn(x)
-        x = _product(module, record, "down_proj", e, x)
+        y = _product(module, record, _names(module)[0], e, x[e, tokens] if by_expert else x[tokens])
+        y = _activated(module, y)
+        y = _product(module, record, "down_proj", e, y)
         if getattr(module, "has_post_expert_norm", False):
-            x = module.post_expert_norm(x)
-        out = out.index_add(0, tokens, (x * weights[tokens, choices, None]).to(out.dtype))
-    return out
+            y = module.post_expert_norm(y)
+        if routing.choices is None:
+            place = torch.full_like(tokens, e), tokens
+            out = out.index_put(place, y)
+        else:
+            y = y * given[1][tokens, routing.choices[e], None]
+            out = out.index_add(0, tokens, y.to(out.dtype))
+    return out.view_as(hidden)
+
+
+def _activated(module: Any, y: Tensor) -> Tensor:
+    """What goes into the second product."""
+    if hasattr(module, "_apply_gate") and module.has_gate:
+        return module._apply_gate(y)
+    if not _by_expert(module):
+        return module.act_fn(y)
+    gate, up = y.chunk(2, dim=-1)
+    return up * module.act_fn(gate)
 
 
 def _product(module: Any, record: Record, name: str, e: int, x: Tensor) -> Tensor:
     """W[e] x + b[e] of some rows, recorded."""
     W, *b = (p[e] for p in parameters(module, name))
-    return record(name, e, x, nn.functional.linear(x, W.t() if module.is_transposed else W, *b))
+    return record(name, e, x, nn.functional.linear(x, W.t() if _transposed(module) else W, *b))
 
 
-def check(name: str, module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> None:
-    """Refuse experts that are called otherwise than transformers' own implementations are.
+def routing_of(name: str, module: Any, given: tuple[Tensor, ...]) -> Routing:
+    """What a module of experts is called with.
 
     Raises:
-        ModelError: names the module.
+        ModelError: it is called otherwise than transformers' own implementations are.
     """
-    fits = hidden.ndim == index.ndim == 2 and index.shape == weights.shape
-    if not fits or len(index) != len(hidden) or getattr(module, "_is_expert_parallel", False):
-        raise ModelError(
-            f"{name} ({type(module).__name__}): experts called with {list(hidden.shape)}, "
-            f"{list(index.shape)} and {list(weights.shape)}; expected [N,H], [N,K] and [N,K], and "
-            "all experts on one device. Leave them out of `layers`"
-        )
+    if _by_expert(module) and len(given) == 1:
+        return Routing.by_expert(given[0], module.num_experts)
+    if len(given) == 3 and not getattr(module, "_is_expert_parallel", False):
+        hidden, index, weights = given
+        if hidden.ndim == index.ndim == 2 and index.shape == weights.shape:
+            return Routing.chosen(hidden, index, module.num_experts)
+    raise ModelError(
+        f"{name} ({type(module).__name__}): experts called with {[list(x.shape) for x in given]}; "
+        "expected [N,H], [N,K] and [N,K], all experts on one device. Leave them out of `layers`"
+    )
+
+
+def tokens_of(module: nn.Module, hidden: Tensor) -> Tensor:
+    """[N,H], different where tokens are, of what a module of experts is given first."""
+    if not _by_expert(module):
+        return hidden
+    experts: Any = module.num_experts
+    return hidden.view(experts, -1, hidden.shape[-1]).sum(0)
 
 
 @torch.no_grad()

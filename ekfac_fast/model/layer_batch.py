@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -26,15 +28,35 @@ class LayerBatch:
     rows: Rows  # what the rows B x T stand for
     loss: int = 0  # of several losses of one pass, which it is the gradient of
 
-    def parts(self) -> Iterator[tuple[Tensor | None, Tensor, Tensor]]:
-        """(members, g, a) of all sequences at once (None), or, of an expert, of those that have
-        about as many rows, [b]: rows without a token are not multiplied.
+    @cached_property
+    def listed(self) -> Tensor | None:
+        """Of an expert, which rows of [B,rows], flat, are tokens; None where all are positions."""
+        counts = self.rows.counts
+        if counts is None:
+            return None
+        width = self.g.shape[1]
+        at = (range(b * width, b * width + count) for b, count in enumerate(counts))
+        return torch.tensor([*chain(*at)], dtype=torch.int64, device=self.g.device)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """[B,rows,F] as [N,F]; of an expert, only the rows that are tokens."""
+        flat = x.flatten(0, 1)
+        return flat if self.listed is None else flat[self.listed]
+
+    def spread(self, x: Tensor) -> Tensor:
+        """[N,F] of an expert's tokens as [B,rows,F], zero elsewhere."""
+        spread = x.new_zeros(self.g.shape[0] * self.g.shape[1], x.shape[-1])
+        assert self.listed is not None
+        spread[self.listed] = x
+        return spread.view(*self.g.shape[:2], -1)
+
+    def groups(self) -> Iterator[tuple[Tensor | None, int]]:
+        """(members, rows): all sequences at once (None), or, of an expert, those that have about as
+        many rows, and how many at most: rows that are no tokens are hardly multiplied.
         """
         counts = self.rows.counts
         if counts is None:
-            yield None, self.g, self.a
+            yield None, self.g.shape[1]
             return
         for group in alike(counts):
-            members = torch.tensor(group, device=self.g.device)
-            width = counts[group[0]]
-            yield members, self.g[members, :width], self.a[members, :width]
+            yield torch.tensor(group, device=self.g.device), counts[group[0]]

@@ -42,6 +42,7 @@ from .factors import (
     kronfluence_arguments,
     tell_of_zeros,
 )
+from .parts import rotated
 from .run import Batch, Kept, Run, RunArguments, Stage, accumulator
 from .sums import Sums
 from .waiting import Waiting
@@ -155,15 +156,12 @@ class Covariances(Sums):
                     f"{side} covariance {layer.name}", size, size
                 )
             self.count[side][layer.name] += real
-        for members, g, a in seen.parts():
-            if "activation" in sizes:
-                there = mask
-                if members is not None and mask is not None:
-                    there = mask.view(seen.g.shape[:2])[members, : a.shape[1]].flatten()
-                cov = self.cov["activation"][layer.name].rest
-                torch.ops.ekfac_fast.covariance(cov, a.flatten(0, 1), there, layer.bias)
-            cov = self.cov["gradient"][layer.name].rest
-            torch.ops.ekfac_fast.covariance(cov, g.flatten(0, 1), None, False)
+        if "activation" in sizes:
+            mask = mask if mask is None or seen.listed is None else mask[seen.listed]
+            cov = self.cov["activation"][layer.name].rest
+            torch.ops.ekfac_fast.covariance(cov, seen.tokens(seen.a), mask, layer.bias)
+        cov = self.cov["gradient"][layer.name].rest
+        torch.ops.ekfac_fast.covariance(cov, seen.tokens(seen.g), None, False)
 
     def _mask(self, seen: LayerBatch) -> tuple[Tensor | None, Tensor | int]:
         """Real positions of a layer's rows, flat, or None where every row is real; and how many.
@@ -219,8 +217,7 @@ class Eigenvalues(Sums):
         if name not in self.lam:
             return  # of the first pass, which did not yet know that no token comes here
         whole = self.bases[name].at(seen.g.device)
-        for _, g, a in seen.parts():
-            basis, a, bias = self.rotate(whole, g, a, seen.layer.bias, seen.shared, seen.readers)
+        for _, basis, g, a, bias in rotated(seen, whole, self.rotate):
             basis.add_eigenvalues(self.lam[name].rest, g, a, bias)
 
     def sums(self) -> Mapping[str, Sum]:

@@ -6,7 +6,7 @@ and the sequence's gradient G_b, which is never formed. Raw scores: no 1/N, posi
 raises the completion's log-probability (for `LanguageModelTask`).
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -30,6 +30,7 @@ from .candidates import top_candidates
 from .detail import PIECES, explain
 from .factors import Factors, bases, check_damping
 from .heap import Heap
+from .parts import add_scores, add_self_influence
 from .queries import LayerQueries, Queries
 from .run import Batch, Consumer, Run, RunArguments, Stage, accumulator
 from .scores import HEAP, Scores
@@ -146,11 +147,8 @@ def self_scores(
             rotate = SharedRotation()
 
             def add(s: Tensor, seen: LayerBatch) -> None:
-                layer = seen.layer
-                whole = placed[layer.name].at(seen.g.device)
-                for part, g, a in by_parts(s, seen):
-                    basis, a, bias = rotate(whole, g, a, layer.bias, seen.shared, seen.readers)
-                    basis.add_self_influence(part[0], g, a, bias)
+                basis = placed[seen.layer.name].at(seen.g.device)
+                add_self_influence(s[0], seen, basis, rotate)
 
             _scan(run, layers, 1, store, None, None, add)
             _finish(store, run)
@@ -335,23 +333,11 @@ def _membership(chosen: list[np.ndarray], indices: Sequence[int]) -> Tensor:
     return torch.from_numpy(found)
 
 
-def by_parts(s: Tensor, seen: LayerBatch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(scores to add to, g, a) of a layer's parts: what they add arrives in s [Q,B]."""
-    for members, g, a in seen.parts():
-        if members is None:
-            yield s, g, a
-        else:
-            part = s.new_zeros(len(s), len(members))
-            yield part, g, a
-            s.index_add_(1, members, part)
-
-
 def adding(gradients: dict[str, QueryGradients]) -> Callable[[Tensor, LayerBatch], None]:
     """Scores of a layer's batch against the queries."""
 
     def add(s: Tensor, seen: LayerBatch) -> None:
-        for part, g, a in by_parts(s, seen):
-            gradients[seen.layer.name].add_scores(part, g, a, seen.layer.bias)
+        add_scores(s, gradients[seen.layer.name], seen)
 
     return add
 
