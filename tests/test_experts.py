@@ -1,5 +1,7 @@
 """Routed experts: each matrix of [E,O,I] is a layer, exact against its slice of the gradient."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from dense_ekfac import asked, close, corpus
@@ -9,6 +11,7 @@ from ekfac_fast import fit, prepare_queries, score
 from ekfac_fast.errors import ArgumentError, ModelError, Notice
 from ekfac_fast.model.experts import Places, Routing
 from ekfac_fast.model.layers import select_layers
+from ekfac_fast.stages.plan import plan
 from ekfac_fast.stages.run import Stage
 from ekfac_fast.store.files import load_tensors
 
@@ -119,6 +122,18 @@ def test_killed_between_its_passes_it_ends_in_the_same_bits(tmp_path, monkeypatc
     assert Stage.COVARIANCE in again.seconds
     for name in whole:
         assert torch.equal(whole[name].lam, again[name].lam)
+
+
+def test_a_plan_counts_an_experts_share_of_the_tokens():
+    model = made("Mixtral", **MIXTRAL)
+    layers = select_layers(model)
+    assert {layer.share for layer in layers} == {0.5}
+    sizes = {"parameters": 10_000, "sequences": 8, "tokens": 64, "fit_sequences": 8, "queries": 2}
+    shared = plan(layers, **sizes, rate=1e9)
+    every = plan([replace(layer, share=1.0) for layer in layers], **sizes, rate=1e9)
+    for mine, all_of_it in zip(shared.stages, every.stages, strict=True):
+        least = 1.0 if mine.name == "eigendecomposition" else 0.3
+        assert least * all_of_it.flops <= mine.flops <= max(least, 0.8) * all_of_it.flops
 
 
 def test_experts_by_name():

@@ -18,6 +18,8 @@ from .rows import Rows
 # (parameter, expert, x, y) -> y: one product y = W[e] x + b[e].
 Record = Callable[[str, int, Tensor, Tensor], Tensor]
 MARKS = ("num_experts", "has_gate", "has_bias", "is_transposed", "_apply_gate")
+# What configurations call the experts that a token meets.
+TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 # Of Llama 4, unmarked: given all tokens once for each expert, [E*N,H], those of others as zeros.
 BY_EXPERT = "Llama4TextExperts"
 
@@ -40,6 +42,17 @@ def matrices(module: Any) -> dict[str, tuple[int, int, bool]]:
         I, O = sizes if _transposed(module) else sizes[::-1]
         found[name] = int(I), int(O), bool(getattr(module, "has_bias", False))
     return found
+
+
+def share(module: Any, model: nn.Module) -> float:
+    """Of the tokens, how many come to an expert on average, by a configuration; else all."""
+    for of in (module, model):
+        config: Any = getattr(of, "config", None)
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        for name in TOP_K:
+            if isinstance(top := getattr(config, name, None), int):
+                return min(1.0, top / int(module.num_experts))
+    return 1.0
 
 
 def parameters(module: nn.Module, name: str) -> list[nn.Parameter]:

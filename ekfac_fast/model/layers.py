@@ -34,6 +34,7 @@ class Layer:
     `also`: further modules with the very same parameters, whose gradients are added to its own:
     linear layers, and embeddings, whose rows are those of W (a tied head).
     `expert`: of routed experts, which one; its name is `<module>.<parameter>.<expert>`.
+    `share`: of the tokens, how many come here, as far as the configuration says.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Layer:
     bias: bool
     also: tuple[str, ...] = ()
     expert: int | None = None
+    share: float = 1.0
 
     @property
     def module(self) -> str:
@@ -68,10 +70,11 @@ def linear_layers(model: nn.Module) -> dict[str, Layer]:
             I, O = module.weight.shape
             found[name] = Layer(name, I, O, module.bias is not None)
         elif experts.is_experts(module):
+            share = experts.share(module, model)
             for parameter, (I, O, bias) in experts.matrices(module).items():
                 for e in range(int(module.num_experts)):
                     of = f"{name}.{parameter}.{e}"
-                    found[of] = Layer(of, I, O, bias, expert=e)
+                    found[of] = Layer(of, I, O, bias, expert=e, share=share)
     return found
 
 

@@ -82,14 +82,17 @@ def plan(
     for name, count in (counts | {"queries": queries, "rank": rank or 1}).items():
         whole(name, count)
     rate = rate or gemm_rate()
-    one_pass = 4 * parameters * tokens
+    # Of experts only those that a token meets run; untracked ones are counted in full.
+    idle = sum((1 - x.share) * x.O * x.J for x in layers)
+    one_pass = 4 * (parameters - idle) * tokens
+    came = {x.name: max(1, round(x.share * tokens)) for x in layers}
 
     def each(card: Card, count: int, Q: int = 0, K: int = 0) -> float:
-        shapes = (Shape(B=1, T=tokens, I=x.I, O=x.O, Q=Q, K=K, bias=x.bias) for x in layers)
+        shapes = (Shape(B=1, T=came[x.name], I=x.I, O=x.O, Q=Q, K=K, bias=x.bias) for x in layers)
         return count * sum(card.cost(shape).flops for shape in shapes)
 
     covariances = fit_sequences * sum(
-        ops.covariance.cost(Shape(B=1, T=tokens, I=size, bias=bias)).flops
+        ops.covariance.cost(Shape(B=1, T=came[x.name], I=size, bias=bias)).flops
         for x in layers
         for size, bias in ((x.I, x.bias), (x.O, False))
     )
@@ -97,7 +100,8 @@ def plan(
     scan = 0.0
     ways = []
     for x in layers:
-        shape = Shape(B=sequences, T=tokens, I=x.I, O=x.O, Q=queries, K=rank or 0, bias=x.bias)
+        T, K = came[x.name], rank or 0
+        shape = Shape(B=sequences, T=T, I=x.I, O=x.O, Q=queries, K=K, bias=x.bias)
         ways.append(contraction(shape))
         card = ops.dense_scores if ways[-1] == "dense" else ops.low_rank_scores
         scan += card.cost(shape).flops
@@ -133,6 +137,6 @@ def _batch_tokens(layers: Sequence[Layer], parameters: int, tokens: int, query_b
     about as much again for what autograd keeps, in whole sequences and at least one.
     """
     free = free_bytes(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    per_token = 2 * 4 * sum(x.I + x.O for x in layers)
+    per_token = 2 * 4 * sum(x.share * (x.I + x.O) for x in layers)
     room = max(0, free - 4 * parameters - query_bytes)
     return tokens * max(1, int(room / 2 / per_token / tokens))

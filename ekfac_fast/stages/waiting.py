@@ -1,5 +1,6 @@
 """(a, g) of one pass that wait in memory for the next stage."""
 
+import math
 from dataclasses import replace
 
 from torch import Tensor
@@ -20,7 +21,9 @@ class Waiting(dict[int, list[LayerBatch]]):
         super().__init__()
         self._room = int(SHARE * free_bytes(run.device))
         self._taken: set[int] = set()
-        self._token = run.dtype.itemsize * sum(layer.I + layer.O for layer in layers)
+        # Rows of experts wait with as many that are none.
+        each = (min(1.0, 2 * x.share) * (x.I + x.O) for x in layers)
+        self._token = run.dtype.itemsize * math.ceil(sum(each))
 
     def takes(self, batch: Batch) -> bool:
         """Whether a batch fits; its room is then taken."""
