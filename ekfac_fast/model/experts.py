@@ -39,7 +39,7 @@ def matrices(module: Any) -> dict[str, tuple[int, int, bool]]:
     found = {}
     for name in _names(module):
         sizes = getattr(module, name).shape[1:]
-        I, O = sizes if _transposed(module) else sizes[::-1]
+        I, O = sizes if transposed(module) else sizes[::-1]
         found[name] = int(I), int(O), bool(getattr(module, "has_bias", False))
     return found
 
@@ -66,7 +66,8 @@ def _by_expert(module: nn.Module) -> bool:
     return kind.__name__ == BY_EXPERT and kind.__module__.startswith("transformers.")
 
 
-def _transposed(module: Any) -> bool:
+def transposed(module: Any) -> bool:
+    """Whether W[e] lies as [I,O]."""
     return _by_expert(module) or bool(module.is_transposed)
 
 
@@ -226,7 +227,7 @@ def _activated(module: Any, y: Tensor) -> Tensor:
 def _product(module: Any, record: Record, name: str, e: int, x: Tensor) -> Tensor:
     """W[e] x + b[e] of some rows, recorded."""
     W, *b = (p[e] for p in parameters(module, name))
-    return record(name, e, x, nn.functional.linear(x, W.t() if _transposed(module) else W, *b))
+    return record(name, e, x, nn.functional.linear(x, W.t() if transposed(module) else W, *b))
 
 
 def routing_of(name: str, module: Any, given: tuple[Tensor, ...]) -> Routing:

@@ -1,6 +1,7 @@
 """Queries prepared: gradients preconditioned or refined, then truncated, kept in weight space."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack, get_args
@@ -14,10 +15,12 @@ from ..curvature.query_gradients import Dense, LowRank, QueryGradients
 from ..data.choices import OnLongExample
 from ..data.examples import Indexable, tokenized_by
 from ..errors import ArgumentError, DataError, StoreError
+from ..model.identity import model_fingerprint
 from ..model.layers import Layer
 from ..store.files import load_json, load_tensors, save_json, save_tensors
 from ..store.fingerprint import fingerprint
 from ..store.folder import Pieces, Store
+from .directions import as_parameters, moved
 from .factors import Factors, check_damping, check_same, tell_of_zeros
 from .measured import Gradients, Measuring, Preconditioning, represented
 from .refine import Refinement, Refining
@@ -103,6 +106,31 @@ class Queries:
             if queries.layer.name == layer:
                 return queries.dense()
         raise KeyError(f"{layer}: the layers are {', '.join(q.layer.name for q in self.layers)}")
+
+    def parameters(self, model: nn.Module, query: int = 0) -> dict[str, Tensor]:
+        """(G + damping)^-1 grad f of one query, by the names and in the shapes of the checkpoint's
+        parameters: `weight - alpha * ihvp` raises log p(completion | prompt) where alpha is small.
+
+        Raises:
+            ArgumentError: no such query; the queries were prepared on another model.
+        """
+        whole("query", query, 0, len(self) - 1)
+        same = {"model": model_fingerprint(model), "tokenizer": None}
+        self.check_run(same, "parameters")
+        each = ((x.layer, x.gradients.each(lambda t: t[query : query + 1])) for x in self.layers)
+        return as_parameters(model, {layer: own.dense()[0] for layer, own in each})
+
+    def export(self, file: str | Path, model: nn.Module, query: int = 0) -> Path:
+        """Write `parameters` as a safetensors file; it has a checksum, and says which query."""
+        file = path("file", file)
+        save_tensors(file, self.parameters(model, query), {"query": str(query)})
+        return file
+
+    def apply(self, model: nn.Module, alpha: float, query: int = 0) -> AbstractContextManager[None]:
+        """`with queries.apply(model, alpha):` the weights are theta + alpha x iHVP; afterwards they
+        are bitwise what they were. alpha < 0 raises log p(completion | prompt).
+        """
+        return moved(model, self.parameters(model, query), alpha)
 
     def check_run(self, facts: Mapping[str, Any], asked: str) -> None:
         """ArgumentError where they were prepared on another model, or with another tokenizer."""

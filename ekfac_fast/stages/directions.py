@@ -1,0 +1,72 @@
+"""A query's preconditioned gradient, the iHVP, as a direction in the model's own parameters."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import instance, is_number, require
+from ..errors import ArgumentError
+from ..model import experts
+from ..model.alone import alone
+from ..model.layers import Layer, is_conv1d
+
+
+def as_parameters(model: nn.Module, layers: Mapping[Layer, Tensor]) -> dict[str, Tensor]:
+    """Matrices [O,J] of layers as tensors with the names and shapes of a checkpoint's parameters.
+
+    Of experts that are not among the layers the slices are zero.
+
+    Raises:
+        ArgumentError: the model has no such layer, or one of another size.
+    """
+    instance("model", model, nn.Module, "a torch module")
+    held = dict(model.named_parameters(remove_duplicate=False))
+    found: dict[str, Tensor] = {}
+    for layer, matrix in layers.items():
+        try:
+            module = model.get_submodule(layer.module)
+        except AttributeError as error:
+            raise ArgumentError(f"model has no layer {layer.name}: it is another model") from error
+        W, b = matrix[:, : layer.I], matrix[:, layer.I] if layer.bias else None
+        if layer.expert is None:
+            names = f"{layer.name}.weight", f"{layer.name}.bias"
+            turned = is_conv1d(module)
+        else:
+            names = (stem := layer.name.rpartition(".")[0]), f"{stem}_bias"
+            turned = experts.transposed(module)
+        for name, part in zip(names, (W.T if turned else W, b), strict=True):
+            if part is None:
+                continue
+            if name not in held:
+                raise ArgumentError(f"model has no parameter {name}: it is another model")
+            like = held[name]
+            if layer.expert is None:
+                found[name] = part.contiguous()
+            else:
+                found.setdefault(name, part.new_zeros(like.shape))[layer.expert] = part
+            if found[name].shape != like.shape:
+                raise ArgumentError(
+                    f"parameter {name} is {list(like.shape)} in the model, "
+                    f"{list(found[name].shape)} in the queries: it is another model"
+                )
+    return found
+
+
+@contextmanager
+def moved(model: nn.Module, direction: Mapping[str, Tensor], alpha: Any) -> Iterator[None]:
+    """The model's parameters plus alpha x direction; afterwards they are bitwise what they were."""
+    require(is_number(alpha), "alpha", alpha, "a finite number")
+    held = dict(model.named_parameters(remove_duplicate=False))
+    kept = {name: held[name].detach().clone() for name in direction}
+    try:
+        with alone(model), torch.no_grad():
+            for name, step in direction.items():
+                held[name].add_(step.to(held[name]), alpha=alpha)
+        yield
+    finally:
+        with torch.no_grad():
+            for name, before in kept.items():
+                held[name].copy_(before)
