@@ -62,7 +62,7 @@ CUT = {
     "--context": number(2), "--split": one_of("file", "paragraph", "line"),
     "--on-long": one_of("chunk", "truncate", "refuse"), "--batch-tokens": number(1),
     "--dtype": one_of("auto", "float32", "bfloat16"),
-    "--fields": nothing, "--chat-template": nothing, "--out": new,
+    "--fields": nothing, "--chat-template": nothing, "--adapter": nothing, "--out": new,
 }  # fmt: skip
 # Words that stand where they do, and options with what each may be.
 COMMANDS: dict[str, tuple[list[str], dict[str, Callable[[str], bool]]]] = {

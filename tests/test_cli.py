@@ -7,10 +7,11 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
 from commands import Python
-from transformers import GPT2Config, GPT2Model
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2Model
 
 from ekfac_fast.cli.inputs import load, load_tokenizer
 from ekfac_fast.data import read, tokenize
@@ -240,3 +241,27 @@ def test_conversations_from_columns_to_report(demo, run, tmp_path):
     words = ("fit", model, "corpus.jsonl", "--out", "g", "--fields", "user")
     wrong = run(*words, cwd=tmp_path, ok=False)
     assert "--fields is 'user', expected names with what a file calls" in " ".join(wrong.split())
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_an_adapter_of_a_folder(demo, few, run, tmp_path):
+    """Its factors are of its own matrices; one for another model, or none, is named."""
+    base = AutoModelForCausalLM.from_pretrained(demo[0] / "demo/model")
+    config = {"r": 2, "target_modules": ["c_attn"], "init_lora_weights": False}
+    adapted = peft.get_peft_model(base, peft.LoraConfig(**config, fan_in_fan_out=True))
+    adapted.save_pretrained(tmp_path / "lora")
+    given = ("--context", 64, "--adapter", tmp_path / "lora")
+    out = run("fit", "demo/model", "demo/corpus", "--out", tmp_path / "f", *given, cwd=few)
+    assert "8 layers, base_model.model.transformer.h.0.attn.c_attn.lora_A.default to" in (
+        " ".join(out.split())
+    )
+    inputs = (tmp_path / "f", "demo/queries.jsonl", "demo/corpus")
+    run("score", "demo/model", *inputs, "--out", tmp_path / "s", *given, cwd=few)
+    run("report", tmp_path / "s", "demo/corpus", "--out", tmp_path / "r.html", cwd=few)
+    assert str(tmp_path / "lora") in (tmp_path / "r.html").read_text()
+    # Without its adapter it is another model.
+    run("score", "demo/model", *inputs, "--out", tmp_path / "t", "--context", 64, cwd=few, ok=False)
+    (tmp_path / "lora/adapter_model.safetensors").rename(tmp_path / "lora/adapter_model.bin")
+    words = ("fit", "demo/model", "demo/corpus", "--out", tmp_path / "g", *given)
+    said = " ".join(run(*words, cwd=few, ok=False).split())
+    assert "no adapter_model.safetensors; save it" in said

@@ -45,11 +45,18 @@ def made(family, attention="eager", **more):
 
 
 def inputs(model, layers, data):
-    """sum a a^T of every layer, from plain hooks and sequences without padding."""
+    """sum a a^T of every layer, from plain hooks and sequences without padding.
+
+    DoRA runs its matrices on an identity, too, for a norm that has no gradient.
+    """
     sums, handles = {}, []
     for x in (x for x in layers if x.expert is None):
 
         def hook(module, args, output, x=x):
+            if args[0].ndim == 2 and torch.equal(args[0], torch.eye(len(args[0])).to(args[0])):
+                output.identity = True
+            if getattr(args[0], "identity", False) or getattr(output, "identity", False):
+                return
             a = args[0].detach().reshape(-1, x.I)
             a = torch.cat([a, a.new_ones(len(a), 1)], 1) if x.bias else a
             sums[x.name] = sums.get(x.name, 0) + a.T @ a

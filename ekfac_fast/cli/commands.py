@@ -16,6 +16,7 @@ import typer
 from ..checks import whole
 from ..errors import Error, Notice
 from .options import (
+    Adapter,
     BatchTokens,
     ChatTemplate,
     Context,
@@ -102,6 +103,7 @@ def fit(
     context: Context = None,
     split: SplitBy = "file",
     on_long: TooLong = "chunk",
+    adapter: Adapter = None,
     fields: Fields = None,
     chat_template: ChatTemplate = None,
     batch_tokens: BatchTokens = None,
@@ -114,8 +116,9 @@ def fit(
     from . import runs
 
     source, _, corpus = _loaded(
-        model, data, context, split, on_long, fields, chat_template, dtype, trust_remote_code
-    )
+        model, adapter, data, context, split, on_long, fields, chat_template, dtype,
+        trust_remote_code,
+    )  # fmt: skip
     runs.fit_job(
         source, corpus, out, console, layers=layers, batch_tokens=batch_tokens,
         max_examples=max_examples, seed=seed,
@@ -146,6 +149,7 @@ def score(
     context: Context = None,
     split: SplitBy = "file",
     on_long: TooLong = "chunk",
+    adapter: Adapter = None,
     fields: Fields = None,
     chat_template: ChatTemplate = None,
     batch_tokens: BatchTokens = None,
@@ -157,8 +161,9 @@ def score(
     from . import runs
 
     source, cutting, corpus = _loaded(
-        model, data, context, split, on_long, fields, chat_template, dtype, trust_remote_code
-    )
+        model, adapter, data, context, split, on_long, fields, chat_template, dtype,
+        trust_remote_code,
+    )  # fmt: skip
     runs.score_job(
         source, Factors(factors), queries, corpus, cutting, out, console, rank=rank or None,
         damping=damping, refine=refine, refine_examples=refine_examples, refine_seed=refine_seed,
@@ -179,6 +184,7 @@ def self_influence(
     context: Context = None,
     split: SplitBy = "file",
     on_long: TooLong = "chunk",
+    adapter: Adapter = None,
     fields: Fields = None,
     chat_template: ChatTemplate = None,
     batch_tokens: BatchTokens = None,
@@ -190,8 +196,9 @@ def self_influence(
     from . import runs
 
     source, _, corpus = _loaded(
-        model, data, context, split, on_long, fields, chat_template, dtype, trust_remote_code
-    )
+        model, adapter, data, context, split, on_long, fields, chat_template, dtype,
+        trust_remote_code,
+    )  # fmt: skip
     scores = runs.self_job(
         source, Factors(factors), corpus, out, console, damping=damping,
         batch_tokens=batch_tokens,
@@ -349,6 +356,7 @@ def demo(
 
 def _loaded(
     model: str,
+    adapter: str | None,
     data: Path,
     context: int | None,
     split: "Split",
@@ -362,7 +370,7 @@ def _loaded(
     from . import inputs
 
     mapping, template = inputs.parsed_fields(fields), inputs.read_template(chat_template)
-    source = inputs.load(model, trust_remote_code, dtype)
+    source = inputs.load(model, trust_remote_code, dtype, adapter=adapter)
     console.say(f"passes in {'float32' if source.autocast is None else 'bfloat16'}")
     cutting = inputs.Cutting(source.context(context), split, on_long, mapping, template)
     return source, cutting, inputs.read_data(data, source.tokenizer, cutting, console)

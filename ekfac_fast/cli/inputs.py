@@ -38,12 +38,15 @@ class Cutting:
 
 @dataclass(frozen=True)
 class Source:
-    """A model's folder, name or GGUF file, its tokenizer, and what its passes are autocast to."""
+    """A model's folder, name or GGUF file, its tokenizer, what its passes are autocast to, and the
+    folder or name of the adapter in it.
+    """
 
     path: str
     model: nn.Module
     tokenizer: Any
     autocast: torch.dtype | None = None
+    adapter: str | None = None
 
     def context(self, wanted: int | None) -> int:
         """Tokens a sequence: as wanted (512), but no more than the model has positions for."""
@@ -54,9 +57,15 @@ class Source:
 
 
 def load(
-    path: str, trust_remote_code: bool, dtype: Dtype = "float32", device: str | None = None
+    path: str,
+    trust_remote_code: bool,
+    dtype: Dtype = "float32",
+    device: str | None = None,
+    adapter: str | None = None,
 ) -> Source:
-    """A Hugging Face causal language model in evaluation mode, on a GPU if there is one."""
+    """A Hugging Face causal language model in evaluation mode, on a GPU if there is one; peft's
+    `adapter` in it.
+    """
     transformers = optional("transformers", "hf")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     lowered = autocast(dtype, torch.device(device))
@@ -75,8 +84,34 @@ def load(
             f"model {path!r} has no weights for {listed(absent, 3)}: they would be drawn at "
             f"random; give the checkpoint of a {type(model).__name__}"
         )
+    if adapter is not None:
+        model = with_adapter(model, adapter)
     tokenizer = load_tokenizer(path, trust_remote_code)
-    return Source(path, model.to(device).eval(), tokenizer, lowered)
+    return Source(path, model.to(device).eval(), tokenizer, lowered, adapter)
+
+
+def with_adapter(model: nn.Module, adapter: str) -> nn.Module:
+    """A model with peft's adapter of a folder or name put into it.
+
+    Raises:
+        ArgumentError: there is none, it is a pickle, it is for another model.
+    """
+    peft = optional("peft", "adapters")
+    folder = Path(adapter)
+    if folder.is_dir() and not (folder / "adapter_model.safetensors").exists():
+        raise ArgumentError(
+            f"adapter {adapter!r}: the folder has no adapter_model.safetensors; save it with "
+            "save_pretrained, as safetensors"
+        )
+    try:
+        found: nn.Module = peft.PeftModel.from_pretrained(
+            model, adapter, autocast_adapter_dtype=False
+        )
+    except Error:
+        raise
+    except Exception as error:  # of any kind, as of a model
+        raise ArgumentError(f"adapter {adapter!r} cannot be loaded: {error}") from error
+    return found
 
 
 def autocast(dtype: Dtype, device: torch.device) -> torch.dtype | None:

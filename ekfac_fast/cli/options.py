@@ -13,6 +13,7 @@ Model = Annotated[str, typer.Argument(help="Hugging Face model folder or name, o
 Data = Annotated[Path, typer.Argument(help=".jsonl, .json, .txt or .parquet, or a folder of them")]
 Out = Annotated[Path, typer.Option(help="folder of the results; a run that was killed continues")]
 FactorFolder = Annotated[Path, typer.Argument(help="folder written by fit (or by kronfluence)")]
+Adapter = Annotated[str | None, typer.Option(help="peft adapter to put in: a folder or name")]
 Context = Annotated[int | None, typer.Option(help="tokens a sequence, at most; default 512")]
 SplitBy = Annotated[Split, typer.Option(help="a .txt record is a: file, paragraph or line")]
 TooLong = Annotated[OnLong, typer.Option(help="what becomes of a record over the context")]

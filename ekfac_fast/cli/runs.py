@@ -118,6 +118,7 @@ def score_job(
     seconds = factors.seconds | begun.state["seconds"] | scores.stages
     run = {
         "model": source.path,
+        "adapter": source.adapter,
         "factors": str(factors.folder),
         "cutting": asdict(cutting),
         "names": names,
@@ -178,6 +179,8 @@ def report_job(
         for name, value in run["cutting"].items()
         if value is not None
     ]
+    if run.get("adapter") is not None:
+        settings.append(("adapter", str(run["adapter"])))
     settings.append(("factors", run["factors"]))
     if queries.refinement is not None:
         settings.append(("queries refined", queries.refinement.title))

@@ -161,12 +161,12 @@ def read_by(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Ten
 
 
 def inputs_of(model: nn.Module, names: list[str], run: Callable[[], Any]) -> dict[str, Tensor]:
-    """Inputs of the first use of modules in a forward pass."""
+    """Inputs of the last use of modules in a forward pass."""
     found: dict[str, Tensor] = {}
 
     def hook_of(name: str) -> Callable:
         def hook(_: nn.Module, args: tuple, kwargs: dict, __: Any) -> None:
-            found.setdefault(name, given(args, kwargs).detach().clone())
+            found[name] = given(args, kwargs).detach().clone()
 
         return hook
 

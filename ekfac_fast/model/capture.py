@@ -140,7 +140,8 @@ class Capture:
         late = {name for name, x in self.layers.items() if x.expert is None} - calls.inputs.keys()
         for name in late - self._layouts.keys():
             unknown[name] = []  # to run in the backward pass only: nothing is known of it
-        shapes = {name: uses[0].shape for name, uses in calls.inputs.items()}
+        # The last use: DoRA's matrices run on an identity first, for their norm.
+        shapes = {name: uses[-1].shape for name, uses in calls.inputs.items()}
         shapes = {name: x for name, x in shapes.items() if self.layers[name].expert is None}
         # Of experts it is the rows that they share out.
         shapes |= {name: routes[0].shape for name, routes in calls.routes.items()}
@@ -307,6 +308,8 @@ class Capture:
         # A layer used several times has the sum of its uses' gradients: their tokens, end to end.
         uses = []
         for use, (x, zero) in enumerate(zip(inputs, calls.outputs(name), strict=True)):
+            if gradients and use not in gradients:
+                continue  # for something that no loss depends on
             a, g = x, gradients.get(use, zero)
             if (name, use) in calls.turned:
                 # Rows that no loss reaches (padding) count for nothing on either side.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..checks import flag, instance, require
 from ..errors import ArgumentError, Notice
 from . import experts
+from .adapters import adapter_layers
 
 # A component of an MLP's name, below a numbered block: GPT-2, GPT-NeoX, Llama, Qwen, Mistral,
 # OLMo, Gemma say `mlp`; OPT and BERT have its matrices in the block itself, XLM a list of MLPs.
@@ -86,7 +87,8 @@ def select_layers(
     Args:
         model: any module.
         patterns: None or "mlp" for the MLP matrices of every block (the paper's choice; of a model
-            of which only a part trains, those that train); "all" for every linear layer; else
+            of which only a part trains, those that train; of an adapter, all that it is made of);
+            "all" for every linear layer; else
             names or globs, e.g. "*.attn.c_attn". A layer of exactly that name comes first.
         shared: take modules with the very same parameters as one layer.
 
@@ -141,7 +143,11 @@ def _no_layer(pattern: str, names: list[str]) -> str:
 
 
 def _mlps(model: nn.Module, layers: dict[str, Layer]) -> set[str]:
-    """The default: matrices of MLPs that train, without routers, and without towers of images."""
+    """The default: matrices of MLPs that train, without routers, and without towers of images; of a
+    model with an adapter, all linear layers of that.
+    """
+    if (adapter := adapter_layers(model, layers)) is not None:
+        return {*adapter}
     found = {
         name
         for name, layer in layers.items()

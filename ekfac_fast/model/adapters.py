@@ -1,0 +1,59 @@
+"""Adapters as peft puts them into a model: which linear layers they are made of."""
+
+import sys
+import warnings
+from collections.abc import Collection
+
+from torch import nn
+
+from ..checks import listed
+from ..errors import ArgumentError, Notice
+
+
+def adapter_layers(model: nn.Module, linear: Collection[str]) -> list[str] | None:
+    """The linear layers of the active adapters and of the modules saved with them, by name; None of
+    a model without adapters.
+
+    Raises:
+        ArgumentError: an adapter is made of other things (IA3's vectors).
+    """
+    # No module of peft's can exist before peft is imported.
+    if "peft" not in sys.modules:
+        return None
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    found: list[str] = []
+    others: dict[str, int] = {}
+    kinds: set[str] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            kinds.add(type(module).__module__.split(".")[2])
+            parts = [*module.adapter_layer_names]
+        elif isinstance(module, ModulesToSaveWrapper):
+            parts = ["modules_to_save"]
+        else:
+            continue
+        active = module.active_adapters
+        tuned = [f"{name}.{part}.{adapter}" for part in parts for adapter in active]
+        own = [x for x in linear if any(x == t or x.startswith(f"{t}.") for t in tuned)]
+        found += own
+        for n, p in module.named_parameters(prefix=name):
+            part = any(n == t or n.startswith(f"{t}.") for t in tuned)
+            if part and n.rpartition(".")[0] not in own:
+                others[n] = p.numel()
+    if not kinds:
+        return None
+    if not found:
+        raise ArgumentError(
+            f"layers: the model has an adapter ({listed(sorted(kinds))}) without a linear layer, "
+            "and its frozen base is no default. Name the layers you want"
+        )
+    if others:
+        warnings.warn(
+            f"{sum(others.values()):,} parameters of the adapter are no linear layers "
+            f"({listed(list(others), 2)}) and are not tracked",
+            Notice,
+            stacklevel=5,
+        )
+    return found
