@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import peft
+import pyarrow.parquet
 import pytest
 import torch
 from commands import Python
@@ -238,6 +239,13 @@ def test_conversations_from_columns_to_report(demo, run, tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert "zebra" in page
     assert "corpus.jsonl, line 14" in page
+    said = run(
+        "table", "s", "corpus.jsonl", "--columns", "instruction", "--by", "input", cwd=tmp_path
+    )
+    assert re.search(r"Zorald Pfaff\? +1 +[+-]\d", said)
+    rows = pyarrow.parquet.read_table(tmp_path / "scores.parquet").to_pylist()
+    assert [row["instruction"] for row in rows[12:14]] == ["Go on, 12.", "Who elected"]
+    assert rows[13]["zebra"] == max(row["zebra"] for row in rows)
     words = ("fit", model, "corpus.jsonl", "--out", "g", "--fields", "user")
     wrong = run(*words, cwd=tmp_path, ok=False)
     assert "--fields is 'user', expected names with what a file calls" in " ".join(wrong.split())

@@ -228,6 +228,29 @@ def report(
 
 @app.command()
 @reported
+def table(
+    scores: Annotated[Path, typer.Argument(help="folder written by score")],
+    data: Data,
+    out: Annotated[Path, typer.Option(help="parquet file")] = Path("scores.parquet"),
+    columns: Annotated[
+        list[str] | None, typer.Option(help="of the records, to stand beside the scores")
+    ] = None,
+    by: Annotated[str | None, typer.Option(help="column whose totals are printed")] = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Write scores as a table; sum them up by data set, say."""
+    from . import inputs, runs
+
+    run = runs.load_run(scores)
+    tokenizer = inputs.load_tokenizer(run["model"], trust_remote_code)
+    keep = [*dict.fromkeys([*(columns or ()), *([by] if by else ())])]
+    cutting = inputs.Cutting(**run["cutting"])
+    corpus = inputs.read_data(data, tokenizer, cutting, console, keep)
+    runs.table_job(scores, corpus, tokenizer, out, console, columns=keep, by=by)
+
+
+@app.command()
+@reported
 def validate(
     bank: Annotated[Path, typer.Argument(help="folder written by ekfac_fast.validation.retrain")],
     scores: Annotated[

@@ -1,6 +1,6 @@
 """What a command is given: a model and its tokenizer, text cut into sequences."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,11 +184,13 @@ def read_template(path: Path | None) -> str | None:
         raise ArgumentError(f"--chat-template {path}: cannot be read ({error})") from error
 
 
-def read_data(path: Path, tokenizer: Any, cutting: Cutting, console: Terminal) -> Tokens:
+def read_data(
+    path: Path, tokenizer: Any, cutting: Cutting, console: Terminal, keep: Sequence[str] = ()
+) -> Tokens:
     """A corpus as examples; says what was cut off or left out."""
     if cutting.chat_template is not None:
         tokenizer.chat_template = cutting.chat_template
-    records = read(path, split=cutting.split, fields=cutting.fields)
+    records = read(path, split=cutting.split, fields=cutting.fields, keep=keep)
     data = tokenize(records, tokenizer, cutting.context, on_long=cutting.on_long, on_empty="skip")
     notes = [f"{len(data)} sequences of at most {cutting.context} tokens"]
     if data.truncated:

@@ -190,6 +190,32 @@ def report_job(
     return report.write(out, about, results)
 
 
+def table_job(
+    folder: Path,
+    data: Tokens,
+    tokenizer: Any,
+    out: Path,
+    console: Terminal,
+    *,
+    columns: Sequence[str],
+    by: str | None,
+) -> None:
+    """Scores of a folder that `score_job` wrote as a parquet file; totals by a column."""
+    run, scores, queries = load_run(folder), Scores(folder), Queries.load(folder)
+    check_together(scores, Factors(run["factors"]), queries, data, tokenizer)
+    names = [f"{q} {name}" if run["names"].count(name) > 1 else name for q, name in
+             enumerate(run["names"])]  # fmt: skip
+    console.say(f"{scores.to_parquet(out, data, names=names, columns=columns)}")
+    if by is None:
+        return
+    labels = data.column(by)
+    shown = Table(by, "sequences", *map(harmless, names), box=None, pad_edge=False)
+    for label, sums in scores.totals(labels).items():
+        values = (f"{value / scores.train_size:+.4f}" for value in sums)
+        shown.add_row(Text(harmless(str(label))), str(labels.count(label)), *values)
+    console.print(shown)
+
+
 def validate_job(
     folder: Path, every: Sequence[Path], console: Terminal, *, draws: int, seed: int
 ) -> None:

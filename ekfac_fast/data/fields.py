@@ -27,10 +27,12 @@ class Columns:
     fields  {"prompt": "question", "completion": "answer"}: our names, theirs; "a+b" is both,
             a blank line between them. {"user": ..., "assistant": ...} make a conversation.
     texts   whether a record may be a text alone; a query may not
+    keep    further fields, kept in `columns` as they are: a source, a data set, a date
     """
 
     fields: Mapping[str, str] | None = None
     texts: bool = True
+    keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         given = self.fields
@@ -73,6 +75,12 @@ class Columns:
             for ours, parts in self.among(list(value), source).items()
         }
         kept: dict[str, Any] = {"source": source}
+        if self.keep:
+            if absent := [name for name in self.keep if name not in value]:
+                raise DataError(
+                    f"{source}: has no {absent[0]!r} to keep; it has {listed([*value])}"
+                )
+            kept["columns"] = {name: value[name] for name in self.keep}
         if value.get("name") is not None:
             kept["name"] = str(value["name"])
         if "user" in found:

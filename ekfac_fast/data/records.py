@@ -16,7 +16,7 @@ import weakref
 import zlib
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, get_args
@@ -24,7 +24,7 @@ from typing import IO, Any, get_args
 import numpy as np
 from torch.utils.data import ConcatDataset, Dataset
 
-from ..checks import choice, listed
+from ..checks import choice, listed, require
 from ..checks import path as argument_path
 from ..errors import DataError, Notice
 from ..extras import optional
@@ -169,7 +169,8 @@ class Rows(Dataset):
         with self._file() as file:
             names = file.schema_arrow.names
             asked = {x for parts in columns.among(names, str(path)).values() for x in parts}
-            self.names = [name for name in names if name in asked or name in BESIDE]
+            wanted = {*asked, *BESIDE, *columns.keep}
+            self.names = [name for name in names if name in wanted]
             groups = range(file.num_row_groups)
             sizes = [file.metadata.row_group(group).num_rows for group in groups]
         self.starts = np.cumsum([0, *sizes])
@@ -217,7 +218,11 @@ class Records(ConcatDataset):
 
 
 def read(
-    path: str | Path, *, split: Split = "file", fields: Mapping[str, str] | None = None
+    path: str | Path,
+    *,
+    split: Split = "file",
+    fields: Mapping[str, str] | None = None,
+    keep: Sequence[str] = (),
 ) -> Records:
     """The records of a file of JSON lines, JSON, text or parquet, or of all in a folder, by name.
 
@@ -225,10 +230,12 @@ def read(
     files of other kinds in a folder are left out with a `Notice`. `split` says what one record of
     a .txt file is. The others hold `text`, `messages`, or `prompt` and `completion`, under these
     names or as `fields` maps them (`Columns`): {"text": "body"}, {"prompt": "question",
-    "completion": "answer"}, {"user": "instruction+input", "assistant": "output"}.
-    Raises DataError.
+    "completion": "answer"}, {"user": "instruction+input", "assistant": "output"}. `keep`: further
+    fields of every record, for `Tokens.column`. Raises DataError.
     """
-    return read_columns(path, split, Columns(fields))
+    named = isinstance(keep, list | tuple) and all(isinstance(x, str) and x for x in keep)
+    require(named, "keep", keep, "a list of names")
+    return read_columns(path, split, Columns(fields, keep=tuple(keep)))
 
 
 def read_columns(path: str | Path, split: Split, columns: Columns) -> Records:

@@ -54,6 +54,24 @@ class Tokens(Dataset):
         ids = torch.where(silent, ~marked, marked)
         return {"input_ids": ids, "labels": marked.masked_fill_(silent, IGNORED)}
 
+    def column(self, name: str) -> list[Any]:
+        """What the record of every example has in a column that was kept (`read(keep=...)`).
+
+        Raises:
+            DataError: a record has no such column; names it.
+        """
+        found = []
+        for record in self.rows[:, 1].tolist():
+            value = self.records[record]
+            kept = value.get("columns", value)
+            if name not in kept:
+                raise DataError(
+                    f"{_source(value, record)}: no column {name!r} was kept; "
+                    f"read(path, keep=[{name!r}]) keeps it"
+                )
+            found.append(kept[name])
+        return found
+
     def source(self, index: int) -> str:
         """Where example `index` was read: file, line and, from the second on, the chunk of it."""
         record, chunk = (int(n) for n in self.rows[index, 1:])

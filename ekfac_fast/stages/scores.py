@@ -1,21 +1,29 @@
 """A scan's results on disk: every score or the best of each query, and where the best come from."""
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from html import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from ..checks import Whole, check_json
+from ..checks import Whole, check_json, path
 from ..errors import ArgumentError, StoreError
+from ..extras import optional
+from ..store.files import replacing
 from ..store.folder import Store
 from ..store.manifest import MANIFEST
+from . import table
 from .trust import SPARSE, Trust, sparsity
 
 # Columns of a query's shard, for its top and its lowest sequences; a rank of 0 is none.
 DETAIL = ("indices", "scores", "candidate_ranks")
 HEAP = "heap"
+# Queries, and places of each, in a notebook.
+SHOWN = 5
 SCHEMA = {
     "train_size": Whole(1), "examples": Whole(1), "layers": [str], "top_k": (None, Whole(1)),
 }  # fmt: skip
@@ -79,6 +87,76 @@ class Scores:
                 "though the scan is finished: the file is damaged. Score again"
             )
         return matrix.values
+
+    @property
+    def queries(self) -> int:
+        """How many queries were scored; 1 of self-influence."""
+        kept = self.store.facts["top_k"]
+        return len(self.matrix if kept is None else self._heap["values"])
+
+    def __len__(self) -> int:
+        """Sequences of the corpus, scanned or not."""
+        return int(self.store.facts["examples"])
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Raw scores [Q] of one sequence after the other, in the order of the corpus."""
+        return iter(self.matrix.T)
+
+    def to_arrow(
+        self,
+        data: table.Corpus | None = None,
+        *,
+        names: Sequence[str] | None = None,
+        columns: Sequence[str] = (),
+    ) -> Any:
+        """A pyarrow table: a row a sequence, or, where only the top k were kept, a row a place.
+
+        Args:
+            data: the corpus, for `source` and for `columns` of its records (`Tokens.column`).
+            names: of the queries.
+
+        Raises:
+            ArgumentError: `data` or `names` do not fit.
+        """
+        return table.arrow(self, data, names, columns)
+
+    def to_pandas(self, data: table.Corpus | None = None, **more: Any) -> Any:
+        """`to_arrow` as a pandas DataFrame."""
+        optional("pandas", "hf")
+        return self.to_arrow(data, **more).to_pandas()
+
+    def to_parquet(self, file: str | Path, data: table.Corpus | None = None, **more: Any) -> Path:
+        """Write `to_arrow` as a parquet file; one that is there is replaced as a whole."""
+        file, found = path("file", file), self.to_arrow(data, **more)
+        with replacing(file, found.nbytes) as partial:
+            optional("pyarrow.parquet", "hf").write_table(found, partial)
+        return file
+
+    def totals(self, labels: Sequence[Any]) -> Mapping[Any, np.ndarray]:
+        """Summed raw scores [Q] of the sequences of each label: which data set matters for a query.
+
+        labels: one a sequence, as `Tokens.column("set")`. Raises ArgumentError if they are not.
+        """
+        return table.totals(self.matrix, labels)
+
+    def _repr_html_(self) -> str:
+        """The best of every query, for notebooks."""
+        rows = "".join(
+            f"<tr><td>{q}</td><td>{place}</td><td>{index}</td><td>{value:.4g}</td></tr>"
+            for q in range(min(self.queries, SHOWN))
+            for place, (index, value) in enumerate(self.top(q, min(SHOWN, self._kept)), 1)
+        )
+        head = "".join(f"<th>{x}</th>" for x in ("query", "place", "sequence", "raw score"))
+        return (
+            f"<p>{self.queries} queries, {len(self)} sequences, in "
+            f"{escape(str(self.folder))}</p><table><tr>{head}</tr>{rows}</table>"
+        )
+
+    @property
+    def _kept(self) -> int:
+        """Places that are kept of a query."""
+        kept = self.store.facts["top_k"]
+        return len(self) if kept is None else int(kept)
 
     @cached_property
     def _heap(self) -> dict[str, Tensor]:

@@ -1,0 +1,84 @@
+"""Scores as a table: a row for each sequence of the corpus, or for each of a query's best."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from ..errors import ArgumentError
+from ..extras import optional
+
+if TYPE_CHECKING:
+    from .scores import Scores
+
+
+class Corpus(Protocol):
+    """What `Tokens` are: examples that know where they were read, and their records' columns."""
+
+    def __len__(self) -> int: ...
+
+    def source(self, index: int, /) -> str:
+        """Where an example was read."""
+        ...
+
+    def column(self, name: str, /) -> Sequence[Any]:
+        """What the record of every example has there."""
+        ...
+
+
+def arrow(
+    scores: "Scores", data: Corpus | None, names: Sequence[str] | None, columns: Sequence[str]
+) -> Any:
+    """A pyarrow table of raw scores.
+
+    Of a whole matrix a row a sequence, in the order of the corpus: `index`, a column for each
+    query, null where it was never scanned. Of a heap (`top_k`) a row for each query and place:
+    `query`, `place`, `index`, `score`. With `data` also `source`, and `columns` of its records.
+
+    Raises:
+        ArgumentError: `data` is another corpus; names are not one a query, or stand twice.
+    """
+    pa = optional("pyarrow", "hf")
+    N, Q = scores.store.facts["examples"], scores.queries
+    names = [f"query {q}" for q in range(Q)] if names is None else list(names)
+    if data is not None and len(data) != N:
+        raise ArgumentError(f"data has {len(data)} sequences, {N} were scored: another corpus")
+    if columns and data is None:
+        raise ArgumentError(f"columns {list(columns)} are of the records: give data=")
+    taken = {"index", "source", "query", "place", "score", *columns}
+    if len(names) != Q or len({*names}) < Q or taken & {*names}:
+        raise ArgumentError(f"names are {names}; expected {Q}, each once, none of {sorted(taken)}")
+    if scores.store.facts["top_k"] is None:
+        found: dict[str, Any] = {"index": np.arange(N)}
+        for q, name in enumerate(names):
+            found[name] = pa.array(np.ascontiguousarray(scores.matrix[q]), from_pandas=True)
+        rows: Iterable[int] = range(N)
+    else:
+        best = [scores.top(q, scores.store.facts["top_k"]) for q in range(Q)]
+        rows = [index for ranked in best for index, _ in ranked]
+        found = {
+            "query": [name for name, ranked in zip(names, best, strict=True) for _ in ranked],
+            "place": [place for ranked in best for place, _ in enumerate(ranked, 1)],
+            "index": rows,
+            "score": [value for ranked in best for _, value in ranked],
+        }
+    if data is not None:
+        found["source"] = [data.source(index) for index in rows]
+        for name in columns:
+            values = data.column(name)
+            found[name] = [values[index] for index in rows]
+    return pa.table(found)
+
+
+def totals(matrix: np.ndarray, labels: Sequence[Any]) -> Mapping[Any, np.ndarray]:
+    """Sums of scores [Q] of the sequences with a label, the labels in the order in which they come;
+    what was never scanned counts as nothing.
+    """
+    if len(labels) != matrix.shape[1]:
+        raise ArgumentError(f"{len(labels)} labels for {matrix.shape[1]} sequences")
+    order = {label: at for at, label in enumerate(dict.fromkeys(labels))}
+    groups = np.array([order[label] for label in labels])
+    sums = np.zeros((len(order), len(matrix)))
+    for q, row in enumerate(matrix):
+        sums[:, q] = np.bincount(groups, np.nan_to_num(row, nan=0.0), len(order))
+    return dict(zip(order, sums, strict=True))
