@@ -4,7 +4,6 @@ Commands import what they need when they run: `--help` waits for nothing.
 """
 
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from functools import wraps
@@ -36,7 +35,7 @@ from .options import (
     TooLong,
     Trust,
 )
-from .terminal import Terminal
+from .terminal import Terminal, duration
 
 if TYPE_CHECKING:
     from ..data.choices import OnLong, Split
@@ -317,7 +316,7 @@ def plan(
     console.say(f"batch_tokens     {costs.batch_tokens} fit beside them in free memory\n")
     work = Table("stage", "TFLOP", "time", box=None, pad_edge=False)
     for stage in costs.stages:
-        work.add_row(stage.name, f"{stage.flops / 1e12:.3g}", _duration(stage.seconds))
+        work.add_row(stage.name, f"{stage.flops / 1e12:.3g}", duration(stage.seconds))
     console.print(work)
     console.say(f"at {costs.gemm_rate / 1e9:.0f} GFLOP/s, measured now (fp32 product of 1024^2)")
 
@@ -333,48 +332,9 @@ def demo(
     for name, count in (("steps", steps), ("topics", topics)):
         if count is not None:
             whole(name, count)
-    start = time.perf_counter()
-    from ..model.layers import select_layers
-    from ..stages.queries import Queries
-    from ..stages.run import floor_seconds
-    from ..store.files import writing
-    from ..validation.one_step import step_check
     from . import demo as demonstration
-    from . import inputs, runs
-    from .progress import showing
 
-    with writing(folder, 4096):
-        folder.mkdir(parents=True, exist_ok=True)
-    with showing(console) as progress:
-        demonstration.prepare(
-            folder,
-            steps or demonstration.STEPS,
-            topics,
-            lambda done, total, _: progress("training", done, total),
-        )
-    source = inputs.load(str(folder / "model"), False, device="cpu")
-    cutting = inputs.Cutting(demonstration.CONTEXT)
-    corpus = inputs.read_data(folder / "corpus", source.tokenizer, cutting, console)
-    factors = runs.fit_job(source, corpus, folder / "factors", console)
-    out = folder / "scores"
-    scores = runs.score_job(
-        source, factors, folder / "queries.jsonl", corpus, cutting, out, console, rank=32,
-        damping=None,
-    )  # fmt: skip
-    runs.print_top(console, out, corpus, source.tokenizer)
-    floor = floor_seconds(source.model, corpus, select_layers(source.model, scores.layers))
-    changes = step_check(source.model, Queries.load(out), scores, corpus)
-    notes = demonstration.weaknesses(scores, corpus, changes)
-    path = runs.report_job(out, corpus, source.tokenizer, folder / "report.html", 10, floor, notes)
-    console.say()
-    for note in notes:
-        console.say(note)
-    console.say(
-        f"scan: {scores.seconds:.1f} s for {len(corpus)} sequences and {len(changes)} queries, "
-        f"{scores.seconds / floor:.2f} x a forward and gradient-to-activations backward alone "
-        f"({floor:.1f} s)"
-    )
-    console.say(f"{path}, after {_duration(time.perf_counter() - start)}")
+    demonstration.run(folder, steps or demonstration.STEPS, topics, console)
 
 
 def _loaded(
@@ -397,9 +357,3 @@ def _loaded(
     console.say(f"passes in {'float32' if source.autocast is None else 'bfloat16'}")
     cutting = inputs.Cutting(source.context(context), split, on_long, mapping, template)
     return source, cutting, inputs.read_data(data, source.tokenizer, cutting, console)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

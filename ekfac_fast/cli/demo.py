@@ -7,6 +7,7 @@ checkpoint. From there on the demo runs the same functions as any user.
 
 import json
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,17 @@ from ..data.batches import Batches
 from ..data.records import read
 from ..data.tokens import Tokens, tokenize
 from ..extras import optional
+from ..model.layers import select_layers
 from ..model.tasks import LanguageModelTask
+from ..stages.queries import Queries
+from ..stages.run import floor_seconds
 from ..stages.scores import Scores
-from ..store.files import save_json
+from ..store.files import save_json, writing
+from ..validation.one_step import step_check
+from . import inputs, runs
 from .inputs import autocast
+from .progress import showing
+from .terminal import Terminal, duration
 
 CONTEXT = 128
 VOCABULARY = 4096
@@ -189,3 +197,35 @@ def weaknesses(scores: Scores, data: Tokens, changes: list[tuple[float, float]])
         f"{up} of {len(changes)} queries; one on its bottom sequence lowered it for {down}.",
         "Sequences that merely share words with a query come high beside those that explain it.",
     ]
+
+
+def run(folder: Path, steps: int, topics: int | None, console: Terminal) -> None:
+    """The whole job, from nothing to a report."""
+    start = time.perf_counter()
+    with writing(folder, 4096):
+        folder.mkdir(parents=True, exist_ok=True)
+    with showing(console) as progress:
+        prepare(folder, steps, topics, lambda done, total, _: progress("training", done, total))
+    source = inputs.load(str(folder / "model"), False, device="cpu")
+    cutting = inputs.Cutting(CONTEXT)
+    corpus = inputs.read_data(folder / "corpus", source.tokenizer, cutting, console)
+    factors = runs.fit_job(source, corpus, folder / "factors", console)
+    out = folder / "scores"
+    scores = runs.score_job(
+        source, factors, folder / "queries.jsonl", corpus, cutting, out, console, rank=32,
+        damping=None,
+    )  # fmt: skip
+    runs.print_top(console, out, corpus, source.tokenizer)
+    floor = floor_seconds(source.model, corpus, select_layers(source.model, scores.layers))
+    changes = step_check(source.model, Queries.load(out), scores, corpus)
+    notes = weaknesses(scores, corpus, changes)
+    path = runs.report_job(out, corpus, source.tokenizer, folder / "report.html", 10, floor, notes)
+    console.say()
+    for note in notes:
+        console.say(note)
+    console.say(
+        f"scan: {scores.seconds:.1f} s for {len(corpus)} sequences and {len(changes)} queries, "
+        f"{scores.seconds / floor:.2f} x a forward and gradient-to-activations backward alone "
+        f"({floor:.1f} s)"
+    )
+    console.say(f"{path}, after {duration(time.perf_counter() - start)}")

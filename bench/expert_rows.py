@@ -1,6 +1,6 @@
 """What rows of routed experts cost: ours, beside the same rows shared out evenly, and padded.
 
-    python bench/experts.py [--sequences 4] [--tokens 128] [--experts 8] [--top 2]
+    python bench/expert_rows.py [--sequences 4] [--tokens 128] [--experts 8] [--top 2]
 
 A block of Mixtral with random weights routes random text. Its (a, g) go through the ops of three
 stages, once as `fit` and `score` take them, once with every sequence given an equal share of an
