@@ -4,12 +4,12 @@ import pytest
 import torch
 from dense_ekfac import asked, batch_of, corpus, gpt2
 from safetensors.torch import load_file
+from test_experts import MIXTRAL
 from test_model_families import made
 
 from ekfac_fast import fit, prepare_queries
 from ekfac_fast.errors import ArgumentError
 from ekfac_fast.model.tasks import LanguageModelTask
-from test_experts import MIXTRAL
 
 
 def prepared(model, folder, **more):

@@ -57,7 +57,7 @@ class Linearised(Capture):
 
             calls, y = self._forward(forward, lambda _: None, None)
             some = max(1, OUTPUT_BYTES // max(1, y.numel() * y.element_size()))
-            with _explained():
+            with explained("refinement"):
                 w = torch.zeros_like(y, requires_grad=True)
                 transposed = self._backward(calls, y, w, create_graph=True)
                 for at in range(0, len(next(iter(directions.values()))), some):
@@ -162,7 +162,7 @@ def _add_gradients(
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
+def explained(what: str) -> Iterator[None]:
     """ModelError for what autograd says of an operation that it cannot differentiate twice."""
     try:
         yield
@@ -170,7 +170,7 @@ def _explained() -> Iterator[None]:
         if isinstance(error, torch.OutOfMemoryError | ModelError):
             raise
         raise ModelError(
-            f"the model cannot be differentiated twice, which refinement needs: {error}"
+            f"the model cannot be differentiated twice, which {what} needs: {error}"
         ) from error
 
 

@@ -133,7 +133,7 @@ class LanguageModelTask:
         Logits [n,V]; or what the head reads, [n,D], where logits are the head's output as it is.
         """
         inputs = self._inputs(batch, model)
-        b, t = predicting(_targets(batch))
+        b, t = predicting(targets(batch))
         read = states(model, inputs)
         if read is None:
             z = _text(_all_logits(inputs, model), batch)[b, t]
@@ -153,7 +153,7 @@ class LanguageModelTask:
 
     def _losses(self, batch: Any, model: nn.Module, uniform: Tensor | None = None) -> Tensor:
         """Of every position that predicts: [1,B,T], or [N,B,T] with N draws of labels, nats."""
-        labels, inputs = _targets(batch), self._inputs(batch, model)
+        labels, inputs = targets(batch), self._inputs(batch, model)
         places = predicting(labels)
         read = states(model, inputs)
         if read is None:
@@ -334,7 +334,7 @@ def _positions(mask: Tensor, model: nn.Module) -> Tensor:
     return (counted - 1).clamp(min=0)
 
 
-def _targets(batch: Any) -> Tensor:
+def targets(batch: Any) -> Tensor:
     """What position t predicts: labels [B,T], -100 at the end and where position t is padding."""
     labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
     return labels.masked_fill(batch["attention_mask"] == 0, IGNORED)

@@ -246,7 +246,7 @@ class Run:
             NotFiniteError: a loss is not, or what a consumer made of it; names where it is from.
         """
         loss = loss or self.train_loss
-        capture = Capture(self.model, layers, self._swap)
+        capture = Capture(self.model, layers, self.swapped)
         finished = set(done)
         total = sum(map(self.batches.tokens, batches))
         count = sum(self.batches.tokens(batches[number]) for number in finished)
@@ -329,7 +329,7 @@ class Run:
             return Grid(len(indices))
         return Grid(len(indices), inputs["input_ids"].shape[1], self.before)
 
-    def _swap(self) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    def swapped(self) -> tuple[Callable[[], Any], Callable[[], Any]]:
         """The training loss of two examples, in one order and in the other.
 
         With an odd number of positions, so that no axis but that of the sequences has two.

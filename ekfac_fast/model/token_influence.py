@@ -1,0 +1,144 @@
+"""Which tokens of a sequence carry its influence on a query: output and input tokens.
+
+    D(w, e) = sum over layers l of <P_l, sum_t g_lt (a_lt, 1)^T>     g = (d sum_t w_t L_t / d s_l)^T
+
+L_t is the loss of target t, s_l = W_l (a_l, 1), P the query's preconditioned gradient. At w = 1
+D is the sequence's score. It is linear in w, so dD/dw_t is what target t has of it, <P, grad L_t>:
+the score that zeroing its loss takes away (paper, Eq. 34-36). e_t dD/de_t is how the score changes
+with the scale of token t's embedding (Eq. 37-38). Both come exactly from one backward pass of a
+backward pass, for as many pairs of query and sequence as a batch holds: no finite differences.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelError
+from .alone import alone, gradients_on
+from .calls import Calls
+from .layers import Layer
+from .linearised import Linearised, explained, twice_differentiable
+from .rows import Grid
+
+# (s, a) of a layer's rows by sequence, [B,rows,O] and [B,rows,I] -> <P_b, sum of s a^T> of all B.
+Contracted = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class TokenInfluence:
+    """Of a batch of pairs: `score` is their sum; `target` [n] is of every loss, in the order of the
+    losses; `input` [B,T] of every token.
+    """
+
+    score: Tensor
+    target: Tensor
+    input: Tensor
+
+
+class TokenPass(Linearised):
+    """A pass that finds what every token has of its sequence's score."""
+
+    def __call__(  # type: ignore[override]
+        self, losses: Callable[[], Tensor], contracted: Mapping[str, Contracted], grid: Grid
+    ) -> TokenInfluence:
+        """The influence of every token.
+
+        Args:
+            losses: a forward pass: the losses [n] of all targets, twice differentiable.
+            contracted: of every layer.
+            grid: sequences and positions.
+
+        Raises:
+            ModelError: the model cannot be differentiated twice, its embeddings are not known, or
+                as in `Capture`.
+        """
+        self._attached: dict[str, list[Tensor]] = {}
+        with alone(self.model), gradients_on(), twice_differentiable(self.model):
+            seen: list[Tensor] = []
+            with self._embedded() as embedded:
+
+                def value() -> Tensor:
+                    self._attached = {}
+                    embedded.clear()
+                    y = losses()
+                    seen[:] = embedded  # passes that find out where the sequences are may follow
+                    return y
+
+                calls, y = self._forward(value, lambda _: None, grid)
+            if len(seen) != 1:
+                raise ModelError(
+                    f"the model's embedding ran {len(seen)} times in a pass: which of them are the "
+                    "tokens cannot be told"
+                )
+            e = seen[0]
+            with explained("attribution to tokens"):
+                w = torch.ones_like(y, requires_grad=True)
+                calls.gradients = {}
+                torch.autograd.grad(y, e, w, create_graph=True, allow_unused=True)
+                D = self._contracted(calls, contracted)
+                target, scale = torch.autograd.grad(D, (w, e), allow_unused=True)
+            calls.gradients, self._attached = {}, {}
+        target = torch.zeros_like(w) if target is None else target
+        scale = torch.zeros_like(e) if scale is None else scale
+        return TokenInfluence(D.detach(), target, (e.detach() * scale).sum(-1))
+
+    @contextmanager
+    def _embedded(self) -> Iterator[list[Tensor]]:
+        """What the model's embeddings of tokens give: a beginning of the graph of its own."""
+        find = getattr(self.model, "get_input_embeddings", None)
+        table = find() if callable(find) else None
+        if not isinstance(table, nn.Module):
+            raise ModelError("the model has no get_input_embeddings(): which tensor the tokens are "
+                             "cannot be told")  # fmt: skip
+        found: list[Tensor] = []
+
+        def hook(_: nn.Module, __: tuple, output: Tensor) -> Tensor:
+            found.append(output.detach().requires_grad_())
+            # The model may go on to change it in place, which a leaf does not bear.
+            return found[-1].clone()
+
+        handle = table.register_forward_hook(hook)
+        try:
+            yield found
+        finally:
+            handle.remove()
+
+    def _ran(self, calls: Calls, layer: Layer, module: nn.Module, x: Tensor, output: Any) -> Any:
+        """As in `Capture`; inputs are kept with their graph, too."""
+        before = len(calls.inputs.get(layer.name, ()))
+        output = super()._ran(calls, layer, module, x, output)
+        if len(calls.inputs.get(layer.name, ())) > before:
+            self._attached.setdefault(layer.name, []).append(x)
+        return output
+
+    def _contracted(self, calls: Calls, contracted: Mapping[str, Contracted]) -> Tensor:
+        """D, in the graph of w and of the embeddings."""
+        total: Tensor | None = None
+        for name, uses in calls.gradients.items():
+            layer = self.layers[name]
+            for use, g in uses.items():
+                a = self._attached[name][use]
+                s, x = self._rows(calls, layer, use, g, a)
+                part = contracted[name](s, x.to(s.dtype))
+                total = part if total is None else total + part
+        if total is None:
+            raise ModelError("no tracked layer reaches the loss")
+        return total
+
+    def _rows(
+        self, calls: Calls, layer: Layer, use: int, g: Tensor, a: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(g, a) of one use by sequence, [B,rows,O] and [B,rows,I]."""
+        if layer.expert is None:
+            by_sequence = (self._by_sequence(calls, x, F, layer.name) for x, F in
+                           ((g, layer.O), (a, layer.I)))  # fmt: skip
+            s, x = by_sequence
+            return s, x
+        places = calls.routed[layer.name][use].places(
+            lambda n: self._by_sequence(calls, n, 1, layer.module)
+        )
+        return places.spread(g, layer.expert), places.spread(a, layer.expert)
