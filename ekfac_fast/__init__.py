@@ -16,6 +16,7 @@ from .lazy import loader
 if TYPE_CHECKING:
     from . import data, ops, validation
     from .model.tasks import LanguageModelTask, Task
+    from .stages.attribution import attribute_tokens
     from .stages.factors import Factors, LayerFactors
     from .stages.fit import fit
     from .stages.queries import Queries, prepare_queries
@@ -32,6 +33,7 @@ __all__ = [
     "Scores",
     "Task",
     "__version__",
+    "attribute_tokens",
     "data",
     "fit",
     "ops",
@@ -50,6 +52,7 @@ __getattr__ = loader(
         "Queries": "stages.queries",
         "Scores": "stages.scores",
         "Task": "model.tasks",
+        "attribute_tokens": "stages.attribution",
         "fit": "stages.fit",
         "prepare_queries": "stages.queries",
         "score": "stages.scan",

@@ -14,6 +14,8 @@ from ekfac_fast.model.layers import select_layers
 from ekfac_fast.stages.plan import plan
 from ekfac_fast.stages.run import Stage
 from ekfac_fast.store.files import load_tensors
+from ekfac_fast.validation.ablations import kfac_factors
+from ekfac_fast.validation.one_step import step_check
 
 FEW = {"num_key_value_heads": 2, "num_experts_per_tok": 2}
 MIXTRAL = FEW | {"num_local_experts": 4}
@@ -198,3 +200,26 @@ def test_rows_go_where_their_tokens_stand():
     assert places.of(3).tolist() == [[-1], [0]]
     x = torch.tensor([[10.0], [12.0], [13.0], [15.0]])
     assert places.spread(x, 1)[..., 0].tolist() == [[10, 12], [13, 15]]
+
+
+def test_an_ablation_counts_an_experts_own_tokens(tmp_path):
+    """K-FAC's eigenvalues of an expert are those of the tokens that were routed to it."""
+    factors = fit(made("Mixtral", **MIXTRAL), corpus(8), out=tmp_path / "f")
+    kfac = kfac_factors(factors, tmp_path / "k")
+    read = lambda name: load_tensors(tmp_path / "f" / name)  # noqa: E731
+    counts = read("num_activation_covariance_processed.safetensors")
+    assert len({int(x) for x in counts.values()}) > 2
+    for name in factors:
+        sides = (read(f"{side}_eigenvalues.safetensors")[name].clamp(min=0) for side in
+                 ("gradient", "activation"))  # fmt: skip
+        close(kfac[name].lam, int(counts[name]) / 8 * torch.outer(*sides), 1e-9)
+
+
+def test_a_step_and_its_taking_back_move_parameters_once(tmp_path):
+    model, data = made("Mixtral", **MIXTRAL), corpus(8)
+    queries = prepare_queries(model, fit(model, data, out=tmp_path / "f"), asked(2), rank=4)
+    scores = score(model, queries, data, out=tmp_path / "s")
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    changes = step_check(model, queries, scores, data)
+    assert len(changes) == 2
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())

@@ -37,7 +37,7 @@ def test_a_log_has_a_line_every_half_minute_and_one_at_the_end(clock):
         clock.now += 1
         update("scan", 100_000, 100_000)
     lines = log.file.getvalue().splitlines()
-    assert lines[0] == "scan: 3,700 of 100,000, 90 tokens/s, 18 min left"
+    assert lines[0] == "scan: 3,700 of 100,000, 90 tokens/s, 17 min 50 s left"
     assert [line.split(",")[0] for line in lines] == ["scan: 3", "scan: 6", "scan: 9", "scan: 100"]
     assert "left" not in lines[-1]
 

@@ -44,6 +44,10 @@ def test_a_row_a_sequence_with_its_records_columns(scored, tokens, tmp_path):
     assert np.array_equal(found["y"].to_numpy(), whole.matrix[1])
     assert found["n"].to_pylist() == [0, 0, 0, 1, 2, 3, 4, 5]
     assert found["source"][2].as_py().endswith("c.jsonl, line 1, chunk 3")
+    frame = whole.to_pandas(tokens, columns=["set"])
+    assert frame.groupby("set")["query 0"].sum()["b"] == pytest.approx(
+        whole.totals(tokens.column("set"))["b"][0]
+    )
     # What was never scanned is null, not NaN.
     assert some.to_arrow()["query 0"].null_count == 6
     file = whole.to_parquet(tmp_path / "s.parquet", tokens, columns=["set"])
@@ -96,6 +100,11 @@ def test_what_is_refused(scored, tokens, tmp_path: Path):
             whole.to_arrow(names=names)
     with pytest.raises(ArgumentError, match="are of the records: give data="):
         whole.to_arrow(columns=["set"])
+    with pytest.raises(ArgumentError, match=r"labels: unhashable type.*; give texts or numbers"):
+        whole.totals([[1]] * 8)
+    mixed = tokenize([{"text": f"The fox {n}", "n": "a" if n else n} for n in range(8)], bpe(), 16)
+    with pytest.raises(ArgumentError, match=r"columns \['n'\]: one holds values of kinds"):
+        whole.to_arrow(mixed, columns=["n"])
     with pytest.raises(DataError, match=r"line 1: no column 'url' was kept; read\(path, keep="):
         whole.to_arrow(tokens, columns=["url"])
     path = jsonl(tmp_path / "d.jsonl", '{"text": "a", "set": 1}', '{"text": "b"}')

@@ -35,7 +35,7 @@ from .options import (
     TooLong,
     Trust,
 )
-from .terminal import Terminal, duration
+from .terminal import Terminal
 
 if TYPE_CHECKING:
     from ..data.choices import OnLong, Split
@@ -220,8 +220,9 @@ def report(
 
     whole("top", top)
     run = runs.load_run(scores)
-    tokenizer = inputs.load_tokenizer(run["model"], trust_remote_code)
-    corpus = inputs.read_data(data, tokenizer, inputs.Cutting(**run["cutting"]), console)
+    cutting = inputs.Cutting(**run["cutting"])
+    tokenizer = inputs.load_tokenizer(run["model"], trust_remote_code, cutting.chat_template)
+    corpus = inputs.read_data(data, tokenizer, cutting, console)
     console.say(f"{runs.report_job(scores, corpus, tokenizer, out, top)}")
 
 
@@ -241,9 +242,9 @@ def table(
     from . import inputs, runs
 
     run = runs.load_run(scores)
-    tokenizer = inputs.load_tokenizer(run["model"], trust_remote_code)
-    keep = [*dict.fromkeys([*(columns or ()), *([by] if by else ())])]
     cutting = inputs.Cutting(**run["cutting"])
+    tokenizer = inputs.load_tokenizer(run["model"], trust_remote_code, cutting.chat_template)
+    keep = [*dict.fromkeys([*(columns or ()), *([by] if by else ())])]
     corpus = inputs.read_data(data, tokenizer, cutting, console, keep)
     runs.table_job(scores, corpus, tokenizer, out, console, columns=keep, by=by)
 
@@ -282,6 +283,7 @@ def plan(
 
     from ..extras import optional
     from ..model.layers import parameter_counts, select_layers
+    from ..report.text import duration
     from ..stages import plan as planning
     from . import inputs, runs
 
@@ -353,7 +355,7 @@ def _loaded(
     from . import inputs
 
     mapping, template = inputs.parsed_fields(fields), inputs.read_template(chat_template)
-    source = inputs.load(model, trust_remote_code, dtype, adapter=adapter)
+    source = inputs.load(model, trust_remote_code, dtype, adapter=adapter, chat_template=template)
     console.say(f"passes in {'float32' if source.autocast is None else 'bfloat16'}")
     cutting = inputs.Cutting(source.context(context), split, on_long, mapping, template)
     return source, cutting, inputs.read_data(data, source.tokenizer, cutting, console)

@@ -21,6 +21,7 @@ from ..data.tokens import Tokens, tokenize
 from ..extras import optional
 from ..model.layers import select_layers
 from ..model.tasks import LanguageModelTask
+from ..report.text import duration
 from ..stages.queries import Queries
 from ..stages.run import floor_seconds
 from ..stages.scores import Scores
@@ -29,7 +30,7 @@ from ..validation.one_step import step_check
 from . import inputs, runs
 from .inputs import autocast
 from .progress import showing
-from .terminal import Terminal, duration
+from .terminal import Terminal
 
 CONTEXT = 128
 VOCABULARY = 4096

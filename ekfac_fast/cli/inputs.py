@@ -62,6 +62,7 @@ def load(
     dtype: Dtype = "float32",
     device: str | None = None,
     adapter: str | None = None,
+    chat_template: str | None = None,
 ) -> Source:
     """A Hugging Face causal language model in evaluation mode, on a GPU if there is one; peft's
     `adapter` in it.
@@ -86,7 +87,7 @@ def load(
         )
     if adapter is not None:
         model = with_adapter(model, adapter)
-    tokenizer = load_tokenizer(path, trust_remote_code)
+    tokenizer = load_tokenizer(path, trust_remote_code, chat_template)
     return Source(path, model.to(device).eval(), tokenizer, lowered, adapter)
 
 
@@ -126,14 +127,17 @@ def autocast(dtype: Dtype, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if dtype == "bfloat16" else None
 
 
-def load_tokenizer(path: str, trust_remote_code: bool) -> Any:
-    """The tokenizer beside a model."""
+def load_tokenizer(path: str, trust_remote_code: bool, chat_template: str | None = None) -> Any:
+    """The tokenizer beside a model; with another chat template than its own, if one is given."""
     transformers = optional("transformers", "hf")
     with loading(path):
         where, file = checkpoint(path)
-        return transformers.AutoTokenizer.from_pretrained(
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
             where, **file, trust_remote_code=trust_remote_code
         )
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    return tokenizer
 
 
 def checkpoint(path: str) -> tuple[str, dict[str, str]]:
@@ -188,8 +192,6 @@ def read_data(
     path: Path, tokenizer: Any, cutting: Cutting, console: Terminal, keep: Sequence[str] = ()
 ) -> Tokens:
     """A corpus as examples; says what was cut off or left out."""
-    if cutting.chat_template is not None:
-        tokenizer.chat_template = cutting.chat_template
     records = read(path, split=cutting.split, fields=cutting.fields, keep=keep)
     data = tokenize(records, tokenizer, cutting.context, on_long=cutting.on_long, on_empty="skip")
     notes = [f"{len(data)} sequences of at most {cutting.context} tokens"]

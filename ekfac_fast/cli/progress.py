@@ -14,6 +14,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from ..report.text import duration
 from ..stages.run import Stage
 from .terminal import Terminal
 
@@ -24,7 +25,7 @@ SECONDS = 30.0
 
 
 @dataclass
-class Pace:
+class Speed:
     """How fast a stage goes, from its first report on."""
 
     first: int
@@ -41,8 +42,7 @@ class Pace:
         if done <= self.first:
             return ""
         elapsed = time.perf_counter() - self.start
-        minutes = elapsed * (total - done) / (done - self.first) / 60
-        return f"{minutes:.0f} min left" if minutes >= 1.5 else f"{60 * minutes:.0f} s left"
+        return f"{duration(elapsed * (total - done) / (done - self.first))} left"
 
 
 @contextmanager
@@ -59,31 +59,31 @@ def showing(console: Terminal) -> Iterator[Callable[[str, int, int], None]]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as bars:
-        tasks: dict[str, tuple[TaskID, Pace]] = {}
+        tasks: dict[str, tuple[TaskID, Speed]] = {}
 
         def update(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total, rate=""), Pace(done)
-            task, pace = tasks[stage]
-            bars.update(task, completed=done, total=total, rate=pace.rate(stage, done))
+                tasks[stage] = bars.add_task(stage, total=total, rate=""), Speed(done)
+            task, speed = tasks[stage]
+            bars.update(task, completed=done, total=total, rate=speed.rate(stage, done))
 
         yield update
 
 
 def _logged(console: Terminal) -> Callable[[str, int, int], None]:
     """A line where a stage ends, and every half minute until then."""
-    paces: dict[str, Pace] = {}
+    speeds: dict[str, Speed] = {}
     last = time.perf_counter()
 
     def update(stage: str, done: int, total: int) -> None:
         nonlocal last
-        pace = paces.setdefault(stage, Pace(done))
+        speed = speeds.setdefault(stage, Speed(done))
         now = time.perf_counter()
         if done < total and now - last < SECONDS:
             return
         last = now
-        parts = [f"{stage}: {done:,} of {total:,}", pace.rate(stage, done)]
-        parts.append(pace.left(done, total) if done < total else "")
+        parts = [f"{stage}: {done:,} of {total:,}", speed.rate(stage, done)]
+        parts.append(speed.left(done, total) if done < total else "")
         console.say(", ".join(filter(None, parts)))
 
     return update

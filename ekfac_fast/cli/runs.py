@@ -1,6 +1,7 @@
 """What the commands do: files in, files out, progress shown; public API put together."""
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -57,7 +58,7 @@ def fit_job(source: Source, data: Tokens, out: Path, console: Terminal, **settin
             source.model, data, out=out, autocast=source.autocast, progress=progress, **settings
         )
     if not (out / RUN).exists():
-        save_json(out / RUN, {"model": source.path})
+        save_json(out / RUN, {"model": source.path, "adapter": source.adapter})
     console.say(
         f"factors of {len(factors)} layers from {factors.sequences} sequences, "
         f"{factors.tokens} tokens, in {out}",
@@ -210,10 +211,12 @@ def table_job(
         return
     labels = data.column(by)
     shown = Table(by, "sequences", *map(harmless, names), box=None, pad_edge=False)
-    for label, sums in scores.totals(labels).items():
+    found, counts = scores.totals(labels), Counter(labels)
+    for label, sums in found.items():
         values = (f"{value / scores.train_size:+.4f}" for value in sums)
-        shown.add_row(Text(harmless(str(label))), str(labels.count(label)), *values)
+        shown.add_row(Text(harmless(str(label))), str(counts[label]), *values)
     console.print(shown)
+    console.say(f"sums of scores over N = {scores.train_size}; the file's are raw")
 
 
 def validate_job(

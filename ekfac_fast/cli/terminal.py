@@ -22,10 +22,3 @@ class Terminal(Console):
     def say(self, text: str = "", *, style: str = "", **more: Any) -> None:
         """Print text as it is."""
         self.print(harmless(text), style=style, markup=False, soft_wrap=True, **more)
-
-
-def duration(seconds: float) -> str:
-    """12.3 s, 4 min, 2.5 h."""
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

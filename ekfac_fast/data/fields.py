@@ -87,7 +87,8 @@ class Columns:
             said = ((role, _text(found[role], role, source)) for role in TURNS if role in found)
             turns = [{"role": x, "content": y} for x, y in said if y or x != "system"]
             return {"messages": turns, **kept}
-        if not isinstance(found.get("prompt", []), list) or "text" in found:
+        talk = found.keys() & {"messages", "conversations"} or isinstance(found.get("prompt"), list)
+        if not talk:
             return {**{name: _text(x, name, source) for name, x in found.items()}, **kept}
         found = {
             "messages" if name == "conversations" else name: _turns(turns, name, source)

@@ -164,7 +164,7 @@ def _together(records: Indexable) -> Iterator[list[dict[str, Any]]]:
     for index in range(len(records)):
         value = records[index]
         group.append(Columns().record(value, _source(value, index)))
-        size += sum(map(len, group[-1].values()))
+        size += sum(len(x) for x in group[-1].values() if isinstance(x, str))
         if len(group) == TOKENIZED_AT_ONCE or size > PIECE:
             yield group
             group, size = [], 0

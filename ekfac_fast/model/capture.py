@@ -56,8 +56,8 @@ class Capture:
         self._started_at: set[str] = set()
         self._experts: dict[str, dict[tuple[str, int], Layer]] = {}
         for layer in layers:
-            if layer.expert is not None:
-                key = layer.name.rsplit(".", 2)[1], layer.expert
+            if layer.parameter is not None and layer.expert is not None:
+                key = layer.parameter, layer.expert
                 self._experts.setdefault(layer.module, {})[key] = layer
         self._verified: set[str] = set()
         self._places: dict[str, int] = {}

@@ -23,14 +23,16 @@ class LayerBatch:
     layer: Layer
     shared: str
     readers: int
-    a: Tensor  # [B,T,I]
-    g: Tensor  # [B,T,O], gradient of the summed loss
+    a: Tensor  # [B,rows,I]; rows are positions, or of an expert those that were routed to it
+    g: Tensor  # [B,rows,O], gradient of the summed loss
     rows: Rows  # what the rows B x T stand for
     loss: int = 0  # of several losses of one pass, which it is the gradient of
 
     @cached_property
-    def listed(self) -> Tensor | None:
-        """Of an expert, which rows of [B,rows], flat, are tokens; None where all are positions."""
+    def filled(self) -> Tensor | None:
+        """Of an expert, which rows of [B,rows], flat, are tokens; None where all rows count alike:
+        of dense layers, and of experts that are used several times in a pass.
+        """
         counts = self.rows.counts
         if counts is None:
             return None
@@ -41,13 +43,13 @@ class LayerBatch:
     def tokens(self, x: Tensor) -> Tensor:
         """[B,rows,F] as [N,F]; of an expert, only the rows that are tokens."""
         flat = x.flatten(0, 1)
-        return flat if self.listed is None else flat[self.listed]
+        return flat if self.filled is None else flat[self.filled]
 
     def spread(self, x: Tensor) -> Tensor:
         """[N,F] of an expert's tokens as [B,rows,F], zero elsewhere."""
         spread = x.new_zeros(self.g.shape[0] * self.g.shape[1], x.shape[-1])
-        assert self.listed is not None
-        spread[self.listed] = x
+        assert self.filled is not None
+        spread[self.filled] = x
         return spread.view(*self.g.shape[:2], -1)
 
     def groups(self) -> Iterator[tuple[Tensor | None, int]]:

@@ -52,6 +52,11 @@ class Layer:
         return self.name if self.expert is None else self.name.rsplit(".", 2)[0]
 
     @property
+    def parameter(self) -> str | None:
+        """Of an expert, the parameter of its module that holds its matrix."""
+        return None if self.expert is None else self.name.rsplit(".", 2)[1]
+
+    @property
     def J(self) -> int:
         """Inputs with the constant 1 of a bias."""
         return self.I + self.bias
@@ -154,7 +159,7 @@ def _mlps(model: nn.Module, layers: dict[str, Layer]) -> set[str]:
         if layer.expert is not None or (MLP.search(name) and not ROUTER.search(name))
     }
     found = {name for name in found if not TOWER.search(name)} or found
-    trained = {n for n in found if any(p.requires_grad for p in _own(model, layers[n]))}
+    trained = {n for n in found if any(p.requires_grad for p in parameters_of(model, layers[n]))}
     found = trained or found
     modules = {layer.module for layer in layers.values()}
     fused = [
@@ -172,11 +177,11 @@ def _mlps(model: nn.Module, layers: dict[str, Layer]) -> set[str]:
     return found
 
 
-def _own(model: nn.Module, layer: Layer) -> list[nn.Parameter]:
-    """The parameters that a layer is, or is a part of."""
+def parameters_of(model: nn.Module, layer: Layer) -> list[nn.Parameter]:
+    """The parameters that a layer is, or is a part of: W, and b if it has one."""
     module = model.get_submodule(layer.module)
-    if layer.expert is not None:
-        return experts.parameters(module, layer.name.rsplit(".", 2)[1])
+    if layer.parameter is not None:
+        return experts.parameters(module, layer.parameter)
     return list(module.parameters(recurse=False))
 
 
@@ -189,7 +194,7 @@ def _distinct(model: nn.Module, chosen: list[Layer], shared: bool, everything: b
     names = {layer.name for layer in chosen}
     result: dict[str, Layer] = {}
     for layer in chosen:
-        own = _own(model, layer)
+        own = parameters_of(model, layer)
         # A module that goes by several names is one.
         modules: dict[int, str] = {}
         for u in (u for p in own for u in users[id(p)]):

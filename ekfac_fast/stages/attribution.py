@@ -102,7 +102,7 @@ def attribute_tokens(
             logits = task.logits(inputs, model)[places]
             return F.cross_entropy(logits, labels[places], reduction="none")
 
-        contracted = {x.name: _contraction(x, gradients[x.name], asked) for x in layers}
+        contracted = {x.name: _inner_product(x, gradients[x.name], asked) for x in layers}
         seen = capture(losses, contracted, run.grid(inputs, indices))
         target = torch.zeros_like(labels, dtype=seen.target.dtype)
         target[b, t] = seen.target
@@ -116,7 +116,7 @@ def attribute_tokens(
     return [found[at] for at in range(len(pairs))]
 
 
-def _contraction(layer: Layer, gradients: QueryGradients, asked: Tensor) -> Contracted:
+def _inner_product(layer: Layer, gradients: QueryGradients, asked: Tensor) -> Contracted:
     """<P_b, sum of s (a, 1)^T> of all pairs, each with the P of its own query, [pairs]."""
     I, own = layer.I, gradients.each(lambda p: p[asked])
 

@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..checks import instance, is_number, require
+from ..checks import is_number, require
 from ..errors import ArgumentError
 from ..model import experts
 from ..model.alone import alone
@@ -22,7 +21,6 @@ def as_parameters(model: nn.Module, layers: Mapping[Layer, Tensor]) -> dict[str,
     Raises:
         ArgumentError: the model has no such layer, or one of another size.
     """
-    instance("model", model, nn.Module, "a torch module")
     held = dict(model.named_parameters(remove_duplicate=False))
     found: dict[str, Tensor] = {}
     for layer, matrix in layers.items():
@@ -35,29 +33,33 @@ def as_parameters(model: nn.Module, layers: Mapping[Layer, Tensor]) -> dict[str,
             names = f"{layer.name}.weight", f"{layer.name}.bias"
             turned = is_conv1d(module)
         else:
-            names = (stem := layer.name.rpartition(".")[0]), f"{stem}_bias"
+            names = (stem := f"{layer.module}.{layer.parameter}"), f"{stem}_bias"
             turned = experts.transposed(module)
         for name, part in zip(names, (W.T if turned else W, b), strict=True):
             if part is None:
                 continue
             if name not in held:
                 raise ArgumentError(f"model has no parameter {name}: it is another model")
-            like = held[name]
+            like = held[name] if layer.expert is None else held[name][layer.expert]
+            if part.shape != like.shape:
+                raise ArgumentError(
+                    f"{layer.name} is {list(like.shape)} in the model, {list(part.shape)} in the "
+                    "queries: it is another model"
+                )
             if layer.expert is None:
                 found[name] = part.contiguous()
             else:
-                found.setdefault(name, part.new_zeros(like.shape))[layer.expert] = part
-            if found[name].shape != like.shape:
-                raise ArgumentError(
-                    f"parameter {name} is {list(like.shape)} in the model, "
-                    f"{list(found[name].shape)} in the queries: it is another model"
-                )
+                found.setdefault(name, part.new_zeros(held[name].shape))[layer.expert] = part
     return found
 
 
 @contextmanager
-def moved(model: nn.Module, direction: Mapping[str, Tensor], alpha: Any) -> Iterator[None]:
-    """The model's parameters plus alpha x direction; afterwards they are bitwise what they were."""
+def moved(model: nn.Module, direction: Mapping[str, Tensor], alpha: float) -> Iterator[None]:
+    """The model's parameters plus alpha x direction; afterwards they are bitwise what they were.
+
+    Raises:
+        ArgumentError: alpha is no finite number.
+    """
     require(is_number(alpha), "alpha", alpha, "a finite number")
     held = dict(model.named_parameters(remove_duplicate=False))
     kept = {name: held[name].detach().clone() for name in direction}

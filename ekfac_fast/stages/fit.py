@@ -145,23 +145,21 @@ class Covariances(Sums):
             self.owners[layer.name] = seen.shared
             if len(self.owners) == len(self.layers):
                 self.store.update(shared=self.owners)
-        sizes = {"gradient": layer.O}
         if self.owners[layer.name] == layer.name:
-            sizes["activation"] = layer.J
-        for side, size in sizes.items():
-            if layer.name not in self.cov[side]:
-                zero = torch.zeros((), dtype=torch.int64, device=seen.g.device)
-                self.count[side][layer.name] = zero
-                self.cov[side][layer.name] = self.found(
-                    f"{side} covariance {layer.name}", size, size
-                )
-            self.count[side][layer.name] += real
-        if "activation" in sizes:
-            mask = mask if mask is None or seen.listed is None else mask[seen.listed]
-            cov = self.cov["activation"][layer.name].rest
-            torch.ops.ekfac_fast.covariance(cov, seen.tokens(seen.a), mask, layer.bias)
-        cov = self.cov["gradient"][layer.name].rest
-        torch.ops.ekfac_fast.covariance(cov, seen.tokens(seen.g), None, False)
+            there = mask if mask is None or seen.filled is None else mask[seen.filled]
+            self._add("activation", layer.name, seen.tokens(seen.a), there, layer.bias, real)
+        self._add("gradient", layer.name, seen.tokens(seen.g), None, False, real)
+
+    def _add(
+        self, side: str, name: str, x: Tensor, mask: Tensor | None, bias: bool, real: Tensor | int
+    ) -> None:
+        cov, count = self.cov[side], self.count[side]
+        if name not in cov:
+            J = x.shape[1] + bias
+            cov[name] = self.found(f"{side} covariance {name}", J, J)
+            count[name] = torch.zeros((), dtype=torch.int64, device=x.device)
+        torch.ops.ekfac_fast.covariance(cov[name].rest, x, mask, bias)
+        count[name] += real
 
     def _mask(self, seen: LayerBatch) -> tuple[Tensor | None, Tensor | int]:
         """Real positions of a layer's rows, flat, or None where every row is real; and how many.

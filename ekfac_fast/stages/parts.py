@@ -22,7 +22,7 @@ def rotated(
     groups of sequences [b], rotated before where tokens are the cheap side.
     """
     g, a, layer = seen.g, seen.a, seen.layer
-    if seen.listed is None:
+    if seen.filled is None:
         basis, a, bias = rotate(basis, g, a, layer.bias, seen.shared, seen.readers)
         yield None, basis, g, a, bias
         return
@@ -42,14 +42,14 @@ def rotated(
 def add_scores(s: Tensor, own: QueryGradients, seen: LayerBatch) -> None:
     """s [Q,B] += scores of a layer's batch against queries."""
     g, a, bias = seen.g, seen.a, seen.layer.bias
-    if seen.listed is None:
+    if seen.filled is None:
         own.add_scores(s, g, a, bias)
     elif isinstance(own, LowRank):
         # By token, in one sequence, it is the same two products.
         g, a = (seen.tokens(x).unsqueeze(0) for x in (g, a))
         each = s.new_zeros(len(s), 1, g.shape[1])
         own.add_scores(each, g, a, bias)
-        s.index_add_(1, seen.listed // seen.g.shape[1], each[:, 0])
+        s.index_add_(1, seen.filled // seen.g.shape[1], each[:, 0])
     else:
         for members, rows in seen.groups():
             assert members is not None

@@ -114,6 +114,7 @@ class Queries:
         Raises:
             ArgumentError: no such query; the queries were prepared on another model.
         """
+        instance("model", model, nn.Module, "a torch module")
         whole("query", query, 0, len(self) - 1)
         same = {"model": model_fingerprint(model), "tokenizer": None}
         self.check_run(same, "parameters")

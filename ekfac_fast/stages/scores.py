@@ -122,7 +122,7 @@ class Scores:
 
     def to_pandas(self, data: table.Corpus | None = None, **more: Any) -> Any:
         """`to_arrow` as a pandas DataFrame."""
-        optional("pandas", "hf")
+        optional("pandas", "analysis")
         return self.to_arrow(data, **more).to_pandas()
 
     def to_parquet(self, file: str | Path, data: table.Corpus | None = None, **more: Any) -> Path:
@@ -146,7 +146,7 @@ class Scores:
             for q in range(min(self.queries, SHOWN))
             for place, (index, value) in enumerate(self.top(q, min(SHOWN, self._kept)), 1)
         )
-        head = "".join(f"<th>{x}</th>" for x in ("query", "place", "sequence", "raw score"))
+        head = "".join(f"<th>{x}</th>" for x in ("query", "place", "index", "raw score"))
         return (
             f"<p>{self.queries} queries, {len(self)} sequences, in "
             f"{escape(str(self.folder))}</p><table><tr>{head}</tr>{rows}</table>"

@@ -67,7 +67,12 @@ def arrow(
         for name in columns:
             values = data.column(name)
             found[name] = [values[index] for index in rows]
-    return pa.table(found)
+    try:
+        return pa.table(found)
+    except (pa.ArrowException, TypeError) as error:
+        raise ArgumentError(
+            f"columns {list(columns)}: one holds values of kinds that make no column ({error})"
+        ) from error
 
 
 def totals(matrix: np.ndarray, labels: Sequence[Any]) -> Mapping[Any, np.ndarray]:
@@ -76,7 +81,10 @@ def totals(matrix: np.ndarray, labels: Sequence[Any]) -> Mapping[Any, np.ndarray
     """
     if len(labels) != matrix.shape[1]:
         raise ArgumentError(f"{len(labels)} labels for {matrix.shape[1]} sequences")
-    order = {label: at for at, label in enumerate(dict.fromkeys(labels))}
+    try:
+        order = {label: at for at, label in enumerate(dict.fromkeys(labels))}
+    except TypeError as error:
+        raise ArgumentError(f"labels: {error}; give texts or numbers, one a sequence") from error
     groups = np.array([order[label] for label in labels])
     sums = np.zeros((len(order), len(matrix)))
     for q, row in enumerate(matrix):

@@ -57,9 +57,10 @@ def kfac_factors(factors: Factors, out: str | Path) -> Factors:
         raise StoreError(f"{source}: not by this version of fit, so of a model unknown: fit again")
     vectors = {name: load_tensors(source / name) for name in EIGENVECTORS.values()}
     lam_a, lam_g = (load_tensors(source / EIGENVALUES[side]) for side in EIGENVECTORS)
-    tokens = factors.tokens / factors.sequences
+    # Of an expert, those that were routed to it.
+    tokens = {n: int(x) / factors.sequences for n, x in load_tensors(source / TOKEN_COUNT).items()}
     lam = {
-        n: tokens * torch.outer(lam_g[n].clamp(min=0), lam_a[n].clamp(min=0)) for n in factors
+        n: tokens[n] * torch.outer(lam_g[n].clamp(min=0), lam_a[n].clamp(min=0)) for n in factors
     }  # fmt: skip
     facts = factors.facts | {"strategy": "kfac"}
     with Store.open(out, kind="factors", facts=facts) as store:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..data.batches import Batches
 from ..data.examples import Indexable
+from ..model.layers import parameters_of, select_layers
 from ..model.tasks import LanguageModelTask
 from ..stages.queries import Queries
 from ..stages.scores import Scores
@@ -52,7 +53,9 @@ def step_check(
     task = LanguageModelTask()
     asked = [{"input_ids": ids, "labels": labels} for ids, labels in queries.examples]
     every = Batches(data, model)
-    weights = [model.get_parameter(f"{name}.weight") for name in scores.layers]
+    layers = select_layers(model, scores.layers)
+    # Experts are parts of one parameter.
+    weights = [*{id(w): w for w in (parameters_of(model, x)[0] for x in layers)}.values()]
     changes = []
     for q, one in enumerate(asked):
         before = float(measurements(model, [one], task))

@@ -25,7 +25,7 @@ from ..checks import is_number, require, whole
 from ..data.batches import Batches
 from ..data.examples import IGNORED, Indexable
 from ..errors import ArgumentError, NotFiniteError, Notice
-from ..model.layers import select_layers
+from ..model.layers import parameters_of, select_layers
 from ..model.tasks import LanguageModelTask, Task
 from ..stages.run import checked_task
 from .measure import measurements
@@ -101,8 +101,13 @@ class _Proximal:
         self.weights: list[nn.Parameter] = []
         self.dampings: list[float] = []
         for layer in select_layers(model, layers):
+            if layer.expert is not None:
+                raise ArgumentError(
+                    f"layer {layer.name} is a part of a parameter, whose damping is one: leave "
+                    "routed experts out of `layers`"
+                )
             each = damping[layer.name] if isinstance(damping, Mapping) else damping
-            own = list(model.get_submodule(layer.name).parameters(recurse=False))
+            own = parameters_of(model, layer)
             self.weights += own
             self.dampings += [float(each)] * len(own)
         for w in model.parameters():
