@@ -3,6 +3,7 @@
 import peft
 import pytest
 from dense_ekfac import corpus
+from test_experts import MIXTRAL
 from test_model_families import check, made
 
 from ekfac_fast import fit
@@ -71,6 +72,17 @@ def test_what_is_not_tracked_of_an_adapter_is_said():
     model = adapted(target_modules=["gate_proj"], use_dora=True)
     with pytest.warns(Notice, match=r"48 parameters of the adapter .*lora_magnitude_vector"):
         select_layers(model)
+
+
+def test_an_adapter_on_a_parameter_is_no_layer():
+    """peft computes W + BA of it: nothing of it runs as a layer."""
+    base = made("Mixtral", **MIXTRAL)
+    config = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}
+    model = peft.get_peft_model(base, peft.LoraConfig(**DRAWN | {"lora_dropout": 0} | config))
+    with pytest.warns(Notice, match="parameters of the adapter are no linear layers"):
+        names = [x.name for x in select_layers(model)]
+    assert len(names) == 4
+    assert all("q_proj.lora_" in name for name in names)
 
 
 def test_an_adapter_of_vectors_has_no_default(tmp_path):

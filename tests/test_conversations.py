@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from test_data import bpe, jsonl
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from ekfac_fast.data import Tokens, read, read_queries, tokenize
@@ -94,6 +95,78 @@ def test_a_template_that_renders_turns_by_their_place_needs_tags() -> None:
         tokenize([{"messages": TALK}], tokenizer, 512)
 
 
+# As Phi-3's: tokens that take white space along, a last token where no answer is asked for.
+PHI = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}"
+    "{% endfor %}{{ '<|assistant|>\n' if add_generation_prompt else '<|endoftext|>' }}"
+)
+# As DeepSeek-R1's: an answer is to begin with a thought, and answers are rendered without.
+THOUGHT = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|><think>\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "rstrip", "said"),
+    [
+        (PHI, False, ["The quick brown fox. <|end|>", "A context manager.<|end|>"]),
+        (PHI, True, ["The quick brown fox. <|end|>", "A context manager.<|end|>"]),
+        (THOUGHT, False, ["The quick brown fox. <|end|>", "A context manager.<|end|>"]),
+    ],
+)
+def test_special_tokens_tell_where_an_answer_is(template, rstrip, said) -> None:
+    tokenizer = speaking(template)
+    names = ("system", "user", "assistant", "end", "endoftext")
+    special = [AddedToken(f"<|{x}|>", rstrip=rstrip, special=True) for x in names]
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    assert labelled(tokenizer, tokenize([{"messages": TALK}], tokenizer, 512)) == said
+    last = tokenize([{"messages": TALK}], tokenizer, 512, last_turn=True)
+    assert labelled(tokenizer, last) == said[1:]
+    # The same text without special tokens: nothing says where.
+    if template == THOUGHT:
+        with pytest.raises(DataError, match=r"renders turn 3 otherwise .*\{% generation"):
+            tokenize([{"messages": TALK}], speaking(template), 512)
+
+
+def test_what_is_marked_belongs_to_the_turn_that_is_asked_about() -> None:
+    """Thoughts and answers are two spans, calls of tools are none: numbers tell nothing."""
+    template = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{% if m['role'] == 'assistant' and "
+        "m['content'] %}{% if m['thought'] %}{% generation %}{{ m['thought'] }}{% endgeneration %}"
+        "{{ '|' }}{% endif %}{% generation %}{{ m['content'] + '<end>' }}{% endgeneration %}"
+        "{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+    )
+    tokenizer = speaking(template)
+    asked, call = {"role": "user", "content": "What?"}, {"role": "assistant", "content": ""}
+    thought = {"role": "assistant", "content": "fox", "thought": "hm"}
+    last = {"last_turn": True}
+    with pytest.raises(DataError, match="marks nothing of turn 4"):
+        tokenize([{"messages": [asked, thought, asked, call]}], tokenizer, 512, **last)
+    found = tokenize([{"messages": [asked, call, asked, thought]}], tokenizer, 512, **last)
+    assert labelled(tokenizer, found) == ["hm", "fox<end>"]
+    pair = {"prompt": [asked, thought, asked], "completion": [thought]}
+    assert labelled(tokenizer, tokenize([pair], tokenizer, 512)) == ["hm", "fox<end>"]
+
+
+def test_parts_of_text_are_text() -> None:
+    tokenizer = speaking(
+        "{% for m in messages %}{{ m['role'] + ':' + m['content'] | trim + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
+    parts = [{"type": "text", "text": "The quick"}, {"type": "text", "text": " fox"}]
+    talk = [TALK[1], {"role": "assistant", "content": parts}]
+    tokens = tokenize([{"messages": talk}], tokenizer, 512)
+    assert labelled(tokenizer, tokens) == ["The quick fox"]
+
+
+def test_a_greeting_answers_nothing() -> None:
+    tokenizer = speaking(CHATML)
+    tokens = tokenize([{"messages": TALK[2:]}], tokenizer, 512)
+    assert labelled(tokenizer, tokens) == ["A context manager.<|im_end|>"]
+
+
 def test_a_template_sees_the_tools() -> None:
     tools = [{"type": "function", "function": {"name": "clock", "parameters": {}}}]
     listed = "{% for t in tools or [] %}{{ t.function.name + '\n' }}{% endfor %}"
@@ -127,7 +200,12 @@ def test_a_template_sees_the_tools() -> None:
         ),
         ({"messages": TALK[:2]}, CHATML, "the assistant says nothing in the first 512 tokens of"),
         ({"messages": TALK[1:2] * 2}, MISTRAL, "cannot render it .*roles must alternate"),
-        ({"messages": TALK[2:3]}, CHATML, "cannot render it .*empty conversation"),
+        ({"messages": TALK[2:3]}, CHATML, "the assistant says nothing in the first 512 tokens of"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            CHATML,
+            "turn 1 of messages has a part that is no text",
+        ),
         ({"messages": TALK, "tools": "clock"}, CHATML, "'tools' is not a list of objects"),
         ({"prompt": TALK[:2], "completion": "A fox."}, CHATML, "'completion' is not a list of"),
     ],

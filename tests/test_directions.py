@@ -100,3 +100,11 @@ def test_what_is_refused(tmp_path):
             queries.apply(model, alpha),
         ):
             pass
+
+
+def test_a_tied_parameter_goes_by_its_first_name(tmp_path):
+    model = gpt2().eval()
+    model.lm_head.weight = model.transformer.wte.weight
+    more = {"layers": ["lm_head"], "shared_parameters": True}
+    queries = prepared(model, tmp_path, **more)
+    assert [*queries.parameters(model)] == ["transformer.wte.weight"]

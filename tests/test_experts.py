@@ -223,3 +223,18 @@ def test_a_step_and_its_taking_back_move_parameters_once(tmp_path):
     changes = step_check(model, queries, scores, data)
     assert len(changes) == 2
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "GptOss", "Llama4"])
+def test_bfloat16_passes_of_experts(family, tmp_path):
+    more = {"GptOss": {"head_dim": 8}, "Llama4": {"intermediate_size_mlp": 24}}.get(family, {})
+    model, data = made(family, **MIXTRAL | more).float(), corpus(8)
+    found = []
+    for autocast in (None, torch.bfloat16):
+        out = tmp_path / str(autocast)
+        factors = fit(model, data, out=out / "f", autocast=autocast)
+        queries = prepare_queries(model, factors, asked(2), rank=4, autocast=autocast)
+        matrix = score(model, queries, data, out=out / "s", autocast=autocast).matrix
+        found.append(torch.tensor(matrix))
+    assert torch.isfinite(found[1]).all()
+    assert (found[0] * found[1]).sum() > 0.5 * found[0].norm() * found[1].norm()

@@ -56,6 +56,14 @@ def test_another_checkpoint_is_refused_by_every_step(run, tmp_path):
         score(configured, prepared, data, out=tmp_path / "s")
 
 
+def test_a_model_that_was_saved_is_the_same(run, tmp_path):
+    """Saving writes its class and its dtype into the configuration."""
+    model = gpt2().eval()
+    model.load_state_dict(run[0].state_dict())
+    model.save_pretrained(tmp_path)
+    assert prepare_queries(model, run[2], asked(1), rank=2).rank == 2
+
+
 def test_every_example_is_part_of_what_a_folder_was_made_from(run, tmp_path):
     model, _, _, prepared, _ = run
     many = [{"input_ids": [i % 61, 5, 7, 9]} for i in range(600)]

@@ -40,10 +40,10 @@ def tokens(tmp_path):
 def test_a_row_a_sequence_with_its_records_columns(scored, tokens, tmp_path):
     whole, some, _ = scored
     found = whole.to_arrow(tokens, names=["x", "y"], columns=["set", "n"])
-    assert found.column_names == ["index", "x", "y", "source", "set", "n"]
+    assert found.column_names == ["index", "x", "y", "read_from", "set", "n"]
     assert np.array_equal(found["y"].to_numpy(), whole.matrix[1])
     assert found["n"].to_pylist() == [0, 0, 0, 1, 2, 3, 4, 5]
-    assert found["source"][2].as_py().endswith("c.jsonl, line 1, chunk 3")
+    assert found["read_from"][2].as_py().endswith("c.jsonl, line 1, chunk 3")
     frame = whole.to_pandas(tokens, columns=["set"])
     assert frame.groupby("set")["query 0"].sum()["b"] == pytest.approx(
         whole.totals(tokens.column("set"))["b"][0]
@@ -100,6 +100,10 @@ def test_what_is_refused(scored, tokens, tmp_path: Path):
             whole.to_arrow(names=names)
     with pytest.raises(ArgumentError, match="are of the records: give data="):
         whole.to_arrow(columns=["set"])
+    with pytest.raises(
+        ArgumentError, match=r"columns are \['score'\]; expected each once, none of"
+    ):
+        whole.to_arrow(tokens, columns=["score"])
     with pytest.raises(ArgumentError, match=r"labels: unhashable type.*; give texts or numbers"):
         whole.totals([[1]] * 8)
     mixed = tokenize([{"text": f"The fox {n}", "n": "a" if n else n} for n in range(8)], bpe(), 16)

@@ -78,22 +78,34 @@ def _by_template(
     asked: Sequence[int],
 ) -> array:
     """What stands between `{% generation %}` and `{% endgeneration %}`."""
-    found = tokenizer.apply_chat_template(
-        messages, tools=record.get("tools"), return_dict=True, return_assistant_tokens_mask=True
-    )
-    ids, at, spans = found["input_ids"], 0, []
-    for said, run in groupby(found["assistant_masks"]):
-        start, at = at, at + len(list(run))
-        if said:
-            spans.append((start, at))
+
+    def marked(count: int) -> tuple[list[int], list[tuple[int, int]]]:
+        found = tokenizer.apply_chat_template(
+            messages[:count], tools=record.get("tools"), return_dict=True,
+            return_assistant_tokens_mask=True,
+        )  # fmt: skip
+        at, spans = 0, []
+        for said, run in groupby(found["assistant_masks"]):
+            start, at = at, at + len(list(run))
+            if said:
+                spans.append((start, at))
+        return found["input_ids"], spans
+
+    ids, spans = marked(len(messages))
     if asked != answers:
-        if len(spans) != len(answers):
+        # What is marked of the turns before is the prompt's: by its place, or, where a template
+        # renders them otherwise when others follow, by its number.
+        before, prompts = marked(asked[0]) if asked and asked[0] else ([], [])
+        if ids[: len(before)] == before:
+            spans = [span for span in spans if span[0] >= len(before)]
+        else:
+            spans = spans[len(prompts) :]
+        if asked and not spans:
             raise DataError(
-                f"{record['source']}: the chat template marks {len(spans)} answers, the "
-                f"conversation has {len(answers)} turns of the assistant"
+                f"{record['source']}: the chat template marks nothing of turn {asked[-1] + 1} as "
+                "what the assistant says"
             )
-        spans = [span for i, span in zip(answers, spans, strict=True) if i in asked]
-    return _labelled(ids, spans)
+    return _labelled(tokenizer, ids, spans)
 
 
 def _by_prefix(
@@ -106,29 +118,65 @@ def _by_prefix(
             messages[:count], tools=record.get("tools"), tokenize=False, **settings
         )
 
-    text, places = rendered(len(messages)), []
+    text = rendered(len(messages))
+    (one,) = encoded(tokenizer, [text], ends=True)
+    special = {*getattr(tokenizer, "all_special_ids", ()), *_added(tokenizer)}
+
+    def shared(*texts: str) -> int:
+        """Up to where texts are alike, if a special token of the whole ends there; else 0."""
+        same = next((n for n, x in enumerate(zip(*texts, strict=False)) if len({*x}) > 1), None)
+        same = min(map(len, texts)) if same is None else same
+        at = bisect_right(one.ends, same)
+        while at and one.ids[at - 1] not in special:
+            if text[one.ends[at - 2] if at > 1 else 0 : one.ends[at - 1]].strip():
+                return 0
+            at -= 1  # white space between
+        return one.ends[at - 1] if at else 0
+
+    spans = []
     for i in asked:
-        before, after = rendered(i, add_generation_prompt=True), rendered(i + 1)
-        if not (text.startswith(after) and after.startswith(before)):
+        if not i:
+            continue  # nothing is there that it answers
+        prompt, after = rendered(i, add_generation_prompt=True), rendered(i + 1)
+        start, stop, whole = len(prompt), len(after.rstrip()), text.startswith(after)
+        if not after.startswith(prompt):
+            # The prompt of an answer goes on (with a tag to think in) where none is rendered.
+            start = shared(text, prompt, after)
+        if not whole or i + 1 == len(messages):
+            # What ends a conversation stands after its last turn alone.
+            short = shared(text, after, rendered(i + 1, add_generation_prompt=True))
+            if short > start or not whole:
+                stop = short
+        if not (text.startswith(after[:start]) and 0 < start < max(stop, start + whole)):
             raise DataError(
                 f"{record['source']}: the chat template renders turn {i + 1} otherwise where the "
-                "conversation ends with it, so that its place is not known; give a template with "
-                "{% generation %} and {% endgeneration %} around what the assistant says"
+                "conversation ends with it, or where it is to begin, so that its place is not "
+                "known; give a template with {% generation %} and {% endgeneration %} around what "
+                "the assistant says"
             )
-        # A line end after the turn is the template's: the assistant has stopped before.
-        places.append((len(before), max(len(before), len(after.rstrip()))))
-    (one,) = encoded(tokenizer, [text], ends=True)
-    spans = (
-        (bisect_right(one.ends, x), max(bisect_right(one.ends, y), bisect_left(one.ends, y) + 1))
-        for x, y in places
-        if x < y
-    )
-    return _labelled(one.ids, spans)
+        # A line end after the turn is the template's; a token that reaches over it is the turn's.
+        if start < stop:
+            last = max(bisect_right(one.ends, stop), bisect_left(one.ends, stop) + 1)
+            spans.append((bisect_right(one.ends, start), last))
+    return _labelled(tokenizer, one.ids, spans)
 
 
-def _labelled(ids: Sequence[int], spans: Iterable[tuple[int, int]]) -> array:
-    """Ids within the spans as they are, others ~id."""
+def _labelled(tokenizer: Any, ids: Sequence[int], spans: Iterable[tuple[int, int]]) -> array:
+    """Ids within the spans as they are, others ~id.
+
+    A special token that takes the white space after it along (Phi-3's `<|assistant|>`) begins
+    before the answer, and has no label.
+    """
+    added = _added(tokenizer)
     marked = array("i", (~i for i in ids))
     for start, stop in spans:
+        first = added.get(ids[start]) if start < len(ids) else None
+        start += first is not None and bool(first.special and first.rstrip)
         marked[start:stop] = array("i", ids[start:stop])
     return marked
+
+
+def _added(tokenizer: Any) -> dict[int, Any]:
+    """Tokens beside the vocabulary's, by id."""
+    found: dict[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
+    return found

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..checks import listed, require
+from ..checks import listed, require, shown
 from ..errors import DataError
 
 KINDS = (("text",), ("messages",), ("conversations",), ("prompt", "completion"))
@@ -150,11 +150,25 @@ def _turns(value: Any, name: str, source: str) -> list[dict[str, Any]]:
         said = turn.get("content")
         if said is None and not turn.get("tool_calls"):
             raise DataError(f"{source}: {where} has no 'content'")
-        if not isinstance(said, list | None):
+        if isinstance(said, list):
+            # As text: templates for text alone would print the list.
+            turn = {**turn, "content": _parts(said, where, source)}
+        elif said is not None:
             _text(said, f"{where}, content", source)
         _whole(turn, where, source)
         turns.append(dict(turn))
     return turns
+
+
+def _parts(said: list[Any], where: str, source: str) -> str:
+    """The text of a content that comes in parts."""
+    for part in said:
+        if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
+            raise DataError(
+                f"{source}: {where} has a part that is no text ({shown(part)}); leave the "
+                "conversation out, or its images and sounds"
+            )
+    return "".join(part["text"] for part in said)
 
 
 def _tools(value: Any, source: str) -> list[Any]:

@@ -25,11 +25,15 @@ def adapter_layers(model: nn.Module, linear: Collection[str]) -> list[str] | Non
 
     found: list[str] = []
     others: dict[str, int] = {}
+    wrapped: list[str] = []
     kinds: set[str] = set()
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
             kinds.add(type(module).__module__.split(".")[2])
             parts = [*module.adapter_layer_names]
+            if type(module).__name__ == "ParamWrapper":
+                wrapped.append(name)  # of a parameter itself: nothing of it runs as a layer
+                continue
         elif isinstance(module, ModulesToSaveWrapper):
             parts = ["modules_to_save"]
         else:
@@ -49,6 +53,9 @@ def adapter_layers(model: nn.Module, linear: Collection[str]) -> list[str] | Non
             f"layers: the model has an adapter ({listed(sorted(kinds))}) without a linear layer, "
             "and its frozen base is no default. Name the layers you want"
         )
+    for name in wrapped:
+        module = model.get_submodule(name)
+        others |= {n: p.numel() for n, p in module.named_parameters(prefix=name) if ".lora_" in n}
     if others:
         warnings.warn(
             f"{sum(others.values()):,} parameters of the adapter are no linear layers "

@@ -207,7 +207,7 @@ def forward(
             y = module.post_expert_norm(y)
         if routing.choices is None:
             place = torch.full_like(tokens, e), tokens
-            out = out.index_put(place, y)
+            out = out.index_put(place, y.to(out.dtype))
         else:
             y = y * given[1][tokens, routing.choices[e], None]
             out = out.index_add(0, tokens, y.to(out.dtype))
@@ -226,7 +226,13 @@ def _activated(module: Any, y: Tensor) -> Tensor:
 
 def _product(module: Any, record: Record, name: str, e: int, x: Tensor) -> Tensor:
     """W[e] x + b[e] of some rows, recorded."""
-    W, *b = (p[e] for p in parameters(module, name))
+    held = parameters(module, name)
+    if not held:
+        raise ModelError(
+            f"{type(module).__name__}.{name} is no parameter in a pass (by peft?): leave "
+            "its experts out of `layers`"
+        )
+    W, *b = (p[e] for p in held)
     return record(name, e, x, nn.functional.linear(x, W.t() if transposed(module) else W, *b))
 
 
@@ -265,7 +271,10 @@ def verify(name: str, module: nn.Module, given: tuple[Tensor, ...], out: Tensor)
     """
     written = type(module).forward
     own = getattr(written, "__wrapped__", written)(module, *given)
-    slack = max(1e-3, 8 * torch.finfo(out.dtype).eps) * own.abs().max()
+    kind = out.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else out.dtype
+    # Rounding of two products and what is between them; routers and weights are the same.
+    slack = max(1e-3, 8 * torch.finfo(dtype).eps) * own.abs().max()
     if not bool(((own - out).abs() <= slack).all()):
         raise ModelError(
             f"{name} ({type(module).__name__}) does not compute what its marks say; leave its "

@@ -9,7 +9,12 @@ from ..store.fingerprint import fingerprint
 from .tasks import Task
 
 # Of a configuration: where it was read, by whom, and what does not change a pass.
-UNTOLD = frozenset({"_name_or_path", "transformers_version", "_commit_hash", "use_cache"})
+UNTOLD = frozenset(
+    {
+        "_name_or_path", "transformers_version", "_commit_hash", "use_cache",
+        "architectures", "dtype", "torch_dtype",  # written by save_pretrained
+    }
+)  # fmt: skip
 
 
 def model_fingerprint(model: nn.Module) -> str:

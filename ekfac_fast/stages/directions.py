@@ -22,6 +22,8 @@ def as_parameters(model: nn.Module, layers: Mapping[Layer, Tensor]) -> dict[str,
         ArgumentError: the model has no such layer, or one of another size.
     """
     held = dict(model.named_parameters(remove_duplicate=False))
+    # A parameter of several modules goes by one name in a checkpoint, the first.
+    first = {id(p): name for name, p in model.named_parameters()}
     found: dict[str, Tensor] = {}
     for layer, matrix in layers.items():
         try:
@@ -40,6 +42,7 @@ def as_parameters(model: nn.Module, layers: Mapping[Layer, Tensor]) -> dict[str,
                 continue
             if name not in held:
                 raise ArgumentError(f"model has no parameter {name}: it is another model")
+            name = first[id(held[name])]
             like = held[name] if layer.expert is None else held[name][layer.expert]
             if part.shape != like.shape:
                 raise ArgumentError(

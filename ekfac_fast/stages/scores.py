@@ -112,7 +112,8 @@ class Scores:
         """A pyarrow table: a row a sequence, or, where only the top k were kept, a row a place.
 
         Args:
-            data: the corpus, for `source` and for `columns` of its records (`Tokens.column`).
+            data: the corpus, for `read_from` (file and line) and `columns` of its records
+                (`Tokens.column`).
             names: of the queries.
 
         Raises:

@@ -33,7 +33,8 @@ def arrow(
 
     Of a whole matrix a row a sequence, in the order of the corpus: `index`, a column for each
     query, null where it was never scanned. Of a heap (`top_k`) a row for each query and place:
-    `query`, `place`, `index`, `score`. With `data` also `source`, and `columns` of its records.
+    `query`, `place`, `index`, `score`. With `data` also `read_from`, file and line, and `columns`
+    of its records.
 
     Raises:
         ArgumentError: `data` is another corpus; names are not one a query, or stand twice.
@@ -45,7 +46,12 @@ def arrow(
         raise ArgumentError(f"data has {len(data)} sequences, {N} were scored: another corpus")
     if columns and data is None:
         raise ArgumentError(f"columns {list(columns)} are of the records: give data=")
-    taken = {"index", "source", "query", "place", "score", *columns}
+    taken = {"index", "read_from", "query", "place", "score"}
+    if taken & {*columns} or len({*columns}) < len(columns):
+        raise ArgumentError(
+            f"columns are {list(columns)}; expected each once, none of {sorted(taken)}"
+        )
+    taken |= {*columns}
     if len(names) != Q or len({*names}) < Q or taken & {*names}:
         raise ArgumentError(f"names are {names}; expected {Q}, each once, none of {sorted(taken)}")
     if scores.store.facts["top_k"] is None:
@@ -63,7 +69,7 @@ def arrow(
             "score": [value for ranked in best for _, value in ranked],
         }
     if data is not None:
-        found["source"] = [data.source(index) for index in rows]
+        found["read_from"] = [data.source(index) for index in rows]
         for name in columns:
             values = data.column(name)
             found[name] = [values[index] for index in rows]
