@@ -56,13 +56,13 @@ def shared_out(seen: LayerBatch) -> LayerBatch:
     """As many rows, in sequences of one length."""
     B, rows = len(seen.g), sum(seen.rows.counts or ())
     a, g = (torch.randn(B, -(-rows // B), x.shape[-1]) for x in (seen.a, seen.g))
-    return replace(seen, a=a, g=g, rows=replace(seen.rows, counts=None))
+    return replace(seen, a=a, g=g, rows=replace(seen.rows, counts=None, filled=None))
 
 
 def widened(seen: LayerBatch, width: int) -> LayerBatch:
     """Padded to the widest expert."""
     a, g = (pad(x, (0, 0, 0, width - x.shape[1])) for x in (seen.a, seen.g))
-    return replace(seen, a=a, g=g, rows=replace(seen.rows, counts=None))
+    return replace(seen, a=a, g=g, rows=replace(seen.rows, counts=None, filled=None))
 
 
 def stages(seen: Sequence[LayerBatch]) -> dict[str, Callable[[Sequence[LayerBatch]], None]]:

@@ -5,7 +5,7 @@ Commands import what they need when they run: `--help` waits for nothing.
 
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -216,13 +216,10 @@ def report(
     trust_remote_code: Trust = False,
 ) -> None:
     """Write one self-contained HTML file about a scan."""
-    from . import inputs, runs
+    from . import runs
 
     whole("top", top)
-    run = runs.load_run(scores)
-    cutting = inputs.Cutting(**run["cutting"])
-    tokenizer = inputs.load_tokenizer(run["model"], trust_remote_code, cutting.chat_template)
-    corpus = inputs.read_data(data, tokenizer, cutting, console)
+    tokenizer, corpus = _scanned(scores, data, trust_remote_code)
     console.say(f"{runs.report_job(scores, corpus, tokenizer, out, top)}")
 
 
@@ -239,13 +236,10 @@ def table(
     trust_remote_code: Trust = False,
 ) -> None:
     """Write scores as a table; sum them up by data set, say."""
-    from . import inputs, runs
+    from . import runs
 
-    run = runs.load_run(scores)
-    cutting = inputs.Cutting(**run["cutting"])
-    tokenizer = inputs.load_tokenizer(run["model"], trust_remote_code, cutting.chat_template)
     keep = [*dict.fromkeys([*(columns or ()), *([by] if by else ())])]
-    corpus = inputs.read_data(data, tokenizer, cutting, console, keep)
+    tokenizer, corpus = _scanned(scores, data, trust_remote_code, keep)
     runs.table_job(scores, corpus, tokenizer, out, console, columns=keep, by=by)
 
 
@@ -337,6 +331,18 @@ def demo(
     from . import demo as demonstration
 
     demonstration.run(folder, steps or demonstration.STEPS, topics, console)
+
+
+def _scanned(
+    scores: Path, data: Path, trust_remote_code: bool, keep: Sequence[str] = ()
+) -> tuple[Any, "Tokens"]:
+    """The tokenizer and the corpus of a folder of scores, cut as for the scan."""
+    from . import inputs, runs
+
+    run = runs.load_run(scores)
+    cutting = inputs.Cutting(**run["cutting"])
+    tokenizer = inputs.load_tokenizer(run["model"], trust_remote_code, cutting.chat_template)
+    return tokenizer, inputs.read_data(data, tokenizer, cutting, console, keep)
 
 
 def _loaded(

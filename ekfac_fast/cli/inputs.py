@@ -104,14 +104,10 @@ def with_adapter(model: nn.Module, adapter: str) -> nn.Module:
             f"adapter {adapter!r}: the folder has no adapter_model.safetensors; save it with "
             "save_pretrained, as safetensors"
         )
-    try:
+    with loading(adapter, "adapter"):
         found: nn.Module = peft.PeftModel.from_pretrained(
             model, adapter, autocast_adapter_dtype=False
         )
-    except Error:
-        raise
-    except Exception as error:  # of any kind, as of a model
-        raise ArgumentError(f"adapter {adapter!r} cannot be loaded: {error}") from error
     return found
 
 
@@ -152,14 +148,14 @@ def checkpoint(path: str) -> tuple[str, dict[str, str]]:
 
 
 @contextmanager
-def loading(path: str) -> Iterator[None]:
-    """ArgumentError where transformers finds no model of its own under a name."""
+def loading(path: str, what: str = "model") -> Iterator[None]:
+    """ArgumentError where a library finds nothing of its own kind under a name."""
     try:
         yield
     except Error:
         raise
     except Exception as error:  # of any kind: a folder holds whatever files it holds
-        raise ArgumentError(f"model {path!r} cannot be loaded: {error}") from error
+        raise ArgumentError(f"{what} {path!r} cannot be loaded: {error}") from error
 
 
 def parsed_fields(words: str | None) -> dict[str, str] | None:

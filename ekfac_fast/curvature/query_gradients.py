@@ -51,6 +51,14 @@ class Dense:
         """<P_q, G_b> of gradients that exist: G [B,O,J] -> [Q,B]."""
         return self.P.to(G.dtype).flatten(1) @ G.flatten(1).mT
 
+    def paired(self, g: Tensor, a: Tensor, bias: bool) -> Tensor:
+        """The sum of <P_b, G_b>, a query for each sequence; differentiable in g [B,T,O] and a
+        [B,T,I].
+        """
+        P, I = self.P.to(g.dtype), a.shape[-1]
+        total = ((g @ P[:, :, :I]) * a).sum()
+        return total + (g * P[:, None, :, I]).sum() if bias else total
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -93,6 +101,16 @@ class LowRank:
         """<L_q R_q, G> of one gradient that exists: G [1,O,J] -> [Q,1]."""
         L, R = self.L.to(G.dtype), self.R.to(G.dtype)
         return (L * (G @ R.mT)).sum((1, 2)).unsqueeze(1)
+
+    def paired(self, g: Tensor, a: Tensor, bias: bool) -> Tensor:
+        """The sum of <L_b R_b, G_b>, a query for each sequence; differentiable in g [B,T,O] and a
+        [B,T,I].
+        """
+        I = a.shape[-1]
+        right = a @ self.R[:, :, :I].mT.to(a.dtype)
+        if bias:
+            right = right + self.R[:, None, :, I].to(a.dtype)
+        return ((g @ self.L.to(g.dtype)) * right).sum()
 
 
 QueryGradients = Dense | LowRank

@@ -2,11 +2,11 @@
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..ops.products import Products
 
@@ -25,6 +25,19 @@ def alone(model: nn.Module) -> Iterator[None]:
         lock = _locks.setdefault(model, threading.RLock())
     with lock, _frozen(model), Products():
         yield
+
+
+@contextmanager
+def restored(weights: Iterable[Tensor]) -> Iterator[None]:
+    """Whatever is done to weights meanwhile, afterwards they are bitwise what they were."""
+    weights = list(weights)
+    before = [w.detach().clone() for w in weights]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for w, was in zip(weights, before, strict=True):
+                w.copy_(was)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """What one pass through a model has seen: inputs, gradients, who shares an input with whom."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,10 @@ from .rows import Grid
 class Calls:
     """What one pass has seen so far."""
 
-    def __init__(self, consume: Callable[[Any], None], grid: Grid | None) -> None:
+    def __init__(
+        self, consume: Callable[[Any], None], grid: Grid | None, layers: Mapping[str, Layer]
+    ) -> None:
+        self._layers = layers
         self.consume, self.grid, self.backward = consume, grid, False
         self.loss, self.losses = 0, 1
         self._late: set[str] = set()
@@ -72,9 +75,19 @@ class Calls:
                     "leave it out of `layers`"
                 )
 
-    def saw(self, layer: Layer, module: nn.Module, x: Tensor, output: Tensor, copy: bool) -> None:
+    def saw(
+        self,
+        layer: Layer,
+        module: nn.Module,
+        x: Tensor,
+        output: Tensor,
+        copy: bool,
+        routing: Routing | None = None,
+    ) -> None:
         """Note one use of a layer."""
         name = layer.name
+        if routing is not None:
+            self.routed.setdefault(name, []).append(routing)
         if isinstance(module, nn.Embedding):
             self.turned.add((name, len(self.inputs.get(name, ()))))
         self._versions.setdefault(name, []).append((x, x._version))
@@ -124,8 +137,7 @@ class Calls:
         for name in self._late:
             for seen in (self.inputs, self._products, self._shared, self.routed):
                 seen.pop(name, None)
-        for module in {name.rsplit(".", 2)[0] for name in self._late} & self.routes.keys():
-            del self.routes[module]
+            self.routes.pop(self._layers[name].module, None)
         self._groups = None
         self._first = {k: name for k, name in self._first.items() if name not in self._late}
 

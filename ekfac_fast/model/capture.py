@@ -96,7 +96,7 @@ class Capture:
     ) -> tuple["Calls", Tensor]:
         """A forward pass that a backward pass may follow, run again where it has to be."""
         while True:
-            calls = Calls(consume, grid)
+            calls = Calls(consume, grid, self.layers)
             with self._hooked(calls):
                 value = loss()
             calls.settle()
@@ -230,11 +230,7 @@ class Capture:
         def record(parameter: str, e: int, x: Tensor, y: Tensor) -> Tensor:
             if (layer := self._experts[name].get((parameter, e))) is None:
                 return y
-            y = self._ran(calls, layer, module, x, y)
-            seen = calls.routed.setdefault(layer.name, [])
-            if len(calls.inputs.get(layer.name, ())) > len(seen):
-                seen.append(routing)
-            return y
+            return self._ran(calls, layer, module, x, y, routing)
 
         out = experts.forward(module, record, routing, *given)
         if name not in self._verified:
@@ -242,8 +238,16 @@ class Capture:
             self._verified.add(name)
         return out
 
-    def _ran(self, calls: "Calls", layer: Layer, module: nn.Module, x: Tensor, output: Any) -> Any:
-        """The forward hook of a layer."""
+    def _ran(
+        self,
+        calls: "Calls",
+        layer: Layer,
+        module: nn.Module,
+        x: Tensor,
+        output: Any,
+        routing: experts.Routing | None = None,
+    ) -> Any:
+        """The forward hook of a layer; of an expert, by the call of its module."""
         name = layer.name
         if not torch.is_grad_enabled():
             calls.without_grad.add(name)
@@ -260,9 +264,9 @@ class Capture:
         if calls.backward and name in calls.inputs and name not in calls.without_grad:
             # A checkpoint computes again what was seen: the same graph, and nothing else.
             return started(output, self._anchor)
-        if layer.expert is None:
+        if routing is None:
             calls.check(layer, module, x, output)
-        calls.saw(layer, module, x, output, copy=name in self._copied)
+        calls.saw(layer, module, x, output, copy=name in self._copied, routing=routing)
         # A copy, and no leaf: the model may go on to change it in place.
         output = started(output, self._anchor)
         use = len(calls.inputs[name]) - 1

@@ -159,6 +159,11 @@ class Places:
             self._made[expert] = made
         return self._made[expert]
 
+    def filled(self, expert: int) -> Tensor:
+        """Where an expert's tokens stand in the flat [B * width], in their order."""
+        sequence, rank = self._rows[expert]
+        return sequence * self._widths[expert] + rank
+
     def spread(self, x: Tensor, expert: int) -> Tensor:
         """[n,F] -> [B,width,F]."""
         spread = x.new_zeros(self.sequences, self._widths[expert], x.shape[-1])
@@ -184,8 +189,9 @@ def by_sequence(
         return a, g, Rows(len(a), spread.positions, places=places)
     # The very places: both matrices of an expert share what is made of them.
     a, g, places = found[0]
-    counts = spread.counts[expert]
-    return a, g, Rows(len(a), spread.positions, places=places, counts=counts)
+    counts, filled = spread.counts[expert], spread.filled(expert)
+    rows = Rows(len(a), spread.positions, places=places, counts=counts, filled=filled)
+    return a, g, rows
 
 
 def forward(

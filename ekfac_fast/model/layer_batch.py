@@ -2,8 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -28,17 +26,12 @@ class LayerBatch:
     rows: Rows  # what the rows B x T stand for
     loss: int = 0  # of several losses of one pass, which it is the gradient of
 
-    @cached_property
+    @property
     def filled(self) -> Tensor | None:
         """Of an expert, which rows of [B,rows], flat, are tokens; None where all rows count alike:
         of dense layers, and of experts that are used several times in a pass.
         """
-        counts = self.rows.counts
-        if counts is None:
-            return None
-        width = self.g.shape[1]
-        at = (range(b * width, b * width + count) for b, count in enumerate(counts))
-        return torch.tensor([*chain(*at)], dtype=torch.int64, device=self.g.device)
+        return self.rows.filled
 
     def tokens(self, x: Tensor) -> Tensor:
         """[B,rows,F] as [N,F]; of an expert, only the rows that are tokens."""
@@ -52,13 +45,11 @@ class LayerBatch:
         spread[self.filled] = x
         return spread.view(*self.g.shape[:2], -1)
 
-    def groups(self) -> Iterator[tuple[Tensor | None, int]]:
-        """(members, rows): all sequences at once (None), or, of an expert, those that have about as
-        many rows, and how many at most: rows that are no tokens are hardly multiplied.
+    def groups(self) -> Iterator[tuple[Tensor, int]]:
+        """(members, rows) of an expert: sequences that have about as many rows, and how many at
+        most: rows that are no tokens are hardly multiplied.
         """
         counts = self.rows.counts
-        if counts is None:
-            yield None, self.g.shape[1]
-            return
+        assert counts is not None
         for group in alike(counts):
             yield torch.tensor(group, device=self.g.device), counts[group[0]]

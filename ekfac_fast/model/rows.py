@@ -34,7 +34,7 @@ class Rows:
     A layer that runs several times in a pass has the rows of all its uses, one after the other.
     `before` of the positions come before the text. An expert has the rows that are routed to it:
     of row t of sequence b it is `places` [B,rows] that says the position, -1 where there is none;
-    `counts` of every sequence come first (None: they do not).
+    `counts` of every sequence come first, `filled` [N] in the flat [B * rows] (None: they do not).
     """
 
     sequences: int
@@ -43,6 +43,7 @@ class Rows:
     before: int = 0
     places: Tensor | None = None
     counts: tuple[int, ...] | None = None
+    filled: Tensor | None = None
 
     def same(self, other: "Rows") -> bool:
         """Whether rows stand for the same."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from . import experts
 from .alone import alone, gradients_on
 from .calls import Calls
 from .layers import Layer
@@ -107,10 +108,12 @@ class TokenPass(Linearised):
         finally:
             handle.remove()
 
-    def _ran(self, calls: Calls, layer: Layer, module: nn.Module, x: Tensor, output: Any) -> Any:
+    def _ran(
+        self, calls: Calls, layer: Layer, module: nn.Module, x: Tensor, output: Any, *more: Any
+    ) -> Any:
         """As in `Capture`; inputs are kept with their graph, too."""
         before = len(calls.inputs.get(layer.name, ()))
-        output = super()._ran(calls, layer, module, x, output)
+        output = super()._ran(calls, layer, module, x, output, *more)
         if len(calls.inputs.get(layer.name, ())) > before:
             self._attached.setdefault(layer.name, []).append(x)
         return output
@@ -138,7 +141,8 @@ class TokenPass(Linearised):
                            ((g, layer.O), (a, layer.I)))  # fmt: skip
             s, x = by_sequence
             return s, x
-        places = calls.routed[layer.name][use].places(
-            lambda n: self._by_sequence(calls, n, 1, layer.module)
+        call = calls.routed[layer.name][use], a, g
+        x, s, _ = experts.by_sequence(
+            layer.expert, [call], lambda n: self._by_sequence(calls, n, 1, layer.module)
         )
-        return places.spread(g, layer.expert), places.spread(a, layer.expert)
+        return s, x

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
 from typing import Any, Unpack
 
 import numpy as np
@@ -10,14 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..checks import require, whole
-from ..curvature.query_gradients import LowRank, QueryGradients
 from ..data.batches import divided
 from ..data.examples import Indexable
 from ..errors import ArgumentError
 from ..model.head import predicting
-from ..model.layers import Layer
 from ..model.tasks import LanguageModelTask, targets
-from ..model.token_influence import Contracted, TokenPass
+from ..model.token_influence import TokenPass
 from .queries import Queries
 from .run import Run, RunArguments
 
@@ -102,7 +102,10 @@ def attribute_tokens(
             logits = task.logits(inputs, model)[places]
             return F.cross_entropy(logits, labels[places], reduction="none")
 
-        contracted = {x.name: _inner_product(x, gradients[x.name], asked) for x in layers}
+        contracted = {
+            x.name: partial(gradients[x.name].each(itemgetter(asked)).paired, bias=x.bias)
+            for x in layers
+        }
         seen = capture(losses, contracted, run.grid(inputs, indices))
         target = torch.zeros_like(labels, dtype=seen.target.dtype)
         target[b, t] = seen.target
@@ -114,22 +117,3 @@ def attribute_tokens(
             query, index = (int(n) for n in pairs[at])
             found[at] = TokenAttribution(query, index, float(of.sum()), of, by)
     return [found[at] for at in range(len(pairs))]
-
-
-def _inner_product(layer: Layer, gradients: QueryGradients, asked: Tensor) -> Contracted:
-    """<P_b, sum of s (a, 1)^T> of all pairs, each with the P of its own query, [pairs]."""
-    I, own = layer.I, gradients.each(lambda p: p[asked])
-
-    def low_rank(s: Tensor, a: Tensor) -> Tensor:
-        assert isinstance(own, LowRank)
-        right = a @ own.R[:, :, :I].mT.to(a.dtype)
-        if layer.bias:
-            right = right + own.R[:, None, :, I].to(a.dtype)
-        return ((s @ own.L.to(s.dtype)) * right).sum()
-
-    def dense(s: Tensor, a: Tensor) -> Tensor:
-        P = own.dense().to(s.dtype)
-        total = ((s @ P[:, :, :I]) * a).sum()
-        return total + (s * P[:, None, :, I]).sum() if layer.bias else total
-
-    return low_rank if isinstance(own, LowRank) else dense

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..checks import is_number, require
 from ..errors import ArgumentError
 from ..model import experts
-from ..model.alone import alone
+from ..model.alone import alone, restored
 from ..model.layers import Layer, is_conv1d
 
 
@@ -65,13 +65,8 @@ def moved(model: nn.Module, direction: Mapping[str, Tensor], alpha: float) -> It
     """
     require(is_number(alpha), "alpha", alpha, "a finite number")
     held = dict(model.named_parameters(remove_duplicate=False))
-    kept = {name: held[name].detach().clone() for name in direction}
-    try:
+    with restored(held[name] for name in direction):
         with alone(model), torch.no_grad():
             for name, step in direction.items():
                 held[name].add_(step.to(held[name]), alpha=alpha)
         yield
-    finally:
-        with torch.no_grad():
-            for name, before in kept.items():
-                held[name].copy_(before)

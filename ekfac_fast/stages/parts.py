@@ -28,8 +28,8 @@ def rotated(
         return
     groups, bias = list(seen.groups()), layer.bias
     if basis.Qa is not None and basis.Qg is not None and groups:
-        rows = sum(len(members) * rows for members, rows in groups if members is not None)
-        some = sum(len(members) for members, _ in groups if members is not None)
+        rows = sum(len(members) * rows for members, rows in groups)
+        some = sum(len(members) for members, _ in groups)
         shape = Shape(B=some, T=-(-rows // some), I=layer.I, O=layer.O, bias=bias)
         if cheapest_order(shape) == "tokens":
             a = seen.spread(rotate_activations(seen.tokens(a), basis.Qa.to(a.dtype), bias))
@@ -52,7 +52,6 @@ def add_scores(s: Tensor, own: QueryGradients, seen: LayerBatch) -> None:
         s.index_add_(1, seen.filled // seen.g.shape[1], each[:, 0])
     else:
         for members, rows in seen.groups():
-            assert members is not None
             part = s.new_zeros(len(s), len(members))
             own.add_scores(part, g[members, :rows], a[members, :rows], bias)
             s.index_add_(1, members, part)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 from ..checks import require, sized, whole
 from ..curvature.memory import free_bytes
@@ -28,7 +29,7 @@ from ..curvature.solvers import (
     difference,
     dot,
 )
-from ..data.examples import Indexable, tokenized_by
+from ..data.examples import Indexable
 from ..errors import ArgumentError, Notice
 from ..model.alone import alone
 from ..model.layers import Layer
@@ -105,18 +106,8 @@ def method_of(refine: Any) -> tuple[str, int]:
     return name, steps
 
 
-class Sample:
-    """Some examples of a data set, as a data set."""
-
-    def __init__(self, dataset: Indexable, indices: Sequence[int]) -> None:
-        self.dataset, self.indices = dataset, indices
-        self.tokenizer_fingerprint = tokenized_by(dataset)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.dataset[self.indices[index]]
+class Sample(Subset):
+    """Some examples of a data set, which say where they are from."""
 
     def source(self, index: int) -> str:
         """Where an example comes from, for messages."""
@@ -154,7 +145,8 @@ class Refining:
         chosen = np.random.default_rng(self.seed).choice(size, count, replace=False)
         self.indices: list[int] = sorted(chosen.tolist())
         # In the dtype of the weights: what products round to, no residual goes below.
-        self.run = Run(model, Sample(dataset, self.indices), {**arguments, "autocast": None})
+        whole_set: Any = dataset  # torch's `Subset` asks for a `Dataset`, and takes what has items
+        self.run = Run(model, Sample(whole_set, self.indices), {**arguments, "autocast": None})
         self.layers, self.dampings = layers, dampings
         self._check_task()
         self.dtype = accumulator(model)

@@ -40,7 +40,7 @@ def arrow(
         ArgumentError: `data` is another corpus; names are not one a query, or stand twice.
     """
     pa = optional("pyarrow", "hf")
-    N, Q = scores.store.facts["examples"], scores.queries
+    N, Q, kept = len(scores), scores.queries, scores.store.facts["top_k"]
     names = [f"query {q}" for q in range(Q)] if names is None else list(names)
     if data is not None and len(data) != N:
         raise ArgumentError(f"data has {len(data)} sequences, {N} were scored: another corpus")
@@ -54,13 +54,13 @@ def arrow(
     taken |= {*columns}
     if len(names) != Q or len({*names}) < Q or taken & {*names}:
         raise ArgumentError(f"names are {names}; expected {Q}, each once, none of {sorted(taken)}")
-    if scores.store.facts["top_k"] is None:
+    if kept is None:
         found: dict[str, Any] = {"index": np.arange(N)}
         for q, name in enumerate(names):
             found[name] = pa.array(np.ascontiguousarray(scores.matrix[q]), from_pandas=True)
         rows: Iterable[int] = range(N)
     else:
-        best = [scores.top(q, scores.store.facts["top_k"]) for q in range(Q)]
+        best = [scores.top(q, kept) for q in range(Q)]
         rows = [index for ranked in best for index, _ in ranked]
         found = {
             "query": [name for name, ranked in zip(names, best, strict=True) for _ in ranked],

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..data.batches import Batches
 from ..data.examples import Indexable
+from ..model.alone import restored
 from ..model.layers import parameters_of, select_layers
 from ..model.tasks import LanguageModelTask
 from ..stages.queries import Queries
@@ -27,8 +28,7 @@ def stepped(
 
     w <- w - size grad L / ||grad L||        of all `weights` together
     """
-    before = [w.detach().clone() for w in weights]
-    try:
+    with restored(weights):
         for _ in range(steps):
             gradients = torch.autograd.grad(
                 loss(), weights, allow_unused=True, materialize_grads=True
@@ -38,10 +38,6 @@ def stepped(
                 for weight, g in zip(weights, gradients, strict=True):
                     weight.sub_(size / length.clamp(min=1e-30) * g)
         yield
-    finally:
-        with torch.no_grad():
-            for weight, was in zip(weights, before, strict=True):
-                weight.copy_(was)
 
 
 def step_check(

@@ -25,6 +25,7 @@ from ..checks import is_number, require, whole
 from ..data.batches import Batches
 from ..data.examples import IGNORED, Indexable
 from ..errors import ArgumentError, NotFiniteError, Notice
+from ..model.alone import restored
 from ..model.layers import parameters_of, select_layers
 from ..model.tasks import LanguageModelTask, Task
 from ..stages.run import checked_task
@@ -177,7 +178,7 @@ class _Proximal:
                 u.grad = g / unit
             return value.item() / unit**2
 
-        try:
+        with restored(self.weights):
             # Where the objective's change drowns in its rounding, its gradient does not yet.
             for search in ("strong_wolfe", None):
                 torch.optim.LBFGS(
@@ -195,7 +196,3 @@ class _Proximal:
                     stacklevel=5,
                 )
             yield
-        finally:
-            with torch.no_grad():
-                for w, was in zip(self.weights, self.before, strict=True):
-                    w.copy_(was)
