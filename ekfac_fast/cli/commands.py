@@ -14,6 +14,7 @@ import typer
 
 from ..checks import whole
 from ..errors import Error, Notice
+from .group import shared
 from .options import (
     Adapter,
     BatchTokens,
@@ -94,6 +95,7 @@ def doctor() -> None:
 
 @app.command()
 @reported
+@shared(console)
 def fit(
     model: Model,
     data: Data,
@@ -126,6 +128,7 @@ def fit(
 
 @app.command()
 @reported
+@shared(console)
 def score(
     model: Model,
     factors: FactorFolder,
@@ -174,6 +177,7 @@ def score(
 
 @app.command(name="self")
 @reported
+@shared(console)
 def self_influence(
     model: Model,
     factors: FactorFolder,

@@ -49,6 +49,11 @@ def check_damping(absolute: float | None) -> float | None:
 class LayerFactors:
     """Qa [J,J], Qg [O,O] with eigenvectors in columns, and lam [O,J], the mean over sequences.
 
+    Read from a folder they are the mapped files: only `lam` is memory, while it is used.
+
+    Args:
+        squares: the sum of squared gradients [O,J] over `count` sequences.
+
     Raises:
         StoreError: shapes disagree; names the layer.
         NotFiniteError: a value is not finite; names the layer.
@@ -57,17 +62,23 @@ class LayerFactors:
     name: str
     Qa: Tensor
     Qg: Tensor
-    lam: Tensor
+    squares: Tensor
+    count: int = 1
+
+    @property
+    def lam(self) -> Tensor:
+        """The corrected eigenvalues [O,J]."""
+        return self.squares if self.count == 1 else self.squares / self.count
 
     def __post_init__(self) -> None:
-        (O, J), a, g = self.lam.shape, tuple(self.Qa.shape), tuple(self.Qg.shape)
+        (O, J), a, g = self.squares.shape, tuple(self.Qa.shape), tuple(self.Qg.shape)
         if a != (J, J) or g != (O, O):
             raise StoreError(
                 f"layer {self.name}: lam is [{O},{J}] but Qa is {list(a)} and Qg is {list(g)}; "
                 "expected lam [O,J], Qa [J,J], Qg [O,O]"
             )
-        for name in ("Qa", "Qg", "lam"):
-            if not torch.isfinite(getattr(self, name)).all():
+        for name, x in (("Qa", self.Qa), ("Qg", self.Qg), ("lam", self.squares)):
+            if not torch.isfinite(x).all():
                 raise NotFiniteError(
                     f"layer {self.name}: {name} holds NaN or infinity; fit it again"
                 )
@@ -122,7 +133,7 @@ class Factors(Mapping[str, LayerFactors]):
             if int(count) <= 0:
                 raise StoreError(f"{self.folder / LAMBDA_COUNT}: layer {name} counts {int(count)}")
         return {
-            n: LayerFactors(n, Qa[n], Qg[n], lam[n] / int(count))
+            n: LayerFactors(n, Qa[n], Qg[n], lam[n], int(count))
             for n, count in self._counts.items()
         }
 
@@ -167,11 +178,11 @@ class Factors(Mapping[str, LayerFactors]):
         shared = bool(self.facts and self.facts["shared_parameters"])
         layers = select_layers(model, list(self._counts), shared=shared)
         for layer in layers:
-            lam = self[layer.name].lam
-            if tuple(lam.shape) != (layer.O, layer.J):
+            sizes = self[layer.name].squares.shape
+            if tuple(sizes) != (layer.O, layer.J):
                 raise ArgumentError(
                     f"layer {layer.name} is [{layer.O},{layer.J}] in the model but the factors in "
-                    f"{self.folder} are {list(lam.shape)}: they belong to another model"
+                    f"{self.folder} are {list(sizes)}: they belong to another model"
                 )
         return layers
 

@@ -11,7 +11,7 @@ again and comes out in the same bits.
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard, Unpack
@@ -31,7 +31,8 @@ from ..model.layers import Layer, parameter_counts, select_layers
 from ..model.rows import Rows
 from ..model.tasks import LanguageModelTask, Task, checked_task
 from ..store.files import load_tensors, save_json, save_tensors
-from ..store.folder import Store
+from ..store.folder import Pieces, Store
+from .consumer import Batch
 from .factors import (
     EIGENVALUES,
     EIGENVECTORS,
@@ -43,7 +44,7 @@ from .factors import (
     tell_of_zeros,
 )
 from .parts import rotated
-from .run import Batch, Kept, Run, RunArguments, Stage, accumulator
+from .run import Kept, Run, RunArguments, Stage, accumulator
 from .sums import Sums
 from .waiting import Waiting
 
@@ -98,12 +99,13 @@ def fit(
         "layers": [layer.name for layer in tracked],
         "shared_parameters": shared_parameters,
     }
-    with Store.open(out, kind="factors", facts=facts) as store:
+    with run.opened(out, "factors", facts) as store:
         if not store.finished:
             _Fit(run, tracked, store).run()
-        for name in (Stage.COVARIANCE, Stage.EIGENVALUE):
-            store.remove_state(f"{name}_state")
-        store.pieces("eigen").remove()
+        if run.processes.first:
+            for name in (Stage.COVARIANCE, Stage.EIGENVALUE):
+                store.remove_state(f"{name}_state")
+            store.pieces("eigen").remove()
     return Factors(out)
 
 
@@ -113,6 +115,8 @@ class Covariances(Sums):
     Layers that read the same tensor (with a bias alike) share the sum of `a`. As in kronfluence,
     padding is left out of the inputs; gradients are zero there, and counted like inputs.
     """
+
+    symmetric = True
 
     def __init__(self, run: Run, store: Store, layers: list[Layer], waiting: Waiting) -> None:
         super().__init__(run, store, Stage.COVARIANCE)
@@ -228,22 +232,29 @@ class _Fit:
 
     def __init__(self, run: Run, layers: list[Layer], store: Store) -> None:
         self.passes, self.layers, self.store = run, layers, store
-        self.folder, self.waiting = store.folder, Waiting(run, layers)
+        self.folder, self.processes = store.folder, run.processes
+        self.waiting = Waiting(run, layers)
 
     def run(self) -> None:
-        batches = self.store.batches(self.passes.batches.divided)
+        batches = self.passes.planned(self.store)
         edges = self.store.state.get("edge_draws", {})
-        if not (self.folder / EIGENVALUES["gradient"]).exists():
+        decomposed = self.processes.told((self.folder / EIGENVALUES["gradient"]).exists())
+        if not decomposed:
             edges = {Stage.COVARIANCE: self._covariances(batches)}
             self.store.update(seconds=self.passes.seconds, edge_draws=edges)
         self.layers = self._reached()
-        if not (self.folder / EIGENVALUES["gradient"]).exists():
+        if not decomposed:
             self._eigendecompositions()
             self.store.update(seconds=self.passes.seconds)
         self.passes.seconds.update(self.store.state["seconds"])
         consumer = Eigenvalues(self.passes, self.store, self.layers, self._bases())
         self._pass(Stage.EIGENVALUE, batches, consumer, kept=self.waiting)
-        save_tensors(self.folder / LAMBDA, {n: x.value().cpu() for n, x in consumer.lam.items()})
+        lam = consumer.collected()
+        # The first pass has made the second's draws too, whether they could wait or not.
+        drawn = 0 if draws_several(self.passes.task) else consumer.edge_draws
+        if not self.processes.first:
+            return
+        save_tensors(self.folder / LAMBDA, {x.name: lam[x.name].cpu() for x in self.layers})
         count = torch.tensor([self.passes.batches.size])
         save_tensors(self.folder / LAMBDA_COUNT, {x.name: count.clone() for x in self.layers})
         # kronfluence reads it as its own dataclass: no further key.
@@ -253,9 +264,7 @@ class _Fit:
             parameters=parameter_counts(self.passes.model, self.layers),
             truncated=self.passes.batches.truncated,
             without_targets=self.passes.batches.without_targets,
-            # The first pass has made the second's draws too, whether they could wait or not.
-            edge_draws=sum(edges.values())
-            + (0 if draws_several(self.passes.task) else consumer.edge_draws),
+            edge_draws=sum(edges.values()) + drawn,
             seconds=self.passes.seconds,
         )
 
@@ -280,7 +289,7 @@ class _Fit:
             self.layers,
             batches,
             consumer,
-            done=consumer.state.done,
+            done=consumer.done,
             kept=kept,
             loss=partial(self._loss, stage),
         )
@@ -305,28 +314,37 @@ class _Fit:
         """The first pass and its files; how many of its labels rounding could flip."""
         consumer = Covariances(self.passes, self.store, self.layers, self.waiting)
         self._pass(Stage.COVARIANCE, batches, consumer)
-        sums, counts = consumer.cov["gradient"], consumer.count["gradient"]
+        found, edges = consumer.collected(), consumer.edge_draws
+        # A process without a batch has seen no layer; which share an input is the same in all.
+        self.store.update(shared=max(self.processes.gathered(consumer.owners), key=len))
+        if self.processes.first:
+            self._write_covariances(found)
+        self.processes.meet()
+        return edges
+
+    def _write_covariances(self, found: Mapping[str, Tensor]) -> None:
+        shared = self.store.state["shared"]
+        counts = {x.name: found[f"gradient count {x.name}"] for x in self.layers}
         reached = [x.name for x in self.layers if x.expert is None or counts[x.name].any()]
-        tell_of_zeros(((name, sums[name].value()) for name in reached), "the sampled loss")
-        for side in consumer.cov:
-            owner = {
-                name: consumer.owners[name] if side == "activation" else name for name in reached
-            }
+        sums = ((name, found[f"gradient covariance {name}"]) for name in reached)
+        tell_of_zeros(sums, "the sampled loss")
+        for side in EIGENVECTORS:
+            owner = {name: shared[name] if side == "activation" else name for name in reached}
             # safetensors stores no aliases: a shared covariance is written under every layer's
             # name.
             save_tensors(
                 self.folder / f"{side}_covariance.safetensors",
-                {name: consumer.cov[side][o].value().cpu() for name, o in owner.items()},
+                {name: found[f"{side} covariance {o}"].cpu() for name, o in owner.items()},
             )
             save_tensors(
                 self.folder / f"num_{side}_covariance_processed.safetensors",
-                {name: consumer.count[side][o].cpu().reshape(1) for name, o in owner.items()},
+                {name: found[f"{side} count {o}"].cpu().reshape(1) for name, o in owner.items()},
             )
-        return consumer.edge_draws
 
     def _eigendecompositions(self) -> None:
         """Eigenvectors of every matrix, each kept as soon as it is found."""
         shared, done = self.store.state["shared"], self.store.pieces("eigen")
+        done.done = self.processes.told(done.done)
         keys: list[tuple[str, str]] = []
         jobs: list[Job] = []
         for side in EIGENVECTORS:
@@ -341,15 +359,25 @@ class _Fit:
                     jobs[-1].check()
         order = [i for i in largest_first(jobs) if i not in done.done]
         total = sum(len(job.sum) ** 3 for job in jobs)
+        before = sum(len(jobs[i].sum) ** 3 for i in done.done)
+        mine = self.processes.shared_out([len(jobs[i].sum) ** 3 for i in order])
+        order = [order[at] for at in mine]
         dtype = accumulator(self.passes.model)
         precision = torch.float64 if dtype == torch.float64 else None
         solved = eigendecompositions([jobs[i] for i in order], self.passes.device, precision)
-        count = sum(len(jobs[i].sum) ** 3 for i in done.done)
+        count = self.processes.counter("matrices")
         with self.passes.timed(Stage.EIGENDECOMPOSITION):
             for i, (values, vectors) in zip(order, solved, strict=True):
                 done.write(i, {"values": values.to(dtype), "vectors": vectors.to(dtype)})
-                count += len(jobs[i].sum) ** 3
-                self.passes.report(Stage.EIGENDECOMPOSITION, count, total)
+                after = before + count(len(jobs[i].sum) ** 3)
+                self.passes.report(Stage.EIGENDECOMPOSITION, after, total)
+        self.processes.meet()
+        if self.processes.first:
+            self._write_eigenvectors(keys, done)
+        self.processes.meet()
+
+    def _write_eigenvectors(self, keys: Sequence[tuple[str, str]], done: Pieces) -> None:
+        shared = self.store.state["shared"]
         found = {key: done.read(i) for i, key in enumerate(keys)}
         for side in EIGENVECTORS:
             owner = {

@@ -3,17 +3,17 @@
 `Run.each` loads a batch, captures every tracked layer's (a, g), checks the loss, keeps progress,
 reports it and takes the time. A stage is a `Consumer`: what to do with a layer's batch, with the
 end of a batch, and how to keep what has been done. Nothing else knows the order of batches, so
-processes would slice it here, and partitions pass it some of the layers.
+processes slice it here, and partitions pass it some of the layers.
 """
 
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property, partial
-from typing import Any, TypedDict, Unpack
+from pathlib import Path
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +31,11 @@ from ..model.layers import Layer
 from ..model.rows import Grid
 from ..model.tasks import LanguageModelTask, Task, checked_task
 from ..ops.shapes import wide
+from ..store.folder import Store
 from .ahead import Ahead
+from .consumer import Batch, Consumer
 from .origin import origin
+from .processes import Processes
 
 Progress = Callable[[str, int, int], None]
 Loss = Callable[["Batch"], Tensor]
@@ -73,42 +76,8 @@ class RunArguments(TypedDict, total=False):
     progress: Progress | None
 
 
-@dataclass(frozen=True)
-class Batch:
-    """A batch: its place in the order, its examples, and what the task gets."""
-
-    number: int
-    indices: Sequence[int]
-    inputs: Any
-    grid: Grid
-
-
-class Consumer:
-    """What a stage does with a batch; every method is optional but `add`."""
-
-    def begin(self, batch: Batch) -> None:
-        """Before the pass."""
-
-    def add(self, seen: LayerBatch, batch: Batch) -> None:
-        """One layer of one batch, in the backward pass."""
-        raise NotImplementedError
-
-    def end(self, batch: Batch) -> None:
-        """After the pass."""
-
-    def save(self, done: Collection[int]) -> None:
-        """Make durable what has been done up to here: these batches."""
-
-    def due(self) -> bool:
-        """Whether it is time to."""
-        return False
-
-
 class Run:
-    """A model, a data set and settings: the passes of one stage.
-
-    `ranks` processes would each take every ranks-th batch, beginning with `rank`.
-    """
+    """A model, a data set and settings: the passes of one stage, shared by all `processes`."""
 
     def __init__(
         self,
@@ -117,12 +86,10 @@ class Run:
         arguments: RunArguments,
         *,
         max_examples: int | None = None,
-        rank: int = 0,
-        ranks: int = 1,
     ):
         if unknown := sorted(set(arguments) - RunArguments.__annotations__.keys()):
             raise TypeError(f"unexpected keyword argument {unknown[0]!r}")
-        self.model, self.rank, self.ranks = model, rank, ranks
+        self.model, self.processes = model, Processes()
         instance("model", model, nn.Module, "a torch module")
         self.task: Task = checked_task(arguments.get("task")) or LanguageModelTask()
         self.autocast, self.progress = arguments.get("autocast"), arguments.get("progress")
@@ -193,6 +160,34 @@ class Run:
             "autocast": str(self.autocast),
         }
 
+    @contextmanager
+    def opened(self, out: str | Path, kind: str, facts: Mapping[str, Any]) -> Iterator[Store]:
+        """A stage's folder, for every process of the run; all go on together when it is closed.
+
+        Raises:
+            ProcessError: another process fails meanwhile, or has other facts; names them.
+        """
+        processes = self.processes
+        rank = {"process": processes.rank, "processes": processes.size}
+        with processes.together():
+            processes.same(facts, f"{out}")
+            if not processes.first:
+                processes.meet()
+            with Store.open(out, kind=kind, facts=facts, **rank) as store:
+                if processes.first:
+                    processes.meet()
+                yield store
+            processes.meet()
+
+    def planned(self, store: Store) -> list[list[int]]:
+        """The batches of a folder; the first process divides them."""
+        if not self.processes.first:
+            self.processes.meet()
+        batches = store.batches(self.batches.divided)
+        if self.processes.first:
+            self.processes.meet()
+        return batches
+
     def settings(self) -> AbstractContextManager:
         """The model's passes run under these: autocast, or nothing."""
         if self.autocast is None:
@@ -216,8 +211,8 @@ class Run:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
     def report(self, stage: Stage, done: int, total: int) -> None:
-        """Tell the caller how far a stage is."""
-        if self.progress:
+        """Tell the caller how far a stage is, in the first process."""
+        if self.progress and self.processes.first:
             self.progress(stage.value, done, total)
 
     @torch.inference_mode(False)
@@ -233,24 +228,24 @@ class Run:
         loss: Loss | None = None,
         what: str = "training loss",
     ) -> None:
-        """Every batch that is not done yet, through the model and the consumer.
+        """Every batch that is not done yet and this process's, through the model and the consumer.
 
         Args:
             layers: those to capture; others cost nothing.
             batches: indices of the examples of each; an empty one only counts as done.
-            done: numbers of batches that are.
+            done: numbers of batches that are, the same in all processes.
             kept: layers of batches that another pass has kept; they take no pass.
             loss: of a batch; None for the training loss with the data's own labels.
 
         Raises:
             NotFiniteError: a loss is not, or what a consumer made of it; names where it is from.
         """
-        loss = loss or self.train_loss
+        loss, done = loss or self.train_loss, set(done)
         capture = Capture(self.model, layers, self.swapped)
-        finished = set(done)
         total = sum(map(self.batches.tokens, batches))
-        count = sum(self.batches.tokens(batches[number]) for number in finished)
-        mine = [n for n in range(self.rank, len(batches), self.ranks) if n not in finished]
+        before = sum(self.batches.tokens(batches[number]) for number in done)
+        count, finished = self.processes.counter(stage), set[int]()
+        mine = self.processes.mine([n for n in range(len(batches)) if n not in done])
         passing = [batches[n] for n in mine if batches[n] and n not in (kept or {})]
         ahead = Ahead(self.batches, passing)
         since: list[int] = []
@@ -271,8 +266,7 @@ class Run:
             except NotFiniteError as error:
                 again = (self._batch(n, batches[n]) for n in since if batches[n])
                 raise NotFiniteError(f"{error}{origin(self, capture, loss, again)}") from error
-            count += self.batches.tokens(indices)
-            self.report(stage, count, total)
+            self.report(stage, before + count(self.batches.tokens(indices)), total)
 
     def _one(
         self,
@@ -381,17 +375,3 @@ def _check_weights(model: nn.Module) -> None:
                 f"weight {name} is on the meta device (offloaded, or never loaded): load the model "
                 "with all of its weights in memory"
             )
-
-
-def floor_seconds(
-    model: nn.Module, dataset: Indexable, layers: Sequence[Layer], **arguments: Unpack[RunArguments]
-) -> float:
-    """Seconds of a forward and gradient-to-activations backward over a scan's batches, no more."""
-    run = Run(model, dataset, arguments)
-    run.each(Stage.SCAN, layers, run.batches.divided(), _Nothing())
-    return run.seconds[Stage.SCAN]
-
-
-class _Nothing(Consumer):
-    def add(self, seen: LayerBatch, batch: Batch) -> None:
-        """Nothing."""
