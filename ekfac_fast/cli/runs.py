@@ -91,6 +91,7 @@ def score_job(
     refine_examples: int | None = None,
     refine_seed: int = 0,
     batch_tokens: int | None = None,
+    memory: str | None = None,
     detail: bool = True,
     **settings: Any,
 ) -> Scores:
@@ -99,6 +100,7 @@ def score_job(
     with showing(console) as progress:
         passes: RunArguments = {
             "batch_tokens": batch_tokens,
+            "memory": memory,
             "autocast": source.autocast,
             "progress": progress,
         }

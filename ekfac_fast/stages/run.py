@@ -18,8 +18,9 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from ..checks import instance, require, told
-from ..data.batches import Batches, collate
+from ..checks import instance, require, size, told
+from ..curvature.memory import budget, free_bytes, taken_bytes
+from ..data.batches import Batches, collate, default_tokens
 from ..data.choices import OnLongExample
 from ..data.examples import Indexable, tokenized_by
 from ..errors import ArgumentError, DataError, NotFiniteError
@@ -33,6 +34,7 @@ from ..model.tasks import LanguageModelTask, Task, checked_task
 from ..ops.shapes import wide
 from ..store.folder import Store
 from .ahead import Ahead
+from .budget import fitting_tokens
 from .consumer import Batch, Consumer
 from .origin import origin
 from .processes import Processes
@@ -65,6 +67,8 @@ class RunArguments(TypedDict, total=False):
     on_long        what becomes of examples longer than the model has positions: "truncate" (the
                    end is cut off and counted) or "refuse"; queries are always refused
     autocast       dtype of the model's passes; sums stay fp32
+    memory         bytes, or "16GiB", that this process may count on beside mapped files; None for
+                   what is free. Smaller batches and layers fitted in parts keep to it
     progress       called with (stage, done, total), tokens where there are tokens
     """
 
@@ -73,6 +77,7 @@ class RunArguments(TypedDict, total=False):
     batch_size: int | None
     on_long: OnLongExample
     autocast: torch.dtype | None
+    memory: int | str | None
     progress: Progress | None
 
 
@@ -97,10 +102,15 @@ class Run:
         require(lowered, "autocast", self.autocast, "torch.bfloat16, torch.float16 or None")
         told("progress", self.progress)
         _check_weights(model)
+        memory, tokens = arguments.get("memory"), arguments.get("batch_tokens")
+        self.memory = None if memory is None else size("memory", memory)
+        if self.memory is not None and tokens is None:
+            most = default_tokens(next(model.parameters()).device)
+            tokens = fitting_tokens(model, self.memory, most)
         self.batches = Batches(
             dataset,
             model,
-            batch_tokens=arguments.get("batch_tokens"),
+            batch_tokens=tokens,
             batch_size=arguments.get("batch_size"),
             max_examples=max_examples,
             on_long=arguments.get("on_long", "truncate"),
@@ -109,6 +119,8 @@ class Run:
         # Of a layer's output, so of g: what bases and queries are kept in.
         self.dtype = self.autocast or next(model.parameters()).dtype
         self.seconds: dict[str, float] = {}
+        # Which of how many parts of the layers this is.
+        self.part = (0, 1)
         self.before = 0
         if isinstance(self.task, LanguageModelTask):
             self._check_causal()
@@ -167,9 +179,11 @@ class Run:
         Raises:
             ProcessError: another process fails meanwhile, or has other facts; names them.
         """
-        processes = self.processes
+        processes, limit = self.processes, self.memory
+        if limit is None and processes.beside > 1:
+            limit = taken_bytes(self.device) + free_bytes(self.device) // processes.beside
         rank = {"process": processes.rank, "processes": processes.size}
-        with processes.together():
+        with processes.together(), budget(limit):
             processes.same(facts, f"{out}")
             if not processes.first:
                 processes.meet()
@@ -212,8 +226,9 @@ class Run:
 
     def report(self, stage: Stage, done: int, total: int) -> None:
         """Tell the caller how far a stage is, in the first process."""
+        part, parts = self.part
         if self.progress and self.processes.first:
-            self.progress(stage.value, done, total)
+            self.progress(stage.value, done + part * total, parts * total)
 
     @torch.inference_mode(False)
     def each(

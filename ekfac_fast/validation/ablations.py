@@ -37,7 +37,8 @@ from ..stages.factors import (
     TOKEN_COUNT,
     Factors,
 )
-from ..stages.fit import COVARIANCE_DRAW, EIGENVALUE_DRAW, Eigenvalues
+from ..stages.fit import COVARIANCE_DRAW, EIGENVALUE_DRAW
+from ..stages.moments import Eigenvalues
 from ..stages.run import Run, RunArguments, Stage, accumulator
 from ..stages.sums import Sums
 from ..store.files import load_tensors, save_tensors
