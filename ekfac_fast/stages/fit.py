@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from ..checks import flag, instance, listed, path, whole
 from ..curvature.basis import Eigenvectors, SharedRotation
-from ..curvature.eigen import FP32_FROM, Job, eigendecompositions, largest_first
+from ..curvature.blocks import dense, in_blocks, on_diagonal
+from ..curvature.eigen import FP32_FROM, Job, eigendecompositions, joined, largest_first
 from ..curvature.offload import placed
 from ..curvature.sums import Sum
 from ..data.examples import Indexable
@@ -39,6 +40,8 @@ from .factors import (
     LAMBDA_COUNT,
     TOKEN_COUNT,
     Factors,
+    block_facts,
+    blocks_of,
     kronfluence_arguments,
     tell_of_zeros,
 )
@@ -59,6 +62,7 @@ def fit(
     out: str | Path,
     layers: str | list[str] | None = None,
     shared_parameters: bool = False,
+    blocks: int = 1,
     max_examples: int | None = None,
     seed: int | None = None,
     **arguments: Unpack[RunArguments],
@@ -73,6 +77,8 @@ def fit(
         layers: names, globs, "mlp", "all"; None for the task's list, else "mlp".
         shared_parameters: modules with the very same parameters are one layer, whose gradients add
             up; refused otherwise.
+        blocks: diagonal blocks that each covariance is cut into, what lies between them left out:
+            2 take half of the memory and a quarter of the eigendecompositions' time.
         max_examples: use the first so many.
         seed: of the sampled labels; of the task, where one is given with a seed of its own.
         arguments: see `RunArguments`.
@@ -97,6 +103,7 @@ def fit(
     facts = run.facts() | {
         "layers": [layer.name for layer in tracked],
         "shared_parameters": shared_parameters,
+        **block_facts(blocks, tracked),
     }
     with Store.open(out, kind="factors", facts=facts) as store:
         if not store.finished:
@@ -111,12 +118,13 @@ class Covariances(Sums):
     """Sums of a a^T and g g^T over tokens, and how many tokens each holds.
 
     Layers that read the same tensor (with a bias alike) share the sum of `a`. As in kronfluence,
-    padding is left out of the inputs; gradients are zero there, and counted like inputs.
+    padding is left out of the inputs; gradients are zero there, and counted like inputs. A sum is
+    [J, ceil(J / blocks)], as `on_diagonal` reads it.
     """
 
     def __init__(self, run: Run, store: Store, layers: list[Layer], waiting: Waiting) -> None:
         super().__init__(run, store, Stage.COVARIANCE)
-        self.layers, self.waiting = layers, waiting
+        self.layers, self.waiting, self.blocks = layers, waiting, blocks_of(store.facts)
         self.owners: dict[str, str] = dict(store.state.get("shared", {}))
         self.attention: Tensor | Mapping[str, Tensor] | None = None
         self.masks: list[tuple[Tensor, Rows, Tensor, Tensor]] = []
@@ -154,11 +162,12 @@ class Covariances(Sums):
         self, side: str, name: str, x: Tensor, mask: Tensor | None, bias: bool, real: Tensor | int
     ) -> None:
         cov, count = self.cov[side], self.count[side]
+        J = x.shape[1] + bias
         if name not in cov:
-            J = x.shape[1] + bias
-            cov[name] = self.found(f"{side} covariance {name}", J, J)
+            cov[name] = self.found(f"{side} covariance {name}", J, -(-J // self.blocks))
             count[name] = torch.zeros((), dtype=torch.int64, device=x.device)
-        torch.ops.ekfac_fast.covariance(cov[name].rest, x, mask, bias)
+        for columns, own in on_diagonal(cov[name].rest, self.blocks):
+            torch.ops.ekfac_fast.covariance(own, x[:, columns], mask, bias and columns.stop == J)
         count[name] += real
 
     def _mask(self, seen: LayerBatch) -> tuple[Tensor | None, Tensor | int]:
@@ -227,8 +236,8 @@ class _Fit:
     """One run of `fit`."""
 
     def __init__(self, run: Run, layers: list[Layer], store: Store) -> None:
-        self.passes, self.layers, self.store = run, layers, store
-        self.folder, self.waiting = store.folder, Waiting(run, layers)
+        self.passes, self.layers, self.waiting = run, layers, Waiting(run, layers)
+        self.store, self.folder, self.blocks = store, store.folder, blocks_of(store.facts)
 
     def run(self) -> None:
         batches = self.store.batches(self.passes.batches.divided)
@@ -308,7 +317,7 @@ class _Fit:
         sums, counts = consumer.cov["gradient"], consumer.count["gradient"]
         reached = [x.name for x in self.layers if x.expert is None or counts[x.name].any()]
         tell_of_zeros(((name, sums[name].value()) for name in reached), "the sampled loss")
-        for side in consumer.cov:
+        for side, cov in consumer.cov.items():
             owner = {
                 name: consumer.owners[name] if side == "activation" else name for name in reached
             }
@@ -316,7 +325,7 @@ class _Fit:
             # name.
             save_tensors(
                 self.folder / f"{side}_covariance.safetensors",
-                {name: consumer.cov[side][o].value().cpu() for name, o in owner.items()},
+                {n: dense(cov[o].value().cpu(), self.blocks) for n, o in owner.items()},
             )
             save_tensors(
                 self.folder / f"num_{side}_covariance_processed.safetensors",
@@ -337,8 +346,8 @@ class _Fit:
             for name, matrix in sums.items():
                 if side == "gradient" or shared[name] == name:
                     keys.append((side, name))
-                    jobs.append(Job(matrix, counts[name], f"the {side} covariance of {name}"))
-                    jobs[-1].check()
+                    label = f"the {side} covariance of {name}"
+                    jobs += Job(matrix, counts[name], label).in_blocks(self.blocks)
         order = [i for i in largest_first(jobs) if i not in done.done]
         total = sum(len(job.sum) ** 3 for job in jobs)
         dtype = accumulator(self.passes.model)
@@ -350,7 +359,7 @@ class _Fit:
                 done.write(i, {"values": values.to(dtype), "vectors": vectors.to(dtype)})
                 count += len(jobs[i].sum) ** 3
                 self.passes.report(Stage.EIGENDECOMPOSITION, count, total)
-        found = {key: done.read(i) for i, key in enumerate(keys)}
+        found = dict(zip(keys, joined(map(done.read, range(len(jobs))), self.blocks), strict=True))
         for side in EIGENVECTORS:
             owner = {
                 x.name: shared[x.name] if side == "activation" else x.name for x in self.layers
@@ -363,7 +372,7 @@ class _Fit:
 
     def _arguments(self) -> dict[str, Any]:
         """`factor_arguments.json`; the largest eigendecompositions say in which dtype they are."""
-        largest = max(max(x.O, x.J) for x in self.layers)
+        largest = max(-(-max(x.O, x.J) // self.blocks) for x in self.layers)
         fp32 = accumulator(self.passes.model) == torch.float32 and largest >= FP32_FROM
         return kronfluence_arguments(torch.float32 if fp32 else torch.float64)
 
@@ -372,9 +381,10 @@ class _Fit:
         Qa, Qg = (load_tensors(self.folder / name, ours=True) for name in EIGENVECTORS.values())
         owners, dtype = self.store.state["shared"], self.passes.dtype
         read = {owners[x.name] for x in self.layers}
-        own = {o: Qa[o].to(self.passes.device, dtype) for o in read}
+        own = {o: in_blocks(Qa[o], self.blocks).to(self.passes.device, dtype) for o in read}
         return {
-            x.name: Eigenvectors(Qg[x.name].to(dtype), own[owners[x.name]]) for x in self.layers
+            x.name: Eigenvectors(in_blocks(Qg[x.name], self.blocks).to(dtype), own[owners[x.name]])
+            for x in self.layers
         }
 
 
