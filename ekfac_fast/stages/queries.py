@@ -233,12 +233,16 @@ def prepare_queries(
     layers = factors.layers(model)
     choice("on_long", arguments.get("on_long", "refuse"), get_args(OnLongExample))
     run = Run(model, queries, {**arguments, "on_long": "refuse"})
-    facts = run.facts() | {
-        "factors": factors.identity,
-        "layers": [layer.name for layer in layers],
-        "rank": rank,
-        "damping": damping,
-    }
+    facts = (
+        run.facts()
+        | {
+            "factors": factors.identity,
+            "layers": [layer.name for layer in layers],
+            "rank": rank,
+            "damping": damping,
+        }
+        | ({"blocks": factors.blocks} if factors.blocks > 1 else {})
+    )
     factors.check_run(facts, "prepare_queries")
     _check_targets(run)
     job = _Preparation(run, factors, layers, factors.dampings(layers, damping), rank)
