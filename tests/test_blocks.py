@@ -16,7 +16,14 @@ from typer.testing import CliRunner
 from ekfac_fast import Factors, fit, prepare_queries, score, self_scores
 from ekfac_fast.cli import app
 from ekfac_fast.curvature.basis import Basis, Eigenvectors, SharedRotation
-from ekfac_fast.curvature.blocks import BlockDiagonal, cut, dense, in_blocks, on_diagonal, rotate
+from ekfac_fast.curvature.blocks import (
+    BlockDiagonal,
+    block_rows,
+    dense,
+    in_blocks,
+    on_diagonal,
+    rotate,
+)
 from ekfac_fast.curvature.offload import fits
 from ekfac_fast.errors import ArgumentError, Notice, StoreError
 from ekfac_fast.model.layers import select_layers
@@ -52,7 +59,7 @@ def test_the_cut_is_numpys():
     for n in (1, 2, 5, 16, 17, 769):
         for blocks in range(1, min(n, 9) + 1):
             parts = np.array_split(np.arange(n), blocks)
-            assert [np.arange(n)[rows].tolist() for rows in cut(n, blocks)] == [
+            assert [np.arange(n)[rows].tolist() for rows in block_rows(n, blocks)] == [
                 part.tolist() for part in parts
             ]
 
@@ -60,7 +67,9 @@ def test_the_cut_is_numpys():
 @pytest.mark.parametrize(("n", "blocks"), [(12, 3), (13, 3), (5, 5), (7, 1)])
 def test_products_are_those_of_the_whole_matrix(n, blocks):
     torch.manual_seed(0)
-    matrix = torch.block_diag(*(fp64(len(range(n)[r]), len(range(n)[r])) for r in cut(n, blocks)))
+    matrix = torch.block_diag(
+        *(fp64(len(range(n)[r]), len(range(n)[r])) for r in block_rows(n, blocks))
+    )
     own = BlockDiagonal.of(matrix, blocks)
     assert sum(x.numel() for x in own.blocks) <= n * -(-n // blocks)
     x, y = fp64(2, 3, n), fp64(4, n, 5)
@@ -82,7 +91,8 @@ def test_every_order_of_the_ops(T, O, I, bias):
     torch.manual_seed(0)
     J, B, blocks = I + bias, 4, 3
     Qg, Qa = (
-        torch.block_diag(*(rotation(len(range(n)[r])) for r in cut(n, blocks))) for n in (O, J)
+        torch.block_diag(*(rotation(len(range(n)[r])) for r in block_rows(n, blocks)))
+        for n in (O, J)
     )
     lam, g, a = fp64(O, J).square(), fp64(B, T, O), fp64(B, T, I)
     whole = Basis(Qg, Qa, lam, 0.1)

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from ..ops.gradients import cheapest_order
 from ..ops.shapes import Shape, wide
-from .blocks import BlockDiagonal, Matrix, parts, rotate
+from .blocks import BlockDiagonal, Matrix, blocks_in, rotate
 
 # A tenth of the mean eigenvalue: the damping of the paper and of kronfluence. Its least value is
 # kronfluence's, so that a layer whose gradient is always zero takes part as zero.
@@ -88,8 +88,8 @@ class Eigenvectors:
             if Qa is not None and by in ("tokens", "a_tokens"):
                 a, Qa, bias = rotate(a, Qa, bias), None, False
         I = a.shape[-1]
-        for rows, q in parts(Qg):
-            for columns, p in parts(Qa):
+        for rows, q in blocks_in(Qg):
+            for columns, p in blocks_in(Qa):
                 last = columns.stop is None or columns.stop > I
                 yield rows, columns, (g[..., rows], a[..., columns], q, p), bias and last
 

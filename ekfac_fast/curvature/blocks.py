@@ -14,7 +14,7 @@ from torch import Tensor
 from ..ops.gradients import rotate_activations
 
 
-def cut(n: int, blocks: int) -> list[slice]:
+def block_rows(n: int, blocks: int) -> list[slice]:
     """Which rows of n each of the `blocks` has."""
     size, larger = divmod(n, blocks)
     ends = [(i + 1) * size + min(i + 1, larger) for i in range(blocks)]
@@ -25,7 +25,7 @@ def on_diagonal(kept: Tensor, blocks: int) -> Iterator[tuple[slice, Tensor]]:
     """(rows, block) of blocks that are kept side by side in [n, ceil(n / blocks)], as views: row i
     holds its block's columns. One block is the matrix.
     """
-    for rows in cut(len(kept), blocks):
+    for rows in block_rows(len(kept), blocks):
         yield rows, kept[rows, : rows.stop - rows.start]
 
 
@@ -45,11 +45,15 @@ class BlockDiagonal:
     @classmethod
     def of(cls, matrix: Tensor, blocks: int) -> Self:
         """Copies of the blocks of [n,n]."""
-        return cls(tuple(matrix[rows, rows].contiguous() for rows in cut(len(matrix), blocks)))
+        return cls(
+            tuple(matrix[rows, rows].contiguous() for rows in block_rows(len(matrix), blocks))
+        )
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
         """(rows, block)."""
-        return zip(cut(sum(map(len, self.blocks)), len(self.blocks)), self.blocks, strict=True)
+        return zip(
+            block_rows(sum(map(len, self.blocks)), len(self.blocks)), self.blocks, strict=True
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -91,7 +95,7 @@ def in_blocks(matrix: Tensor, blocks: int) -> Matrix:
     return matrix if blocks == 1 else BlockDiagonal.of(matrix, blocks)
 
 
-def parts(matrix: Matrix | None) -> Iterator[tuple[slice, Tensor | None]]:
+def blocks_in(matrix: Matrix | None) -> Iterator[tuple[slice, Tensor | None]]:
     """(rows, block) of every block; all rows of what has none."""
     if isinstance(matrix, BlockDiagonal):
         yield from matrix

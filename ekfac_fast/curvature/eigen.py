@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NotFiniteError
-from .blocks import cut
+from .blocks import block_rows
 from .memory import free_bytes
 from .threads import spread
 
@@ -44,7 +44,7 @@ class Job:
             return [self]
         return [
             Job(self.sum[rows, rows], self.count, f"block {i + 1} of {blocks} of {self.label}")
-            for i, rows in enumerate(cut(len(self.sum), blocks))
+            for i, rows in enumerate(block_rows(len(self.sum), blocks))
         ]
 
     def check(self) -> None:
@@ -67,7 +67,7 @@ class Job:
         return (cov + cov.mT) / 2
 
 
-def joined(parts: Iterable[Mapping[str, Tensor]], blocks: int) -> Iterator[Mapping[str, Tensor]]:
+def united(parts: Iterable[Mapping[str, Tensor]], blocks: int) -> Iterator[Mapping[str, Tensor]]:
     """`values` and `vectors` of every matrix from those of its diagonal blocks, one after the
     other.
     """

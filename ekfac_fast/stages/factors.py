@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..checks import Whole, check_json, is_number, listed, path, require, whole
 from ..curvature.basis import Basis, heuristic_damping
-from ..curvature.blocks import cut, in_blocks
+from ..curvature.blocks import block_rows, in_blocks
 from ..curvature.offload import Travelling, placed
 from ..errors import ArgumentError, NotFiniteError, Notice, StoreError
 from ..model.layers import Layer, select_layers
@@ -66,7 +66,7 @@ def block_facts(blocks: int, layers: Sequence[Layer]) -> dict[str, int]:
             )
     uneven = [(x, what, n) for x, what, n in sides if n % blocks]
     for layer, what, n in uneven[:1]:
-        sizes = [len(range(n)[rows]) for rows in cut(n, blocks)]
+        sizes = [len(range(n)[rows]) for rows in block_rows(n, blocks)]
         larger = sizes.count(sizes[0])
         bias = ", the bias's among them," if layer.bias and what == "inputs" else ""
         warnings.warn(
@@ -109,7 +109,7 @@ class LayerFactors:
                     f"layer {self.name}: {name} holds NaN or infinity; fit it again"
                 )
         for name, Q in (("Qa", self.Qa), ("Qg", self.Qg)) if self.blocks > 1 else ():
-            own = sum(Q[rows, rows].count_nonzero() for rows in cut(len(Q), self.blocks))
+            own = sum(Q[rows, rows].count_nonzero() for rows in block_rows(len(Q), self.blocks))
             if own != Q.count_nonzero():
                 raise StoreError(
                     f"layer {self.name}: {name} was fitted in {self.blocks} diagonal blocks but is "

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..checks import flag, instance, listed, path, whole
 from ..curvature.basis import Eigenvectors, SharedRotation
 from ..curvature.blocks import dense, in_blocks, on_diagonal
-from ..curvature.eigen import FP32_FROM, Job, eigendecompositions, joined, largest_first
+from ..curvature.eigen import FP32_FROM, Job, eigendecompositions, largest_first, united
 from ..curvature.offload import placed
 from ..curvature.sums import Sum
 from ..data.examples import Indexable
@@ -359,7 +359,7 @@ class _Fit:
                 done.write(i, {"values": values.to(dtype), "vectors": vectors.to(dtype)})
                 count += len(jobs[i].sum) ** 3
                 self.passes.report(Stage.EIGENDECOMPOSITION, count, total)
-        found = dict(zip(keys, joined(map(done.read, range(len(jobs))), self.blocks), strict=True))
+        found = dict(zip(keys, united(map(done.read, range(len(jobs))), self.blocks), strict=True))
         for side in EIGENVECTORS:
             owner = {
                 x.name: shared[x.name] if side == "activation" else x.name for x in self.layers

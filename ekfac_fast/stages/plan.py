@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import ops
 from ..checks import whole
-from ..curvature.blocks import cut
+from ..curvature.blocks import block_rows
 from ..curvature.choice import Contraction, contraction
 from ..curvature.memory import free_bytes
 from ..model.layers import Layer
@@ -95,7 +95,9 @@ def plan(
 
     # Of every side, the rows of its blocks.
     sides = [
-        (x, [len(range(n)[rows]) for rows in cut(n, blocks)]) for x in layers for n in (x.J, x.O)
+        (x, [len(range(n)[rows]) for rows in block_rows(n, blocks)])
+        for x in layers
+        for n in (x.J, x.O)
     ]
 
     def rotated(card: Card, count: int) -> float:
