@@ -6,15 +6,16 @@ Commands import what they need when they run: `--help` waits for nothing.
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..checks import whole
+from ..checks import size, whole
 from ..errors import Error, Notice
-from .group import shared
+from .group import sharded, shared
 from .options import (
     Adapter,
     BatchTokens,
@@ -34,6 +35,7 @@ from .options import (
     Refine,
     RefineExamples,
     RefineSeed,
+    Shard,
     SplitBy,
     TooLong,
     Trust,
@@ -111,6 +113,7 @@ def fit(
     chat_template: ChatTemplate = None,
     batch_tokens: BatchTokens = None,
     memory: Memory = None,
+    shard: Shard = False,
     blocks: Blocks = 1,
     max_examples: Annotated[int | None, typer.Option(help="use the first so many")] = None,
     seed: Annotated[int, typer.Option(help="of the sampled labels")] = 0,
@@ -122,7 +125,7 @@ def fit(
 
     source, _, corpus = _loaded(
         model, adapter, data, context, split, on_long, fields, chat_template, dtype,
-        trust_remote_code,
+        trust_remote_code, shard,
     )  # fmt: skip
     runs.fit_job(
         source, corpus, out, console, layers=layers, batch_tokens=batch_tokens, memory=memory,
@@ -160,6 +163,7 @@ def score(
     chat_template: ChatTemplate = None,
     batch_tokens: BatchTokens = None,
     memory: Memory = None,
+    shard: Shard = False,
     dtype: Precision = "float32",
     trust_remote_code: Trust = False,
 ) -> None:
@@ -169,7 +173,7 @@ def score(
 
     source, cutting, corpus = _loaded(
         model, adapter, data, context, split, on_long, fields, chat_template, dtype,
-        trust_remote_code,
+        trust_remote_code, shard,
     )  # fmt: skip
     runs.score_job(
         source, Factors(factors), queries, corpus, cutting, out, console, rank=rank or None,
@@ -197,6 +201,7 @@ def self_influence(
     chat_template: ChatTemplate = None,
     batch_tokens: BatchTokens = None,
     memory: Memory = None,
+    shard: Shard = False,
     dtype: Precision = "float32",
     trust_remote_code: Trust = False,
 ) -> None:
@@ -206,7 +211,7 @@ def self_influence(
 
     source, _, corpus = _loaded(
         model, adapter, data, context, split, on_long, fields, chat_template, dtype,
-        trust_remote_code,
+        trust_remote_code, shard,
     )  # fmt: skip
     scores = runs.self_job(
         source, Factors(factors), corpus, out, console, damping=damping,
@@ -280,17 +285,23 @@ def plan(
     rank: Annotated[int, typer.Option(help="0: full rank")] = 32,
     layers: Layers = None,
     blocks: Blocks = 1,
+    memory: Memory = None,
+    processes: Annotated[int, typer.Option(help="that share the run")] = 1,
+    shard: Shard = False,
+    dtype: Precision = "float32",
+    rate: Annotated[
+        float | None, typer.Option(help="TFLOP/s of each process; default: measured here")
+    ] = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Print what a run would cost, from shapes alone: no weights are loaded."""
     import torch
-    from rich.table import Table
 
     from ..extras import optional
     from ..model.layers import parameter_counts, select_layers
-    from ..report.text import duration
     from ..stages import plan as planning
-    from . import inputs, runs
+    from ..stages.budget import token_width
+    from . import inputs, plans
 
     transformers = optional("transformers", "hf")
     with inputs.loading(model):
@@ -307,25 +318,12 @@ def plan(
     costs = planning.plan(
         selected, parameters=parameters, sequences=sequences, tokens=tokens,
         fit_sequences=sequences if fit_sequences is None else fit_sequences, queries=queries,
-        rank=rank or None, blocks=blocks,
+        rank=rank or None, blocks=blocks, width=token_width(shape), processes=processes,
+        memory=None if memory is None else size("memory", memory),
+        rate=None if rate is None else rate * 1e12, sharded=shard,
+        dtype=torch.float32 if dtype == "float32" else torch.bfloat16,
     )  # fmt: skip
-    chosen = Table("layer", "I", "O", "bias", "scored by", box=None, pad_edge=False)
-    for x, how in zip(costs.layers, costs.scored_by, strict=True):
-        chosen.add_row(x.name, str(x.I), str(x.O), "yes" if x.bias else "-", how)
-    console.print(chosen)
-    console.say(f"\n{runs.covered(costs.layers, tracked, parameters)}")
-    console.say(
-        f"{parameters / 1e6:.1f}M parameters in all, {4 * parameters / 2**30:.2f} GiB in fp32"
-    )
-    console.say(f"factors on disk  {costs.factor_bytes / 2**30:.2f} GiB")
-    console.say(f"sums in memory   {costs.fitting_bytes / 2**30:.2f} GiB")
-    console.say(f"queries          {costs.query_bytes / 2**30:.2f} GiB")
-    console.say(f"batch_tokens     {costs.batch_tokens} fit beside them in free memory\n")
-    work = Table("stage", "TFLOP", "time", box=None, pad_edge=False)
-    for stage in costs.stages:
-        work.add_row(stage.name, f"{stage.flops / 1e12:.3g}", duration(stage.seconds))
-    console.print(work)
-    console.say(f"at {costs.gemm_rate / 1e9:.0f} GFLOP/s, measured now (fp32 product of 1024^2)")
+    plans.show(costs, console, tracked, parameters, processes, rate is None)
 
 
 @app.command()
@@ -367,12 +365,15 @@ def _loaded(
     chat_template: Path | None,
     dtype: "Dtype",
     trust_remote_code: bool,
+    shard: bool,
 ) -> tuple["inputs.Source", "inputs.Cutting", "Tokens"]:
     """A model, and a corpus cut for it as the command line asks."""
     from . import inputs
 
     mapping, template = inputs.parsed_fields(fields), inputs.read_template(chat_template)
     source = inputs.load(model, trust_remote_code, dtype, adapter=adapter, chat_template=template)
+    if shard:
+        source = replace(source, model=sharded(source.model))
     console.say(f"passes in {'float32' if source.autocast is None else 'bfloat16'}")
     cutting = inputs.Cutting(source.context(context), split, on_long, mapping, template)
     return source, cutting, inputs.read_data(data, source.tokenizer, cutting, console)

@@ -46,6 +46,7 @@ from .factors import (
 )
 from .moments import Covariances, Eigenvalues
 from .partitions import ARGUMENTS, part_folder, put_together
+from .processes import dealt
 from .run import Kept, Run, RunArguments, Stage, accumulator
 from .sums import Sums
 from .waiting import Waiting
@@ -282,8 +283,8 @@ class _Fit:
         order = [i for i in largest_first(jobs) if i not in done.done]
         total = sum(len(job.sum) ** 3 for job in jobs)
         before = sum(len(jobs[i].sum) ** 3 for i in done.done)
-        mine = self.processes.shared_out([len(jobs[i].sum) ** 3 for i in order])
-        order = [order[at] for at in mine]
+        costs = [len(jobs[i].sum) ** 3 for i in order]
+        order = [order[at] for at in dealt(costs, self.processes.size)[self.processes.rank]]
         dtype = accumulator(self.passes.model)
         precision = torch.float64 if dtype == torch.float64 else None
         solved = eigendecompositions([jobs[i] for i in order], self.passes.device, precision)

@@ -397,3 +397,8 @@ def _check_weights(model: nn.Module) -> None:
                 f"weight {name} is on the meta device (offloaded, or never loaded): load the model "
                 "with all of its weights in memory"
             )
+    if len(devices := {str(p.device) for p in model.parameters()}) > 1:
+        raise ArgumentError(
+            f"the model's weights lie on {', '.join(sorted(devices))}: put it on one device, or "
+            "shard it over processes (fully_shard; --shard)"
+        )
