@@ -26,11 +26,12 @@ from ..data.examples import Indexable, tokenized_by
 from ..errors import ArgumentError, DataError, NotFiniteError
 from ..model.alone import alone
 from ..model.capture import Capture
-from ..model.identity import forward_state, is_sharded, model_fingerprint, task_state
+from ..model.identity import forward_state, model_fingerprint, task_state
 from ..model.layer_batch import LayerBatch
 from ..model.layers import Layer
 from ..model.rows import Grid
 from ..model.tasks import LanguageModelTask, Task, checked_task
+from ..model.weights import check_weights, is_sharded
 from ..ops.shapes import wide
 from ..store.folder import Store
 from .ahead import Ahead
@@ -101,7 +102,7 @@ class Run:
         lowered = any(self.autocast is x for x in (None, torch.bfloat16, torch.float16))
         require(lowered, "autocast", self.autocast, "torch.bfloat16, torch.float16 or None")
         told("progress", self.progress)
-        _check_weights(model)
+        check_weights(model)
         memory, tokens = arguments.get("memory"), arguments.get("batch_tokens")
         self.memory = None if memory is None else size("memory", memory)
         if self.memory is not None and tokens is None:
@@ -385,20 +386,3 @@ class Run:
 def accumulator(model: nn.Module) -> torch.dtype:
     """The dtype of sums and scores of a model: fp32, or fp64 where it computes in that."""
     return wide(next(model.parameters()).dtype)
-
-
-def _check_weights(model: nn.Module) -> None:
-    """Refuse a model without weights, or whose weights are not in memory."""
-    if next(model.parameters(), None) is None:
-        raise ArgumentError(f"model is a {type(model).__name__} without parameters")
-    for name, weight in model.named_parameters():
-        if weight.is_meta:
-            raise ArgumentError(
-                f"weight {name} is on the meta device (offloaded, or never loaded): load the model "
-                "with all of its weights in memory"
-            )
-    if len(devices := {str(p.device) for p in model.parameters()}) > 1:
-        raise ArgumentError(
-            f"the model's weights lie on {', '.join(sorted(devices))}: put it on one device, or "
-            "shard it over processes (fully_shard; --shard)"
-        )
