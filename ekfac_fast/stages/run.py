@@ -31,6 +31,7 @@ from ..model.layers import Layer
 from ..model.rows import Grid
 from ..model.tasks import LanguageModelTask, Task, checked_task
 from ..ops.shapes import wide
+from ..store.division import Division
 from .ahead import Ahead
 from .origin import origin
 
@@ -160,10 +161,8 @@ class Run:
         assert isinstance(self.task, LanguageModelTask)
         if not self.batches.takes("input_ids"):
             raise ArgumentError(f"model is a {type(self.model).__name__} that takes no 'input_ids'")
-        lengths = self.batches.lengths
-        shortest = min(range(len(lengths)), key=lambda i: (lengths[i] < 2, lengths[i]))
-        padded = any(len({lengths[i] for i in some}) > 1 for some in self.batches.divided())
-        one = self.batches.load([shortest])
+        padded = self.batches.padded
+        one = self.batches.load([self.batches.shortest])
         key = (type(self.task), str(self.autocast), padded, self.batches.packed, *sorted(one))
         state, found = _checked.get(self.model, (None, {}))
         if state != (now := (self.fingerprint, *forward_state(self.model))):
@@ -248,10 +247,11 @@ class Run:
         loss = loss or self.train_loss
         capture = Capture(self.model, layers, self.swapped)
         finished = set(done)
-        total = sum(map(self.batches.tokens, batches))
+        total = self.batches.tokens(Division.of(batches).indices)
         count = sum(self.batches.tokens(batches[number]) for number in finished)
         mine = [n for n in range(self.rank, len(batches), self.ranks) if n not in finished]
-        passing = [batches[n] for n in mine if batches[n] and n not in (kept or {})]
+        waiting = frozenset(kept or ())
+        passing = (batches[n] for n in mine if n not in waiting and batches[n])
         ahead = Ahead(self.batches, passing)
         since: list[int] = []
         for place, number in enumerate(mine, 1):
@@ -339,12 +339,13 @@ class Run:
 
     def _two_that_differ(self) -> list[int]:
         batches = self.batches
-        order = sorted(range(batches.size), key=lambda i: batches.lengths[i])
-        first = order[0]
+        order = batches.lengths.argsort(kind="stable")
+        first = int(order[0])
         if not batches.language:
-            return [first, order[-1]]
+            return [first, int(order[-1])]
         ids = batches.example(first).input_ids.tolist()
-        other = next((i for i in order[1:] if batches.example(i).input_ids.tolist() != ids), first)
+        rest = map(int, order[1:])
+        other = next((i for i in rest if batches.example(i).input_ids.tolist() != ids), first)
         return [first, other]
 
     def _forward(self, indices: list[int]) -> Tensor:
