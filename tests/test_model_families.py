@@ -11,7 +11,7 @@ from ekfac_fast.model.layers import select_layers
 from ekfac_fast.model.rows import Rows
 from ekfac_fast.model.tasks import LanguageModelTask
 from ekfac_fast.stages.fit import fit
-from ekfac_fast.stages.queries import prepare_queries
+from ekfac_fast.stages.preparation import prepare_queries
 from ekfac_fast.stages.scan import score
 from ekfac_fast.store.files import load_tensors
 

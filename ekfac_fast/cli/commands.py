@@ -14,6 +14,7 @@ import typer
 
 from ..checks import whole
 from ..errors import Error, Notice
+from .group import shared
 from .options import (
     Adapter,
     BatchTokens,
@@ -25,6 +26,7 @@ from .options import (
     FactorFolder,
     Fields,
     Layers,
+    Memory,
     Model,
     Out,
     Precision,
@@ -94,6 +96,7 @@ def doctor() -> None:
 
 @app.command()
 @reported
+@shared(console)
 def fit(
     model: Model,
     data: Data,
@@ -106,6 +109,7 @@ def fit(
     fields: Fields = None,
     chat_template: ChatTemplate = None,
     batch_tokens: BatchTokens = None,
+    memory: Memory = None,
     max_examples: Annotated[int | None, typer.Option(help="use the first so many")] = None,
     seed: Annotated[int, typer.Option(help="of the sampled labels")] = 0,
     dtype: Precision = "float32",
@@ -119,13 +123,14 @@ def fit(
         trust_remote_code,
     )  # fmt: skip
     runs.fit_job(
-        source, corpus, out, console, layers=layers, batch_tokens=batch_tokens,
+        source, corpus, out, console, layers=layers, batch_tokens=batch_tokens, memory=memory,
         max_examples=max_examples, seed=seed,
     )  # fmt: skip
 
 
 @app.command()
 @reported
+@shared(console)
 def score(
     model: Model,
     factors: FactorFolder,
@@ -152,6 +157,7 @@ def score(
     fields: Fields = None,
     chat_template: ChatTemplate = None,
     batch_tokens: BatchTokens = None,
+    memory: Memory = None,
     dtype: Precision = "float32",
     trust_remote_code: Trust = False,
 ) -> None:
@@ -167,13 +173,14 @@ def score(
         source, Factors(factors), queries, corpus, cutting, out, console, rank=rank or None,
         damping=damping, refine=refine, refine_examples=refine_examples, refine_seed=refine_seed,
         top_k=top_k, candidates=candidates, train_size=train_size, batch_tokens=batch_tokens,
-        detail=detail,
+        memory=memory, detail=detail,
     )  # fmt: skip
     runs.print_top(console, out, corpus, source.tokenizer)
 
 
 @app.command(name="self")
 @reported
+@shared(console)
 def self_influence(
     model: Model,
     factors: FactorFolder,
@@ -187,6 +194,7 @@ def self_influence(
     fields: Fields = None,
     chat_template: ChatTemplate = None,
     batch_tokens: BatchTokens = None,
+    memory: Memory = None,
     dtype: Precision = "float32",
     trust_remote_code: Trust = False,
 ) -> None:
@@ -200,7 +208,7 @@ def self_influence(
     )  # fmt: skip
     scores = runs.self_job(
         source, Factors(factors), corpus, out, console, damping=damping,
-        batch_tokens=batch_tokens,
+        batch_tokens=batch_tokens, memory=memory,
     )  # fmt: skip
     for index, value in scores.top(0, 10):
         console.say(f"{value / scores.train_size:.4f}  {corpus.source(index)}")

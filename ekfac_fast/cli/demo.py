@@ -22,8 +22,8 @@ from ..extras import optional
 from ..model.layers import select_layers
 from ..model.tasks import LanguageModelTask
 from ..report.text import duration
+from ..stages.floor import floor_seconds
 from ..stages.queries import Queries
-from ..stages.run import floor_seconds
 from ..stages.scores import Scores
 from ..store.files import save_json, writing
 from ..validation.one_step import step_check

@@ -18,7 +18,9 @@ from ..report.collect import check_together, collect, run_facts
 from ..report.contents import StageTime
 from ..stages.factors import Factors
 from ..stages.fit import fit
-from ..stages.queries import Queries, prepare_queries
+from ..stages.preparation import prepare_queries
+from ..stages.processes import Processes
+from ..stages.queries import Queries
 from ..stages.run import RunArguments, Stage
 from ..stages.scan import score, self_scores
 from ..stages.scores import Scores
@@ -57,7 +59,7 @@ def fit_job(source: Source, data: Tokens, out: Path, console: Terminal, **settin
         factors = fit(
             source.model, data, out=out, autocast=source.autocast, progress=progress, **settings
         )
-    if not (out / RUN).exists():
+    if Processes().first and not (out / RUN).exists():
         save_json(out / RUN, {"model": source.path, "adapter": source.adapter})
     console.say(
         f"factors of {len(factors)} layers from {factors.sequences} sequences, "
@@ -89,6 +91,7 @@ def score_job(
     refine_examples: int | None = None,
     refine_seed: int = 0,
     batch_tokens: int | None = None,
+    memory: str | None = None,
     detail: bool = True,
     **settings: Any,
 ) -> Scores:
@@ -97,6 +100,7 @@ def score_job(
     with showing(console) as progress:
         passes: RunArguments = {
             "batch_tokens": batch_tokens,
+            "memory": memory,
             "autocast": source.autocast,
             "progress": progress,
         }
@@ -110,7 +114,6 @@ def score_job(
             scores = score(
                 source.model, prepared, data, out=out, per_token=detail, **passes, **settings
             )
-    prepared.save(out)
     names = [_name(asked.records[i], i) for i in range(len(asked))]
     if prepared.refinement is not None:
         console.say(prepared.refinement.title)
@@ -126,7 +129,11 @@ def score_job(
         "damping_rule": DAMPING_RULE if damping is None else "the same in every layer, as given",
         "seconds": {stage: seconds[stage] for stage in Stage if stage in seconds},
     }
-    save_json(out / RUN, run)
+    processes = Processes()
+    if processes.first:
+        prepared.save(out)
+        save_json(out / RUN, run)
+    processes.meet()
     return scores
 
 

@@ -1,4 +1,5 @@
-"""Bases that do not stay on the device: pinned in CPU memory, on their way before their turn.
+"""Bases that do not stay on the device: pinned in CPU memory, on their way before their turn; or
+made of mapped files at every use.
 
 Backward passes meet the layers in the same order in every batch. When one takes its basis, that of
 the layer that came after it in the batch before departs, on a stream of its own, and travels while
@@ -8,6 +9,8 @@ the products of this one run. A wrong guess costs memory and a transfer, never a
 import functools
 import threading
 import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
@@ -68,6 +71,17 @@ class Travelling(Generic[E]):
         if follower is not None and follower.transfer is None:
             follower.transfer = Transfer(follower.pinned, device)
         return transfer.arrived()
+
+
+@dataclass(frozen=True)
+class Mapped(Generic[E]):
+    """What a basis is to its layer, for one in files that are mapped: made anew at every use."""
+
+    make: Callable[[], E]
+
+    def at(self, device: torch.device) -> E:
+        """The basis on `device`, of which nothing stays."""
+        return self.make().at(device)
 
 
 def fits(sizes: tuple[int, int], dtype: torch.dtype, device: torch.device) -> bool:

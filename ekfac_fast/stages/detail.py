@@ -15,8 +15,9 @@ from ..model.layer_batch import LayerBatch
 from ..model.layers import Layer
 from ..model.rows import Grid
 from ..store.folder import Pieces, Store
+from .consumer import Batch, Consumer
 from .outgoing import Outgoing
-from .run import Batch, Consumer, Run, Stage, accumulator
+from .run import Run, Stage, accumulator
 from .scores import DETAIL, Scores
 
 PIECES = "detail"
@@ -34,6 +35,7 @@ def explain(
 
     ranked: TF-IDF candidates of each query, best first.
     """
+    run.processes.meet()
     found = Scores(store.folder)
     Q, shards, pieces = len(next(iter(gradients.values()))), store.pieces(), store.pieces(PIECES)
     sides = [
@@ -52,8 +54,12 @@ def explain(
         layers,
         run.batches.divided(sorted(wanted)),
         Details(run, layers, gradients, wanted, pieces),
-        done=pieces.done,
+        done=run.processes.told(pieces.done),
     )
+    run.processes.meet()
+    if not run.processes.first:
+        return
+    pieces = store.pieces(PIECES)
     detail: dict[str, Tensor] = {}
     for number in pieces.done:
         detail |= pieces.read(number)

@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..checks import check_json, is_number, listed, path, require
 from ..curvature.basis import Basis, heuristic_damping
-from ..curvature.offload import Travelling, placed
+from ..curvature.memory import free_bytes
+from ..curvature.offload import Mapped, Travelling, placed
 from ..errors import ArgumentError, NotFiniteError, Notice, StoreError
 from ..model.layers import Layer, select_layers
 from ..ops.shapes import wide
@@ -33,6 +34,8 @@ EIGENVALUES = {
     "activation": "activation_eigenvalues.safetensors",
     "gradient": "gradient_eigenvalues.safetensors",
 }
+# Of the free memory of a CPU, what bases may take.
+SHARE = 0.5
 SCHEMA = {"model": str, "layers": [str], "shared_parameters": bool}
 LAMBDA, LAMBDA_COUNT = "lambda_matrix.safetensors", "num_lambda_processed.safetensors"
 TOKEN_COUNT = "num_activation_covariance_processed.safetensors"
@@ -49,6 +52,11 @@ def check_damping(absolute: float | None) -> float | None:
 class LayerFactors:
     """Qa [J,J], Qg [O,O] with eigenvectors in columns, and lam [O,J], the mean over sequences.
 
+    Read from a folder they are the mapped files: only `lam` is memory, while it is used.
+
+    Args:
+        squares: the sum of squared gradients [O,J] over `count` sequences.
+
     Raises:
         StoreError: shapes disagree; names the layer.
         NotFiniteError: a value is not finite; names the layer.
@@ -57,17 +65,23 @@ class LayerFactors:
     name: str
     Qa: Tensor
     Qg: Tensor
-    lam: Tensor
+    squares: Tensor
+    count: int = 1
+
+    @property
+    def lam(self) -> Tensor:
+        """The corrected eigenvalues [O,J]."""
+        return self.squares if self.count == 1 else self.squares / self.count
 
     def __post_init__(self) -> None:
-        (O, J), a, g = self.lam.shape, tuple(self.Qa.shape), tuple(self.Qg.shape)
+        (O, J), a, g = self.squares.shape, tuple(self.Qa.shape), tuple(self.Qg.shape)
         if a != (J, J) or g != (O, O):
             raise StoreError(
                 f"layer {self.name}: lam is [{O},{J}] but Qa is {list(a)} and Qg is {list(g)}; "
                 "expected lam [O,J], Qa [J,J], Qg [O,O]"
             )
-        for name in ("Qa", "Qg", "lam"):
-            if not torch.isfinite(getattr(self, name)).all():
+        for name, x in (("Qa", self.Qa), ("Qg", self.Qg), ("lam", self.squares)):
+            if not torch.isfinite(x).all():
                 raise NotFiniteError(
                     f"layer {self.name}: {name} holds NaN or infinity; fit it again"
                 )
@@ -75,6 +89,12 @@ class LayerFactors:
     def damping(self, absolute: float | None = None) -> float:
         """`absolute`, or a tenth of the mean eigenvalue, at least 1e-8."""
         return heuristic_damping(self.lam) if absolute is None else absolute
+
+    def copied_bytes(self, dtype: torch.dtype) -> int:
+        """What a `basis` takes beside the mapped files."""
+        same = self.Qa.dtype == dtype
+        vectors = 0 if same else self.Qa.numel() + self.Qg.numel()
+        return vectors * dtype.itemsize + self.squares.numel() * wide(dtype).itemsize
 
     def basis(self, damping: float, dtype: torch.dtype) -> Basis:
         """What preconditions gradients of `dtype`."""
@@ -122,7 +142,7 @@ class Factors(Mapping[str, LayerFactors]):
             if int(count) <= 0:
                 raise StoreError(f"{self.folder / LAMBDA_COUNT}: layer {name} counts {int(count)}")
         return {
-            n: LayerFactors(n, Qa[n], Qg[n], lam[n] / int(count))
+            n: LayerFactors(n, Qa[n], Qg[n], lam[n], int(count))
             for n, count in self._counts.items()
         }
 
@@ -167,11 +187,11 @@ class Factors(Mapping[str, LayerFactors]):
         shared = bool(self.facts and self.facts["shared_parameters"])
         layers = select_layers(model, list(self._counts), shared=shared)
         for layer in layers:
-            lam = self[layer.name].lam
-            if tuple(lam.shape) != (layer.O, layer.J):
+            sizes = self[layer.name].squares.shape
+            if tuple(sizes) != (layer.O, layer.J):
                 raise ArgumentError(
                     f"layer {layer.name} is [{layer.O},{layer.J}] in the model but the factors in "
-                    f"{self.folder} are {list(lam.shape)}: they belong to another model"
+                    f"{self.folder} are {list(sizes)}: they belong to another model"
                 )
         return layers
 
@@ -209,12 +229,20 @@ def bases(
     damping: Mapping[str, float],
     dtype: torch.dtype,
     device: torch.device,
-) -> dict[str, Basis | Travelling[Basis]]:
-    """What preconditions each layer's gradients of `dtype`, on `device` or on its way there."""
-    return {
-        x.name: placed(factors[x.name].basis(damping[x.name], dtype), (x.O, x.J), device)
-        for x in layers
-    }
+) -> dict[str, Basis | Travelling[Basis] | Mapped[Basis]]:
+    """What preconditions each layer's gradients of `dtype`, on `device` or on its way there.
+
+    On a CPU, those that would take more than a share of the free memory stay in their files.
+    """
+
+    def of(layer: Layer) -> Basis:
+        return factors[layer.name].basis(damping[layer.name], dtype)
+
+    if device.type == "cpu":
+        taken = sum(factors[x.name].copied_bytes(dtype) for x in layers)
+        if taken > SHARE * free_bytes(device):
+            return {x.name: Mapped(partial(of, x)) for x in layers}
+    return {x.name: placed(of(x), (x.O, x.J), device) for x in layers}
 
 
 def tell_of_zeros(found: Iterable[tuple[str, Tensor]], what: str) -> None:

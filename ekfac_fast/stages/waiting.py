@@ -8,7 +8,8 @@ from torch import Tensor
 from ..curvature.memory import free_bytes
 from ..model.layer_batch import LayerBatch
 from ..model.layers import Layer
-from .run import Batch, Run
+from .consumer import Batch
+from .run import Run
 
 # Of the free memory, what may wait.
 SHARE = 0.25

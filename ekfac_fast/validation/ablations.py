@@ -28,6 +28,7 @@ from ..errors import StoreError
 from ..model.layer_batch import LayerBatch
 from ..model.layers import Layer, select_layers
 from ..ops.gradients import gradients
+from ..stages.consumer import Batch
 from ..stages.factors import (
     EIGENVALUES,
     EIGENVECTORS,
@@ -36,8 +37,9 @@ from ..stages.factors import (
     TOKEN_COUNT,
     Factors,
 )
-from ..stages.fit import COVARIANCE_DRAW, EIGENVALUE_DRAW, Eigenvalues
-from ..stages.run import Batch, Run, RunArguments, Stage, accumulator
+from ..stages.fit import COVARIANCE_DRAW, EIGENVALUE_DRAW
+from ..stages.moments import Eigenvalues
+from ..stages.run import Run, RunArguments, Stage, accumulator
 from ..stages.sums import Sums
 from ..store.files import load_tensors, save_tensors
 from ..store.folder import Store
