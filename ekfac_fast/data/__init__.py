@@ -6,8 +6,9 @@ from ..errors import DataError
 from ..lazy import loader
 
 if TYPE_CHECKING:
-    from .mapped import MappedTokens, open_tokens
+    from .mapped import MappedTokens
     from .records import read
+    from .token_files import open_tokens
     from .tokens import Tokens, read_queries, tokenize
 
 __all__ = [
@@ -25,7 +26,7 @@ __getattr__ = loader(
     {
         "MappedTokens": "mapped",
         "Tokens": "tokens",
-        "open_tokens": "mapped",
+        "open_tokens": "token_files",
         "read": "records",
         "read_queries": "tokens",
         "tokenize": "tokens",

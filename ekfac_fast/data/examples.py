@@ -33,6 +33,20 @@ class Indexable(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
+class Corpus(Indexable, Protocol):
+    """Examples that know where they were read, and what else their records hold: `Tokens`,
+    `MappedTokens`.
+    """
+
+    def source(self, index: int, /) -> str:
+        """Where an example was read."""
+        ...
+
+    def column(self, name: str, /) -> Sequence[Any]:
+        """What the record of every example has there."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Survey:
     """What is to be known of all examples before any is passed.

@@ -4,12 +4,11 @@ What is known of every sequence is where it ends, 8 bytes or fewer; a sequence c
 when it is read.
 """
 
-import mmap
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,19 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..checks import choice, require, whole
-from ..checks import path as argument_path
-from ..errors import ArgumentError, DataError
+from ..errors import DataError
 from ..store.fingerprint import Digest, fingerprint
 from .examples import Survey
 from .survey import Block, spans, survey
-
-TokenType = Literal["uint8", "uint16", "uint32"]
-# Headers of llm.c: (magic, version) -> the type of the tokens that follow 1024 bytes.
-HEADERS = {(20240520, 1): "uint16", (20240801, 7): "uint32"}
-HEADER = 1024
-# Values by which a file of another type is told.
-SAMPLED = 1 << 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,79 +147,6 @@ class MappedTokens(Dataset):
                 yield Block(begins + first, part.ids[start:stop], labels, own)
                 if part.release:
                     part.release()
-
-
-def open_tokens(
-    path: str | Path,
-    context: int | None = None,
-    *,
-    ends: NDArray | None = None,
-    dtype: TokenType | None = None,
-) -> MappedTokens:
-    """A file of token ids as a data set, mapped into memory: `.bin` of nanoGPT and of llm.c.
-
-    The ids are cut into sequences of `context` tokens, the last of what is left; or every sequence
-    ends where `ends` says ([N], the last at the end of the file).
-    `dtype`: of the ids. None: what the header says (llm.c), else uint16; a file that looks like
-    one of uint32 is refused.
-
-    Raises:
-        DataError: the file is empty or cut off, or looks like one of another type.
-        ArgumentError: neither `context` nor `ends` is given, or both.
-    """
-    path = argument_path("path", path)
-    if (context is None) == (ends is None):
-        raise ArgumentError("open_tokens: give context, or ends, and not both")
-    if dtype is not None:
-        choice("dtype", dtype, get_args(TokenType))
-    try:
-        with path.open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:  # an empty file cannot be mapped
-        raise DataError(f"{path}: no file of tokens ({error})") from error
-    ids = _ids(path, mapped, dtype)
-    if ends is None:
-        step = whole("context", context, 2)
-        ends = np.minimum(np.arange(step, len(ids) + step, step), len(ids))
-    require(isinstance(ends, np.ndarray), "ends", ends, "an array [N] of integers")
-
-    def release() -> None:
-        mapped.madvise(mmap.MADV_DONTNEED)
-
-    return MappedTokens([Part(ids, np.asarray(ends), path=path, release=release)])
-
-
-def _ids(path: Path, mapped: mmap.mmap, dtype: TokenType | None) -> NDArray:
-    """The tokens of a file. Raises DataError."""
-    told = _header(path, mapped)
-    if told and dtype not in (None, told):
-        raise DataError(f"{path}: its header says {told}, not {dtype}")
-    own, start = np.dtype(told or dtype or "uint16"), HEADER if told else 0
-    if (len(mapped) - start) % own.itemsize or len(mapped) == start:
-        raise DataError(f"{path}: {len(mapped)} bytes are no tokens of {own.name}")
-    ids = np.frombuffer(mapped, own, offset=start)
-    if told is None and dtype is None:
-        low, high = ids[:SAMPLED:2], ids[1:SAMPLED:2]
-        if len(high) > 1 and (not high.any() or (high.max() < 32 and low.max() >= 4096)):
-            raise DataError(
-                f"{path}: every second value is next to nothing, as in a file of uint32: give "
-                "dtype='uint32', or dtype='uint16' if that is what it holds"
-            )
-    return ids
-
-
-def _header(path: Path, mapped: mmap.mmap) -> str | None:
-    """The type that llm.c's header tells of; None without one."""
-    if len(mapped) < HEADER:
-        return None
-    magic, version, count = (int(x) for x in np.frombuffer(mapped, np.int32, 3))
-    kind = HEADERS.get((magic, version))
-    if kind and len(mapped) != (needed := HEADER + count * np.dtype(kind).itemsize):
-        raise DataError(
-            f"{path}: {len(mapped)} bytes, but its header speaks of {count} tokens, {needed} "
-            "bytes: the file is cut off, or damaged"
-        )
-    return kind
 
 
 def _kind(x: Any) -> str:
