@@ -15,7 +15,7 @@ from ekfac_fast.cli import app
 from ekfac_fast.data import open_tokens, read
 from ekfac_fast.data.arrow import tokens_of
 from ekfac_fast.data.batches import Batches, data_fingerprint
-from ekfac_fast.data.token_files import token_files
+from ekfac_fast.data.token_files import are_tokens, token_files
 from ekfac_fast.errors import ArgumentError, DataError, Notice
 from ekfac_fast.stages.scores import Scores
 
@@ -223,4 +223,13 @@ def test_what_they_cannot_take_is_said(place):
     assert "16 tokens, but the context is 8" in " ".join(said.split())
     fields = ("--fields", "text=body")
     said = command(place, "fit", place / "model", data, "--out", out, *fields, ok=False)
-    assert "--fields are of text, and it holds tokens" in " ".join(said.split())
+    assert "needs 'body'; it has 'input_ids', 'set'" in " ".join(said.split())
+
+
+def test_text_beside_tokens_is_read_as_text(tmp_path):
+    both = saved(tmp_path / "both", columns(text=["a", "b", "c", "d", "e"]))
+    assert token_files(both) is not None
+    assert not are_tokens(both)
+    assert read(both)[4]["text"] == "e"
+    assert rows_of(open_tokens(both)) == ROWS
+    assert are_tokens(saved(tmp_path / "alone", columns()))

@@ -14,7 +14,7 @@ from ..data.batches import positions
 from ..data.choices import OnLong, Split
 from ..data.examples import Corpus
 from ..data.records import read
-from ..data.token_files import open_tokens, token_files
+from ..data.token_files import are_tokens, open_tokens
 from ..data.tokens import tokenize
 from ..errors import ArgumentError, Error
 from ..extras import optional
@@ -190,9 +190,7 @@ def read_data(
     path: Path, tokenizer: Any, cutting: Cutting, console: Terminal, keep: Sequence[str] = ()
 ) -> Corpus:
     """A corpus as examples; says what was cut off or left out."""
-    if token_files(path) is not None:
-        if cutting.fields is not None:
-            raise ArgumentError(f"{path}: --fields are of text, and it holds tokens")
+    if cutting.fields is None and are_tokens(path):
         # Ids of such a vocabulary take more than two bytes.
         wide = path.suffix.lower() == ".bin" and len(tokenizer) > 1 << 16
         mapped = open_tokens(path, cutting.context, dtype="uint32" if wide else None, keep=keep)

@@ -12,6 +12,7 @@ from ..checks import choice, require, whole
 from ..checks import path as argument_path
 from ..errors import ArgumentError, DataError
 from .arrow import arrow_tokens, mapped_table, parquet_names, parquet_tokens, saved_files
+from .fields import KINDS
 from .mapped import MappedTokens, Part
 
 TokenType = Literal["uint8", "uint16", "uint32"]
@@ -85,10 +86,22 @@ def token_files(path: Path) -> list[Path] | None:
         files = [path] if kind in (".arrow", ".parquet") and path.is_file() else []
     if not files:
         return None
-    first = files[0]
-    of_parquet = first.suffix.lower() == ".parquet"
-    names = parquet_names(first) if of_parquet else mapped_table(first).column_names
-    return files if "input_ids" in names else None
+    return files if "input_ids" in _columns(files[0]) else None
+
+
+def are_tokens(path: Path) -> bool:
+    """Whether a corpus is of token ids, and has no text beside them to be tokenised."""
+    files = token_files(path)
+    if files is None or files[0].suffix.lower() == ".bin":
+        return files is not None
+    return not any({*kind} <= {*_columns(files[0])} for kind in KINDS)
+
+
+def _columns(path: Path) -> list[str]:
+    """Of an arrow or a parquet file."""
+    if path.suffix.lower() == ".parquet":
+        return parquet_names(path)
+    return list(mapped_table(path).column_names)
 
 
 def _flat_file(
