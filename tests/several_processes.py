@@ -11,11 +11,13 @@ import time
 import warnings
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from dense_ekfac import VOCABULARY, asked, corpus, gpt2, llama
 from test_experts import MIXTRAL
 from test_model_families import made
+from torch.distributed.fsdp import fully_shard
 
 from ekfac_fast import fit, prepare_queries, score, self_scores
 from ekfac_fast.errors import Error
@@ -31,15 +33,24 @@ MODELS = {
 }
 
 
+def transformer_blocks(network: torch.nn.Module) -> torch.nn.ModuleList:
+    return next(x for x in network.modules() if isinstance(x, torch.nn.ModuleList))
+
+
 def job(
     out: Path, model: str, examples: int = 13, batch_tokens: int = 40, **changed: object
 ) -> None:
     """Every stage, into folders below `out`.
 
-    changed: "other data", in a process of that number; "broken", an example whose loss is NaN.
+    changed: "other data", in a process of that number; "broken", an example whose loss is NaN;
+    "sharded", the weights over all processes, by blocks.
     """
     rank = Processes().rank
     network, data, questions = MODELS[model]().eval(), corpus(examples), asked(3)
+    if "sharded" in changed:
+        for block in transformer_blocks(network):
+            fully_shard(block)
+        fully_shard(network)
     if changed.get("other data") == rank:
         data = corpus(examples, seed=7)
     if "broken" in changed:
@@ -56,14 +67,19 @@ def job(
     kept = prepare_queries(network, factors, questions, out=out / "queries", **settings)
     for x, y in zip(held.layers, kept.layers, strict=True):
         assert torch.equal(x.dense(), y.dense())
-    refined = {"refine": "cg:2", "dataset": data, "refine_examples": 3}
-    prepare_queries(network, factors, questions, out=out / "cg", **refined, **settings)
+    if "sharded" not in changed:
+        refined = {"refine": "cg:2", "dataset": data, "refine_examples": 3}
+        prepare_queries(network, factors, questions, out=out / "cg", **refined, **settings)
     del settings["rank"]
     score(network, kept, data, out=out / "scores", per_token=True, **settings)
     score(network, kept, data, out=out / "heap", top_k=3, **settings)
     some = {"candidates": [[0, 1], [2], [examples - 1]]}
     score(network, kept, data, out=out / "some", **some, **settings)
     self_scores(network, factors, data, out=out / "self", **settings)
+    if "sharded" in changed:
+        assert all(p.requires_grad and p.grad is None for p in network.parameters())
+        with pytest.raises(Error, match="sharded"):  # ProcessError in those that come later
+            prepare_queries(network, factors, questions, refine="cg:2", dataset=data, **settings)
 
 
 def process(rank: int, size: int, meeting: str, out: str, arguments: dict) -> None:

@@ -66,10 +66,16 @@ def alone(machine):
         key = json.dumps(arguments)
         if key not in known:
             known[key] = machine.root / f"alone-{len(known)}"
-            assert machine(1, known[key], **arguments) == [0]
+            run(machine, 1, known[key], **arguments)
         return known[key]
 
     return made
+
+
+def run(machine: Machine, size: int, out: Path, **arguments) -> None:
+    """A job that has to end well in every process."""
+    codes = machine(size, out, **arguments)
+    assert codes == [0] * size, [p.read_text() for p in out.parent.glob(f"{out.name}.error-*")]
 
 
 def close(got, want, tolerance: float, what: str) -> None:
@@ -80,7 +86,9 @@ def close(got, want, tolerance: float, what: str) -> None:
     assert (got - want).norm() <= tolerance * want.norm(), (what, float((got - want).norm()))
 
 
-def same(folder: Path, whole: Path, tolerance: float) -> None:
+def same(
+    folder: Path, whole: Path, tolerance: float, queries: tuple[str, ...] = ("queries", "cg")
+) -> None:
     """Every result in one folder is that in another.
 
     What rounding does to covariances in fp32 (7e-8) is more in eigenvectors of near eigenvalues, so
@@ -98,7 +106,7 @@ def same(folder: Path, whole: Path, tolerance: float) -> None:
         assert {n: int(x) for n, x in got.items()} == {n: int(x) for n, x in want.items()}
     factors = [Factors(f / "fit") for f in (folder, whole)]
     assert factors[0].identity == factors[1].identity
-    for name in ("queries", "cg"):
+    for name in queries:
         got, want = (Queries.load(f / name) for f in (folder, whole))
         close(got.measurements, want.measurements, tolerance, name)
         for x, y in zip(got.layers, want.layers, strict=True):
@@ -126,14 +134,23 @@ def same(folder: Path, whole: Path, tolerance: float) -> None:
 )
 def test_several_are_one(machine, alone, size, model, tolerance):
     out = machine.root / f"{model}-{size}"
-    assert machine(size, out, model=model) == [0] * size
+    run(machine, size, out, model=model)
     same(out, alone(model=model), tolerance)
+
+
+@pytest.mark.parametrize("model", ["gpt2 fp64", "llama fp64"])
+@pytest.mark.parametrize("arguments", [{}, {"examples": 3, "batch_tokens": 1000}])
+def test_a_sharded_model_is_the_whole_one(machine, alone, model, arguments):
+    """FSDP2: every process makes as many passes, also where there are fewer batches."""
+    out = machine.root / f"sharded-{model}-{len(arguments)}"
+    run(machine, 2, out, model=model, sharded=True, **arguments)
+    same(out, alone(model=model, **arguments), 1e-12, queries=("queries",))
 
 
 def test_fewer_batches_than_processes(machine, alone):
     arguments = {"model": "llama fp64", "examples": 3, "batch_tokens": 1000}
     out = machine.root / "few"
-    assert machine(4, out, **arguments) == [0] * 4
+    run(machine, 4, out, **arguments)
     same(out, alone(**arguments), 1e-12)
 
 

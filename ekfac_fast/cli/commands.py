@@ -18,6 +18,7 @@ from .group import shared
 from .options import (
     Adapter,
     BatchTokens,
+    Blocks,
     ChatTemplate,
     Context,
     Damping,
@@ -110,6 +111,7 @@ def fit(
     chat_template: ChatTemplate = None,
     batch_tokens: BatchTokens = None,
     memory: Memory = None,
+    blocks: Blocks = 1,
     max_examples: Annotated[int | None, typer.Option(help="use the first so many")] = None,
     seed: Annotated[int, typer.Option(help="of the sampled labels")] = 0,
     dtype: Precision = "float32",
@@ -124,7 +126,7 @@ def fit(
     )  # fmt: skip
     runs.fit_job(
         source, corpus, out, console, layers=layers, batch_tokens=batch_tokens, memory=memory,
-        max_examples=max_examples, seed=seed,
+        blocks=blocks, max_examples=max_examples, seed=seed,
     )  # fmt: skip
 
 
@@ -277,6 +279,7 @@ def plan(
     queries: Annotated[int, typer.Option(help="scored in one pass")] = 8,
     rank: Annotated[int, typer.Option(help="0: full rank")] = 32,
     layers: Layers = None,
+    blocks: Blocks = 1,
     trust_remote_code: Trust = False,
 ) -> None:
     """Print what a run would cost, from shapes alone: no weights are loaded."""
@@ -304,7 +307,7 @@ def plan(
     costs = planning.plan(
         selected, parameters=parameters, sequences=sequences, tokens=tokens,
         fit_sequences=sequences if fit_sequences is None else fit_sequences, queries=queries,
-        rank=rank or None,
+        rank=rank or None, blocks=blocks,
     )  # fmt: skip
     chosen = Table("layer", "I", "O", "bias", "scored by", box=None, pad_edge=False)
     for x, how in zip(costs.layers, costs.scored_by, strict=True):

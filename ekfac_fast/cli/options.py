@@ -31,6 +31,9 @@ ChatTemplate = Annotated[
     Path | None, typer.Option(help="file; for messages, in place of the tokenizer's")
 ]
 Layers = Annotated[list[str] | None, typer.Option(help="layer names or globs; default: MLPs")]
+Blocks = Annotated[
+    int, typer.Option(help="diagonal blocks of each covariance: cheaper, approximate")
+]
 BatchTokens = Annotated[
     int | None, typer.Option(help="tokens a batch; default 4096, on a CPU 1024")
 ]

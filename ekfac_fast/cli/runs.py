@@ -25,7 +25,7 @@ from ..stages.queries import Queries
 from ..stages.run import RunArguments, Stage
 from ..stages.scan import score, self_scores
 from ..stages.scores import Scores
-from ..stages.trust import note_validation
+from ..stages.trust import basis_of, note_validation
 from ..store.files import load_json, save_json
 from ..store.folder import Store
 from ..store.manifest import MANIFEST
@@ -66,7 +66,13 @@ def fit_job(source: Source, data: Corpus, out: Path, console: Terminal, **settin
         f"factors of {len(factors)} layers from {factors.sequences} sequences, "
         f"{factors.tokens} tokens, in {out}",
     )
+    _tell_basis(factors, console)
     return factors
+
+
+def _tell_basis(factors: Factors, console: Terminal) -> None:
+    if factors.blocks > 1:
+        console.say(basis_of(factors.blocks))
 
 
 def covered(layers: Sequence[Layer], tracked: int, parameters: int) -> str:
@@ -98,6 +104,7 @@ def score_job(
 ) -> Scores:
     """Queries prepared, the corpus scanned, everything that `report_job` needs kept in `out`."""
     asked = read_queries(queries, source.tokenizer, cutting.context)
+    _tell_basis(factors, console)
     with showing(console) as progress:
         passes: RunArguments = {
             "batch_tokens": batch_tokens,
@@ -142,6 +149,7 @@ def self_job(
     source: Source, factors: Factors, data: Corpus, out: Path, console: Terminal, **settings: Any
 ) -> Scores:
     """`self_scores` with progress."""
+    _tell_basis(factors, console)
     with showing(console) as progress:
         return self_scores(
             source.model, factors, data, out=out, autocast=source.autocast, progress=progress,

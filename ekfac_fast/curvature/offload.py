@@ -84,7 +84,7 @@ class Mapped(Generic[E]):
         return self.make().at(device)
 
 
-def fits(sizes: tuple[int, int], dtype: torch.dtype, device: torch.device) -> bool:
+def fits(sizes: tuple[int, int], dtype: torch.dtype, device: torch.device, blocks: int = 1) -> bool:
     """Whether the basis of a layer [O,J] may stay on `device` and leave enough to everything else.
 
     Those that would not wait in CPU memory, as kronfluence's always do, and travel at each use.
@@ -92,11 +92,11 @@ def fits(sizes: tuple[int, int], dtype: torch.dtype, device: torch.device) -> bo
     if device.type != "cuda":
         return True
     O, J = sizes
-    needed = (O * O + J * J) * dtype.itemsize + O * J * wide(dtype).itemsize
+    needed = (O * O + J * J) // blocks * dtype.itemsize + O * J * wide(dtype).itemsize
     return free_bytes(device) - needed > RESERVED_SHARE * torch.cuda.mem_get_info(device)[1]
 
 
 def placed(basis: E, sizes: tuple[int, int], device: torch.device) -> E | Travelling[E]:
     """The basis on `device` for good where it fits, else travelling; `at` asks for either."""
     dtype = basis.Qg.dtype if basis.Qg is not None else torch.float32
-    return basis.at(device) if fits(sizes, dtype, device) else Travelling(basis)
+    return basis.at(device) if fits(sizes, dtype, device, basis.blocks) else Travelling(basis)

@@ -21,14 +21,15 @@ from torch import Tensor, nn
 
 from ..checks import flag, instance, listed, path, whole
 from ..curvature.basis import Eigenvectors
-from ..curvature.eigen import FP32_FROM, Job, eigendecompositions, largest_first
+from ..curvature.blocks import dense, in_blocks
+from ..curvature.eigen import FP32_FROM, Job, eigendecompositions, largest_first, united
 from ..curvature.memory import free_bytes
 from ..data.examples import Indexable
 from ..errors import ArgumentError, Notice
 from ..model.layers import Layer, parameter_counts, select_layers
 from ..model.tasks import LanguageModelTask, Task, checked_task
 from ..store.files import load_tensors, save_json, save_tensors
-from ..store.folder import Pieces, Store
+from ..store.folder import Store
 from .budget import SUMS, partitions
 from .consumer import Batch
 from .factors import (
@@ -38,6 +39,8 @@ from .factors import (
     LAMBDA_COUNT,
     TOKEN_COUNT,
     Factors,
+    block_facts,
+    blocks_of,
     kronfluence_arguments,
     tell_of_zeros,
 )
@@ -59,6 +62,7 @@ def fit(
     out: str | Path,
     layers: str | list[str] | None = None,
     shared_parameters: bool = False,
+    blocks: int = 1,
     max_examples: int | None = None,
     seed: int | None = None,
     **arguments: Unpack[RunArguments],
@@ -73,6 +77,8 @@ def fit(
         layers: names, globs, "mlp", "all"; None for the task's list, else "mlp".
         shared_parameters: modules with the very same parameters are one layer, whose gradients add
             up; refused otherwise.
+        blocks: diagonal blocks that each covariance is cut into, what lies between them left out:
+            2 take half of the memory and a quarter of the eigendecompositions' time.
         max_examples: use the first so many.
         seed: of the sampled labels; of the task, where one is given with a seed of its own.
         arguments: see `RunArguments`.
@@ -97,6 +103,7 @@ def fit(
     facts = run.facts() | {
         "layers": [layer.name for layer in tracked],
         "shared_parameters": shared_parameters,
+        **block_facts(blocks, tracked),
     }
     with run.opened(out, "factors", facts) as store:
         if not store.finished:
@@ -108,7 +115,8 @@ def fit(
 def _fit(run: Run, layers: list[Layer], store: Store) -> None:
     """All layers at once where their sums fit into the memory, else in parts."""
     room = int(SUMS * free_bytes(run.device))
-    parts = partitions(layers, room, accumulator(run.model).itemsize)
+    itemsize = accumulator(run.model).itemsize
+    parts = partitions(layers, room, itemsize, blocks_of(store.facts))
     # A fit that is continued keeps to the parts that it was begun in.
     begun = store.state.get("partitions", [[x.name for x in some] for some in parts])
     names = run.processes.told(begun)
@@ -144,7 +152,7 @@ class _Fit:
     def __init__(self, run: Run, layers: list[Layer], store: Store) -> None:
         self.passes, self.layers, self.store = run, layers, store
         self.folder, self.processes = store.folder, run.processes
-        self.waiting = Waiting(run, layers)
+        self.waiting, self.blocks = Waiting(run, layers), blocks_of(store.facts)
 
     def run(self) -> None:
         batches = self.passes.planned(self.store)
@@ -249,7 +257,10 @@ class _Fit:
             # name.
             save_tensors(
                 self.folder / f"{side}_covariance.safetensors",
-                {name: found[f"{side} covariance {o}"].cpu() for name, o in owner.items()},
+                {
+                    n: dense(found[f"{side} covariance {o}"].cpu(), self.blocks)
+                    for n, o in owner.items()
+                },
             )
             save_tensors(
                 self.folder / f"num_{side}_covariance_processed.safetensors",
@@ -270,8 +281,8 @@ class _Fit:
             for name, matrix in sums.items():
                 if side == "gradient" or shared[name] == name:
                     keys.append((side, name))
-                    jobs.append(Job(matrix, counts[name], f"the {side} covariance of {name}"))
-                    jobs[-1].check()
+                    label = f"the {side} covariance of {name}"
+                    jobs += Job(matrix, counts[name], label).in_blocks(self.blocks)
         order = [i for i in largest_first(jobs) if i not in done.done]
         total = sum(len(job.sum) ** 3 for job in jobs)
         before = sum(len(jobs[i].sum) ** 3 for i in done.done)
@@ -288,12 +299,12 @@ class _Fit:
                 self.passes.report(Stage.EIGENDECOMPOSITION, after, total)
         self.processes.meet()
         if self.processes.first:
-            self._write_eigenvectors(keys, done)
+            solutions = united(map(done.read, range(len(jobs))), self.blocks)
+            self._write_eigenvectors(dict(zip(keys, solutions, strict=True)))
         self.processes.meet()
 
-    def _write_eigenvectors(self, keys: Sequence[tuple[str, str]], done: Pieces) -> None:
+    def _write_eigenvectors(self, found: Mapping[tuple[str, str], Mapping[str, Tensor]]) -> None:
         shared = self.store.state["shared"]
-        found = {key: done.read(i) for i, key in enumerate(keys)}
         for side in EIGENVECTORS:
             owner = {
                 x.name: shared[x.name] if side == "activation" else x.name for x in self.layers
@@ -306,7 +317,7 @@ class _Fit:
 
     def _arguments(self) -> dict[str, Any]:
         """`factor_arguments.json`; the largest eigendecompositions say in which dtype they are."""
-        largest = max(max(x.O, x.J) for x in self.layers)
+        largest = max(-(-max(x.O, x.J) // self.blocks) for x in self.layers)
         fp32 = accumulator(self.passes.model) == torch.float32 and largest >= FP32_FROM
         return kronfluence_arguments(torch.float32 if fp32 else torch.float64)
 
@@ -315,9 +326,10 @@ class _Fit:
         Qa, Qg = (load_tensors(self.folder / name, ours=True) for name in EIGENVECTORS.values())
         owners, dtype = self.store.state["shared"], self.passes.dtype
         read = {owners[x.name] for x in self.layers}
-        own = {o: Qa[o].to(self.passes.device, dtype) for o in read}
+        own = {o: in_blocks(Qa[o], self.blocks).to(self.passes.device, dtype) for o in read}
         return {
-            x.name: Eigenvectors(Qg[x.name].to(dtype), own[owners[x.name]]) for x in self.layers
+            x.name: Eigenvectors(in_blocks(Qg[x.name], self.blocks).to(dtype), own[owners[x.name]])
+            for x in self.layers
         }
 
 

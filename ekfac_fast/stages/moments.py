@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..curvature.basis import Eigenvectors, SharedRotation
+from ..curvature.blocks import on_diagonal
 from ..curvature.offload import placed
 from ..curvature.sums import Sum
 from ..errors import ModelError
@@ -14,6 +15,7 @@ from ..model.layers import Layer
 from ..model.rows import Rows
 from ..store.folder import Store
 from .consumer import Batch
+from .factors import blocks_of
 from .parts import rotated
 from .run import Run, Stage
 from .sums import Sums
@@ -24,14 +26,15 @@ class Covariances(Sums):
     """Sums of a a^T and g g^T over tokens, and how many tokens each holds.
 
     Layers that read the same tensor (with a bias alike) share the sum of `a`. As in kronfluence,
-    padding is left out of the inputs; gradients are zero there, and counted like inputs.
+    padding is left out of the inputs; gradients are zero there, and counted like inputs. A sum is
+    [J, ceil(J / blocks)], as `on_diagonal` reads it.
     """
 
     symmetric = True
 
     def __init__(self, run: Run, store: Store, layers: list[Layer], waiting: Waiting) -> None:
         super().__init__(run, store, Stage.COVARIANCE)
-        self.layers, self.waiting = layers, waiting
+        self.layers, self.waiting, self.blocks = layers, waiting, blocks_of(store.facts)
         self.owners: dict[str, str] = dict(store.state.get("shared", {}))
         self.attention: Tensor | Mapping[str, Tensor] | None = None
         self.masks: list[tuple[Tensor, Rows, Tensor, Tensor]] = []
@@ -69,11 +72,12 @@ class Covariances(Sums):
         self, side: str, name: str, x: Tensor, mask: Tensor | None, bias: bool, real: Tensor | int
     ) -> None:
         cov, count = self.cov[side], self.count[side]
+        J = x.shape[1] + bias
         if name not in cov:
-            J = x.shape[1] + bias
-            cov[name] = self.found(f"{side} covariance {name}", J, J)
+            cov[name] = self.found(f"{side} covariance {name}", J, -(-J // self.blocks))
             count[name] = torch.zeros((), dtype=torch.int64, device=x.device)
-        torch.ops.ekfac_fast.covariance(cov[name].rest, x, mask, bias)
+        for columns, own in on_diagonal(cov[name].rest, self.blocks):
+            torch.ops.ekfac_fast.covariance(own, x[:, columns], mask, bias and columns.stop == J)
         count[name] += real
 
     def _mask(self, seen: LayerBatch) -> tuple[Tensor | None, Tensor | int]:

@@ -80,6 +80,7 @@ def prepare_queries(
         "layers": [layer.name for layer in layers],
         "rank": rank,
         "damping": damping,
+        **({"blocks": factors.blocks} if factors.blocks > 1 else {}),
     }
     factors.check_run(facts, "prepare_queries")
     _check_targets(run)

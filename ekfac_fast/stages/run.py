@@ -26,7 +26,7 @@ from ..data.examples import Indexable, tokenized_by
 from ..errors import ArgumentError, DataError, NotFiniteError
 from ..model.alone import alone
 from ..model.capture import Capture
-from ..model.identity import forward_state, model_fingerprint, task_state
+from ..model.identity import forward_state, is_sharded, model_fingerprint, task_state
 from ..model.layer_batch import LayerBatch
 from ..model.layers import Layer
 from ..model.rows import Grid
@@ -117,6 +117,8 @@ class Run:
             on_long=arguments.get("on_long", "truncate"),
         )
         self.device = self.batches.device
+        # Whether each pass is one of all processes together.
+        self.sharded = is_sharded(model)
         # Of a layer's output, so of g: what bases and queries are kept in.
         self.dtype = self.autocast or next(model.parameters()).dtype
         self.seconds: dict[str, float] = {}
@@ -260,9 +262,10 @@ class Run:
         before = sum(self.batches.tokens(batches[number]) for number in done)
         count, finished = self.processes.counter(stage), set[int]()
         mine = self.processes.mine([n for n in range(len(batches)) if n not in done])
-        waiting = frozenset(kept or ())
-        passing = (batches[n] for n in mine if n not in waiting and batches[n])
-        ahead = Ahead(self.batches, passing)
+        held = frozenset(kept or ())
+        passing = [n for n in mine if n not in held and batches[n]]
+        most = max(self.processes.gathered(len(passing))) if self.sharded else 0
+        ahead = Ahead(self.batches, (batches[n] for n in passing))
         since: list[int] = []
         for place, number in enumerate(mine, 1):
             indices = batches[number]
@@ -282,6 +285,10 @@ class Run:
                 again = (self._batch(n, batches[n]) for n in since if batches[n])
                 raise NotFiniteError(f"{error}{origin(self, capture, loss, again)}") from error
             self.report(stage, before + count(self.batches.tokens(indices)), total)
+        # For its weights, a process keeps up with the one that has the most passes.
+        for _ in range(len(passing), most):
+            one = self._batch(0, next(filter(None, batches)))
+            self.captured(capture, one, loss, lambda seen: None)
 
     def _one(
         self,

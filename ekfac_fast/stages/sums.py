@@ -60,8 +60,10 @@ class Sums(Consumer):
         kept, device = self.state.tensors, self.run.device
         if name not in kept:
             return Sum.zero(*shape, dtype=accumulator(self.run.model), device=device)
-        total = kept.get(TOTAL + name)
-        return Sum(kept[name].to(device), None if total is None else total.to(device))
+        total = kept.pop(TOTAL + name, None)
+        # Aligned as new memory is: a library rounds otherwise where a sum lies otherwise.
+        rest = kept.pop(name).to(device, copy=True)
+        return Sum(rest, None if total is None else total.to(device, copy=True))
 
     def end(self, batch: Batch) -> None:
         """After so many batches, whatever was killed and continued between: fold."""
