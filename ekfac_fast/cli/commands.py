@@ -44,7 +44,7 @@ from .terminal import Terminal
 
 if TYPE_CHECKING:
     from ..data.choices import OnLong, Split
-    from ..data.tokens import Tokens
+    from ..data.examples import Corpus
     from . import inputs
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
@@ -344,7 +344,7 @@ def demo(
 
 def _scanned(
     scores: Path, data: Path, trust_remote_code: bool, keep: Sequence[str] = ()
-) -> tuple[Any, "Tokens"]:
+) -> tuple[Any, "Corpus"]:
     """The tokenizer and the corpus of a folder of scores, cut as for the scan."""
     from . import inputs, runs
 
@@ -366,7 +366,7 @@ def _loaded(
     dtype: "Dtype",
     trust_remote_code: bool,
     shard: bool,
-) -> tuple["inputs.Source", "inputs.Cutting", "Tokens"]:
+) -> tuple["inputs.Source", "inputs.Cutting", "Corpus"]:
     """A model, and a corpus cut for it as the command line asks."""
     from . import inputs
 

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from ..data.batches import Batches
+from ..data.examples import Corpus
 from ..data.records import read
-from ..data.tokens import Tokens, tokenize
+from ..data.tokens import tokenize
 from ..extras import optional
 from ..model.layers import select_layers
 from ..model.tasks import LanguageModelTask
@@ -118,7 +119,7 @@ def train_tokenizer(corpus: Path, out: Path) -> Any:
 
 
 def train_model(
-    data: Tokens,
+    data: Corpus,
     out: Path,
     steps: int = STEPS,
     progress: Callable[[int, int, float], None] | None = None,
@@ -187,7 +188,7 @@ def prepare(
         save_json(model / "trained.json", {"steps": steps})
 
 
-def weaknesses(scores: Scores, data: Tokens, changes: list[tuple[float, float]]) -> list[str]:
+def weaknesses(scores: Scores, data: Corpus, changes: list[tuple[float, float]]) -> list[str]:
     """What a reader of the demo should know before believing it."""
     up = sum(top > 0 for top, _ in changes)
     down = sum(bottom < 0 for _, bottom in changes)

@@ -10,7 +10,13 @@ from ..data.choices import OnLong, Split
 Dtype = Literal["auto", "float32", "bfloat16"]
 
 Model = Annotated[str, typer.Argument(help="Hugging Face model folder or name, or a .gguf file")]
-Data = Annotated[Path, typer.Argument(help=".jsonl, .json, .txt or .parquet, or a folder of them")]
+Data = Annotated[
+    Path,
+    typer.Argument(
+        help=".jsonl, .json, .txt, .parquet or .arrow, a folder of them, or as datasets saves; "
+        "tokens: .bin, or a column input_ids"
+    ),
+]
 Out = Annotated[Path, typer.Option(help="folder of the results; a run that was killed continues")]
 FactorFolder = Annotated[Path, typer.Argument(help="folder written by fit (or by kronfluence)")]
 Adapter = Annotated[str | None, typer.Option(help="peft adapter to put in: a folder or name")]

@@ -8,8 +8,7 @@ import numpy as np
 
 from ..data.batches import data_fingerprint
 from ..data.encoding import tokenizer_fingerprint
-from ..data.examples import IGNORED
-from ..data.tokens import Tokens
+from ..data.examples import IGNORED, Corpus
 from ..errors import StoreError
 from ..stages.factors import Factors
 from ..stages.queries import Queries
@@ -21,7 +20,7 @@ LOW_ENERGY = 0.9  # below this share of its energy a rank does not represent a q
 
 
 def check_together(
-    scores: Scores, factors: Factors, queries: Queries, data: Tokens, tokenizer: Any = None
+    scores: Scores, factors: Factors, queries: Queries, data: Corpus, tokenizer: Any = None
 ) -> None:
     """Refuse a report of things that do not belong together.
 
@@ -50,7 +49,7 @@ def check_together(
 def collect(
     scores: Scores,
     queries: Queries,
-    data: Tokens,
+    data: Corpus,
     tokenizer: Any,
     names: Sequence[str],
     k: int = 10,
@@ -96,7 +95,7 @@ def run_facts(
 
 
 def _query(
-    q: int, scores: Scores, queries: Queries, data: Tokens, texts: TokenTexts, name: str, k: int
+    q: int, scores: Scores, queries: Queries, data: Corpus, texts: TokenTexts, name: str, k: int
 ) -> QueryResult:
     ids, labels = queries.examples[q]
     asked = int((labels == IGNORED).sum())
@@ -115,7 +114,7 @@ def _query(
     )
 
 
-def _ranked(detail: Detail, data: Tokens, texts: TokenTexts) -> RankedSequence:
+def _ranked(detail: Detail, data: Corpus, texts: TokenTexts) -> RankedSequence:
     ids = data[detail.index]["input_ids"][: detail.per_layer_token.shape[1]]
     return RankedSequence(
         index=detail.index,

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ..curvature.query_gradients import QueryGradients
-from ..data.batches import divided
 from ..model.layer_batch import LayerBatch
 from ..model.layers import Layer
 from ..model.rows import Grid
@@ -50,20 +49,10 @@ def explain(
     for q, pairs in enumerate(sides):
         for index in {index for side in pairs.values() for index, _ in side}:
             wanted.setdefault(index, []).append(q)
-    indices = sorted(wanted)
-    if run.batches.language:
-        lengths = [run.batches.lengths[i] for i in indices]
-        batches = divided(lengths, run.batches.batch_tokens)
-    else:
-        size = run.batches.batch_size
-        batches = [
-            list(range(i, min(i + size, len(indices)))) for i in range(0, len(indices), size)
-        ]
-    named = [[indices[i] for i in batch] for batch in batches]
     run.each(
         Stage.DETAIL,
         layers,
-        named,
+        run.batches.divided(sorted(wanted)),
         Details(run, layers, gradients, wanted, pieces),
         done=run.processes.told(pieces.done),
     )
@@ -138,7 +127,7 @@ class Details(Consumer):
         piece = {}
         for at, (q, b) in enumerate(self.pairs):
             index = batch.indices[b]
-            T, grid = self.run.batches.lengths[index], batch.grid
+            T, grid = int(self.run.batches.lengths[index]), batch.grid
             piece[f"{q} {index}"] = (
                 torch.stack([by_position(x[at], T, grid) for x in layers])
                 if every is None

@@ -11,7 +11,7 @@ again and comes out in the same bits.
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard, Unpack
@@ -202,7 +202,11 @@ class _Fit:
         return [x for x in self.layers if x.name in counts]
 
     def _pass(
-        self, stage: Stage, batches: list[list[int]], consumer: Sums, kept: Kept | None = None
+        self,
+        stage: Stage,
+        batches: Sequence[Sequence[int]],
+        consumer: Sums,
+        kept: Kept | None = None,
     ) -> None:
         self.passes.each(
             stage,
@@ -230,7 +234,7 @@ class _Fit:
             return losses[1]
         return losses if self.waiting.takes(batch) else losses[0]
 
-    def _covariances(self, batches: list[list[int]]) -> int:
+    def _covariances(self, batches: Sequence[Sequence[int]]) -> int:
         """The first pass and its files; how many of its labels rounding could flip."""
         consumer = Covariances(self.passes, self.store, self.layers, self.waiting)
         self._pass(Stage.COVARIANCE, batches, consumer)
