@@ -232,6 +232,7 @@ class Run:
         kept: Kept | None = None,
         loss: Loss | None = None,
         what: str = "training loss",
+        capture: Capture | None = None,
     ) -> None:
         """Every batch that is not done yet, through the model and the consumer.
 
@@ -241,12 +242,13 @@ class Run:
             done: numbers of batches that are.
             kept: layers of batches that another pass has kept; they take no pass.
             loss: of a batch; None for the training loss with the data's own labels.
+            capture: a pass that does more than to capture these layers.
 
         Raises:
             NotFiniteError: a loss is not, or what a consumer made of it; names where it is from.
         """
         loss = loss or self.train_loss
-        capture = Capture(self.model, layers, self.swapped)
+        capture = capture or Capture(self.model, layers, self.swapped)
         finished = set(done)
         total = sum(map(self.batches.tokens, batches))
         count = sum(self.batches.tokens(batches[number]) for number in finished)
