@@ -90,6 +90,7 @@ def score_job(
     refine_seed: int = 0,
     batch_tokens: int | None = None,
     detail: bool = True,
+    attribution: bool = True,
     **settings: Any,
 ) -> Scores:
     """Queries prepared, the corpus scanned, everything that `report_job` needs kept in `out`."""
@@ -108,8 +109,9 @@ def score_job(
         begun = Store.load(out / QUERIES)
         with begun.threads():
             scores = score(
-                source.model, prepared, data, out=out, per_token=detail, **passes, **settings
-            )
+                source.model, prepared, data, out=out, per_token=detail, attribution=attribution,
+                **passes, **settings,
+            )  # fmt: skip
     prepared.save(out)
     names = [_name(asked.records[i], i) for i in range(len(asked))]
     if prepared.refinement is not None:
