@@ -7,7 +7,10 @@ function show(block, token) {
   token.classList.add("here");
   const next = token.nextElementSibling;
   const after = next?.tagName === "B" ? `, before “${next.textContent}”` : "";
-  block.readout.textContent = `“${token.textContent}”${after}: ${token.title} nats`;
+  const [position, output, input] = token.title.split(" | ");
+  block.readout.textContent = output
+    ? `“${token.textContent}”${after}: ${position}; as output ${output}; as input ${input} nats`
+    : `“${token.textContent}”${after}: ${position} nats`;
 }
 
 for (const block of document.querySelectorAll(".t")) {

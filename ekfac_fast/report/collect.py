@@ -13,10 +13,11 @@ from ..data.tokens import Tokens
 from ..errors import StoreError
 from ..stages.factors import Factors
 from ..stages.queries import Queries
-from ..stages.scores import Detail, Scores
+from ..stages.scores import NOT_ASKED, Detail, Scores
 from .contents import QueryResult, RankedSequence, RunFacts, StageTime
 from .text import TokenTexts
 
+UNEVEN = 1e-3  # above it the sum of output tokens is another number than the score
 LOW_ENERGY = 0.9  # below this share of its energy a rank does not represent a query
 
 
@@ -78,6 +79,12 @@ def run_facts(
             f"Rank {queries.rank} keeps as little as {least:.0%} of a preconditioned gradient's "
             "energy in some layer: trust no small differences; a higher rank helps.",
         )
+    if (error := _unevenness(scores, len(queries))) > UNEVEN:
+        notes = (
+            *notes,
+            f"What output tokens have of a score sums to it only to {error:.1%} of their absolute "
+            "sum: the model computes in few bits.",
+        )
     return RunFacts(
         model=model,
         layers=tuple(scores.layers),
@@ -92,7 +99,19 @@ def run_facts(
         settings=tuple(settings),
         notes=tuple(notes),
         trust="" if scores.trust is None else scores.trust.line,
+        unattributed="" if scores.unattributed in (None, NOT_ASKED) else scores.unattributed,
     )
+
+
+def _unevenness(scores: Scores, queries: int) -> float:
+    """The largest difference of a score and the sum of its output tokens, over their |sum|."""
+    details = (d for q in range(queries) for d in scores.details(q))
+    found = (
+        abs(float(d.target.sum()) - d.score) / max(float(np.abs(d.target).sum()), 1e-30)
+        for d in details
+        if d.target is not None
+    )
+    return max(found, default=0.0)
 
 
 def _query(
@@ -126,4 +145,7 @@ def _ranked(detail: Detail, data: Tokens, texts: TokenTexts) -> RankedSequence:
         per_layer_token=detail.per_layer_token,
         source=Path(data.source(detail.index)).name,
         candidate_rank=detail.candidate_rank,
+        per_target=detail.target,
+        per_input=detail.input,
+        heads=detail.heads,
     )

@@ -23,6 +23,7 @@ from .trust import SPARSE, Trust, sparsity
 DETAIL = ("indices", "scores", "candidate_ranks")
 # Of one of them in the shard, behind its index.
 KINDS = TARGET, INPUT, HEADS = " target", " input", " heads"
+NOT_ASKED = "they were not asked for"
 HEAP = "heap"
 # Queries, and places of each, in a notebook.
 SHOWN = 5
@@ -237,7 +238,7 @@ class Scores:
     def unattributed(self) -> str | None:
         """Why details say nothing of output and input tokens; None where they do."""
         reason = self.store.state.get("attribution")
-        return "they were not asked for" if reason is None else str(reason) or None
+        return NOT_ASKED if reason is None else str(reason) or None
 
     @cached_property
     def trust(self) -> Trust | None:
