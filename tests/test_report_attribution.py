@@ -11,6 +11,7 @@ from test_report_browser import CHROMIUM, CONTRAST, PHONE, browser, focused, ope
 from ekfac_fast import report
 from ekfac_fast.errors import ArgumentError
 from ekfac_fast.report.text import brief
+from ekfac_fast.report.turns import turns
 from ekfac_fast.stages.scores import Heads
 
 HEADS = (
@@ -119,4 +120,63 @@ def test_the_switch_changes_colours_by_mouse_and_keyboard(browser, tmp_path, htm
         open_all(page)
         assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
         assert page.evaluate(CONTRAST)[0] >= 4.5
+    context.close()
+
+
+def test_turns_are_found_by_what_is_said():
+    said = [("system", "Be brief."), ("user", "Wer? "), ("assistant", "Zo\u00eb"), ("user", "Be")]
+    record = {"messages": [{"role": role, "content": text} for role, text in said]}
+    text = b"<s>[system]\nBe brief.\n[user]\nWer?\n[assistant]\nZo\xc3\xab\n[user]\nBe</s>"
+    # Tokens of three bytes each, across the bytes of a letter and the borders of turns.
+    tokens = [text[i : i + 3].decode("utf-8", "surrogateescape") for i in range(0, len(text), 3)]
+    found = turns(record, tokens)
+    assert [role for _, role in found] == [role for role, _ in said]
+    for (first, _), (_, words) in zip(found, said, strict=True):
+        place = text.rindex(b"Be</") if words == "Be" else text.index(words.strip().encode())
+        assert first == place // 3
+    # What the template writes otherwise, or the end that was cut off, is not marked.
+    assert turns(record, tokens[:8]) == found[:1]
+    halves = {"prompt": record["messages"][:2], "completion": record["messages"][2:]}
+    assert turns(halves, tokens) == found
+    assert turns({"text": "Be brief."}, tokens) == turns(None, tokens) == ()
+
+
+def grouped():
+    query, *_ = results()
+    ranked = (
+        replace(attributed(1), group="<poems>", turns=((0, "user"), (7, "<i>assistant"))),
+        replace(attributed(2), group="manuals"),
+    )
+    return (replace(query, ranked=ranked, bottom=()),)
+
+
+def test_turns_and_groups_are_there_and_escaped():
+    html = report.render(replace(facts(), grouped_by="<set>"), grouped())
+    page = Page(html)
+    everything = "".join(page.text)
+    for words in ("Show, by <set>", "<poems>", "manuals", "<i>assistant"):
+        assert words in everything
+    assert html.count("<em>user</em>") == html.count("<em>&lt;i&gt;assistant</em>") == 1
+    assert page.ids.count("g0") == page.ids.count("g1") == 1
+    many = [replace(attributed(i), group=f"set {i}") for i in range(14)]
+    one = replace(grouped()[0], ranked=tuple(many))
+    page = Page(report.render(replace(facts(), grouped_by="set"), [one]))
+    assert "g12" in page.ids
+    assert "others" in "".join(page.text)
+    assert sum(key == "class" and value == "g12" for key, value in page.attributes) == 2
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH: apt install it")
+def test_a_group_can_be_hidden_without_javascript(browser, tmp_path):  # noqa: F811
+    html = report.render(replace(facts(), grouped_by="set"), grouped())
+    path = tmp_path / "report.html"
+    path.write_text(html, encoding="utf-8")
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(path.as_uri())
+    articles = page.locator("article")
+    assert articles.nth(0).is_visible()
+    page.get_by_label("<poems>").uncheck()
+    assert not articles.nth(0).is_visible()
+    assert articles.nth(1).is_visible()
     context.close()

@@ -216,14 +216,15 @@ def report(
     data: Data,
     out: Annotated[Path, typer.Option(help="HTML file")] = Path("report.html"),
     top: Annotated[int, typer.Option(help="sequences a query")] = 10,
+    by: Annotated[str | None, typer.Option(help="column that the page can be filtered by")] = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Write one self-contained HTML file about a scan."""
     from . import runs
 
     whole("top", top)
-    tokenizer, corpus = _scanned(scores, data, trust_remote_code)
-    console.say(f"{runs.report_job(scores, corpus, tokenizer, out, top)}")
+    tokenizer, corpus = _scanned(scores, data, trust_remote_code, [by] if by else ())
+    console.say(f"{runs.report_job(scores, corpus, tokenizer, out, top, by=by)}")
 
 
 @app.command()

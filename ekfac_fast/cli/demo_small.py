@@ -66,6 +66,12 @@ QUERIES = (
 )
 
 
+def write_corpus(folder: Path, count: int | None = None) -> Path:
+    """So many topics; None: all."""
+    asked = [name for name, *_ in QUERIES]
+    return write_topics(folder, asked, lambda _, number: count is None or number < count)
+
+
 def train_tokenizer(corpus: Path, out: Path) -> Any:
     """A byte-level BPE of the corpus, saved as a Hugging Face tokenizer."""
     tokenizers, transformers = optional("tokenizers", "hf"), optional("transformers", "hf")
@@ -146,8 +152,7 @@ def prepare(
     """Corpus, queries, tokenizer and model in `folder`; what is there already is kept."""
     corpus, queries, model = folder / "corpus", folder / "queries.jsonl", folder / "model"
     if not (model / "trained.json").exists():
-        asked = [name for name, *_ in QUERIES]
-        write_topics(corpus, asked, lambda _, number: topics is None or number < topics)
+        write_corpus(corpus, topics)
         write_queries(queries, QUERIES)
         tokenizer = train_tokenizer(corpus, model)
         train_model(tokenize(read(corpus), tokenizer, CONTEXT), model, steps, progress)

@@ -164,12 +164,13 @@ def report_job(
     k: int,
     floor: float | None = None,
     notes: Sequence[str] = (),
+    by: str | None = None,
 ) -> Path:
     """The HTML report of a folder that `score_job` wrote."""
     run, scores, queries = load_run(folder), Scores(folder), Queries.load(folder)
     factors = Factors(run["factors"])
     check_together(scores, factors, queries, data, tokenizer)
-    results = collect(scores, queries, data, tokenizer, run["names"], k)
+    results = collect(scores, queries, data, tokenizer, run["names"], k, by)
     times = [
         StageTime(SPOKEN[stage], run["seconds"][stage], floor if stage is Stage.SCAN else None)
         for stage in Stage
@@ -188,7 +189,15 @@ def report_job(
     if queries.refinement is not None:
         settings.append(("queries refined", queries.refinement.title))
     about = run_facts(
-        scores, factors, queries, run["model"], run["damping_rule"], times, settings, notes
+        scores,
+        factors,
+        queries,
+        run["model"],
+        run["damping_rule"],
+        times,
+        settings,
+        notes,
+        by,
     )
     return report.write(out, about, results)
 

@@ -8,6 +8,7 @@ text of the model and of the corpus passes through jinja2's autoescape, and the 
 import base64
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -23,6 +24,8 @@ from .contents import QueryResult, RankedSequence, RunFacts
 # Sequences up to this long are shown whole, longer ones first as their strongest spans.
 SHORT = 160
 SPAN = 56
+# Groups of sequences that can be shown or not by themselves.
+GROUPS = 12
 # How classes of tones begin: by position, by output token, by input token.
 KINDS = ("", "o", "i")
 
@@ -60,12 +63,15 @@ def render(facts: RunFacts, results: Sequence[QueryResult]) -> str:
     }
     every = (s for query in results for s in (*query.ranked, *query.bottom))
     attributed = any(len(s.kinds) > 1 for s in every)
+    groups = groups_of(results) if facts.grouped_by else {}
     script = source("behaviour.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template("report.html.j2").render(
         facts=facts,
         results=results,
         attributed=attributed,
+        groups=groups,
+        others=GROUPS,
         statistics=statistics,
         charts=charts,
         excerpts=excerpts,
@@ -98,6 +104,13 @@ def check(facts: RunFacts, results: Sequence[QueryResult]) -> None:
                 )
 
 
+def groups_of(results: Sequence[QueryResult]) -> dict[str, int]:
+    """Groups of the shown sequences, numbered: those with the most of them, the others together."""
+    found = Counter(s.group for query in results for s in (*query.ranked, *query.bottom))
+    common = [group for group, _ in found.most_common(GROUPS)]
+    return {group: common.index(group) if group in common else GROUPS for group in found}
+
+
 def excerpts(sequence: RankedSequence) -> tuple[statistics.Span, ...]:
     """What is shown first: the whole, or the spans with the most |influence|."""
     T = len(sequence.tokens)
@@ -109,17 +122,21 @@ def excerpts(sequence: RankedSequence) -> tuple[statistics.Span, ...]:
 
 def heat(
     sequence: RankedSequence, start: int, stop: int, train_size: int
-) -> Iterator[tuple[str, str, str]]:
-    """(token, classes, influences / N) of the tokens in a span; intensity relative to all tokens.
+) -> Iterator[tuple[str, str, str, str]]:
+    """(token, classes, influences / N, turn) of the tokens in a span; intensity relative to all.
 
     By position and, where they are known, by output and input token: a class and a number each.
+    A turn is told where it begins, and where the span does.
     """
+    begins = dict(sequence.turns)
+    before = [role for at, role in sequence.turns if at <= start]
+    begins |= {start: before[-1]} if before else {}
     tones = [charts.levels(x) for x in sequence.kinds]
     for t in range(start, stop):
         shown = zip(KINDS, (charts.tone(int(x[t])) for x in tones), strict=False)
         classes = " ".join(kind + tone for kind, tone in shown if tone)
         values = (text.brief(float(x[t]) / train_size) for x in sequence.kinds)
-        yield sequence.tokens[t], classes, " | ".join(values)
+        yield sequence.tokens[t], classes, " | ".join(values), begins.get(t, "")
 
 
 def heads_by_layer(sequence: RankedSequence) -> tuple[list[str], np.ndarray]:

@@ -5,7 +5,8 @@
 function show(block, token) {
   block.querySelector(".here")?.classList.remove("here");
   token.classList.add("here");
-  const next = token.nextElementSibling;
+  let next = token.nextElementSibling;
+  if (next?.tagName === "EM") next = next.nextElementSibling;
   const after = next?.tagName === "B" ? `, before “${next.textContent}”` : "";
   const [position, output, input] = token.title.split(" | ");
   block.readout.textContent = output

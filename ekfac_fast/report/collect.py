@@ -1,6 +1,7 @@
 """A folder of scores, with its model's tokenizer and data, as what a report shows."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..stages.queries import Queries
 from ..stages.scores import NOT_ASKED, Detail, Scores
 from .contents import QueryResult, RankedSequence, RunFacts, StageTime
 from .text import TokenTexts
+from .turns import turns
 
 UNEVEN = 1e-3  # above it the sum of output tokens is another number than the score
 LOW_ENERGY = 0.9  # below this share of its energy a rank does not represent a query
@@ -55,10 +57,23 @@ def collect(
     tokenizer: Any,
     names: Sequence[str],
     k: int = 10,
+    by: str | None = None,
 ) -> tuple[QueryResult, ...]:
-    """What was found for every query: its top and lowest sequences with their detail."""
-    texts = TokenTexts(tokenizer)
-    return tuple(_query(q, scores, queries, data, texts, name, k) for q, name in enumerate(names))
+    """What was found for every query: its top and lowest sequences with their detail.
+
+    by: a column of the records that was kept, to filter by.
+    """
+    shown = Shown(data, TokenTexts(tokenizer), None if by is None else data.column(by))
+    return tuple(_query(q, scores, queries, shown, name, k) for q, name in enumerate(names))
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a reader is shown of a corpus: `groups` has one label a sequence, or there are none."""
+
+    data: Tokens
+    texts: TokenTexts
+    groups: Sequence[Any] | None
 
 
 def run_facts(
@@ -70,6 +85,7 @@ def run_facts(
     stages: Sequence[StageTime],
     settings: Sequence[tuple[str, str]] = (),
     notes: Sequence[str] = (),
+    by: str | None = None,
 ) -> RunFacts:
     """How the scores came about; notes say what is weak about them."""
     least = min(float(x.energy.min()) for x in queries.layers)
@@ -100,6 +116,7 @@ def run_facts(
         notes=tuple(notes),
         trust="" if scores.trust is None else scores.trust.line,
         unattributed="" if scores.unattributed in (None, NOT_ASKED) else scores.unattributed,
+        grouped_by=by or "",
     )
 
 
@@ -115,13 +132,13 @@ def _unevenness(scores: Scores, queries: int) -> float:
 
 
 def _query(
-    q: int, scores: Scores, queries: Queries, data: Tokens, texts: TokenTexts, name: str, k: int
+    q: int, scores: Scores, queries: Queries, shown: Shown, name: str, k: int
 ) -> QueryResult:
     ids, labels = queries.examples[q]
     asked = int((labels == IGNORED).sum())
-    tokens = texts(ids.tolist())
+    tokens = shown.texts(ids.tolist())
     full = scores.store.facts["top_k"] is None
-    ranked = [_ranked(d, data, texts) for d in scores.details(q)[:k]]
+    ranked = [_ranked(d, shown) for d in scores.details(q)[:k]]
     lowest = [d for d in scores.details(q, lowest=True) if d.score < 0]
     return QueryResult(
         name=name,
@@ -129,17 +146,19 @@ def _query(
         completion_tokens=tokens[asked:],
         log_probability=-float(queries.measurements[q]),
         ranked=tuple(ranked),
-        bottom=tuple(_ranked(d, data, texts) for d in lowest[:k]),
+        bottom=tuple(_ranked(d, shown) for d in lowest[:k]),
         scores=np.asarray(scores.matrix[q]) if full else None,
     )
 
 
-def _ranked(detail: Detail, data: Tokens, texts: TokenTexts) -> RankedSequence:
+def _ranked(detail: Detail, shown: Shown) -> RankedSequence:
+    data, groups = shown.data, shown.groups
     ids = data[detail.index]["input_ids"][: detail.per_layer_token.shape[1]]
+    tokens = shown.texts(ids.tolist())
     return RankedSequence(
         index=detail.index,
         score=detail.score,
-        tokens=texts(ids.tolist()),
+        tokens=tokens,
         per_token=detail.per_token,
         per_layer=detail.per_layer,
         per_layer_token=detail.per_layer_token,
@@ -148,4 +167,6 @@ def _ranked(detail: Detail, data: Tokens, texts: TokenTexts) -> RankedSequence:
         per_target=detail.target,
         per_input=detail.input,
         heads=detail.heads,
+        turns=turns(data.records[int(data.rows[detail.index, 1])], tokens),
+        group="" if groups is None else str(groups[detail.index]),
     )

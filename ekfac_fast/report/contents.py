@@ -29,6 +29,8 @@ class RankedSequence:
     per_target        [T] of each output token, sums to the score (Eq. 34-36); or None
     per_input         [T] of each input token (Eq. 37-38); or None
     heads             of attention matrices
+    turns             of a conversation: (its first token, whose it is) of every turn, in order
+    group             what its record has in the column that the report can be filtered by
     """
 
     index: int
@@ -42,6 +44,8 @@ class RankedSequence:
     per_target: Array | None = None
     per_input: Array | None = None
     heads: tuple[Heads, ...] = ()
+    turns: tuple[tuple[int, str], ...] = ()
+    group: str = ""
 
     def __post_init__(self) -> None:
         T, L = len(self.tokens), len(self.per_layer)
@@ -116,6 +120,7 @@ class RunFacts:
     settings        further (name, value) rows
     trust           one line on how far the scores can be trusted
     unattributed    why nothing is said of output and input tokens, where it should be
+    grouped_by      the column that sequences can be filtered by, or nothing
     notes           sentences on what is weak about this run
     """
 
@@ -133,3 +138,4 @@ class RunFacts:
     notes: tuple[str, ...] = ()
     trust: str = ""
     unattributed: str = ""
+    grouped_by: str = ""
