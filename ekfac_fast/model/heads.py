@@ -6,7 +6,7 @@ many heads there are: where its sizes are of another number, nothing is said of 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -41,6 +41,14 @@ class HeadPart:
     def of_input(self) -> bool:
         """Whether heads are columns."""
         return self.part == "o"
+
+    def to(self, device: torch.device) -> "HeadPart":
+        """The same, its indices on a device."""
+        return replace(self, indices=self.indices.to(device))
+
+    def of(self, each: Tensor) -> Tensor:
+        """What features have [n,F] as what heads have [n,heads]."""
+        return each[:, self.indices].sum(-1)
 
 
 def head_parts(model: nn.Module, layers: Sequence[Layer]) -> dict[str, list[HeadPart]]:
@@ -91,8 +99,3 @@ def _parts(model: nn.Module, config: Any, layer: Layer, heads: int, kv: int) -> 
         return []
     many, features = (kv if kind in "kv" else heads), (layer.I if kind == "o" else layer.O)
     return [part(kind, many)] if features == many * size else []
-
-
-def by_head(part: HeadPart, each: Tensor) -> Tensor:
-    """What features have [n,F] as what heads have [n,heads]."""
-    return each[:, part.indices.to(each.device)].sum(-1)

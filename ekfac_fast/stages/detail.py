@@ -15,7 +15,7 @@ from torch import Tensor
 from ..curvature.query_gradients import QueryGradients
 from ..data.batches import divided
 from ..errors import ModelError
-from ..model.heads import HeadPart, by_head, head_parts
+from ..model.heads import HeadPart, head_parts
 from ..model.layer_batch import LayerBatch
 from ..model.layers import Layer
 from ..model.rows import Grid
@@ -171,7 +171,8 @@ class Details(Consumer):
         tokens: Attributing | None = None,
     ) -> None:
         self.run, self.gradients, self.wanted, self.pieces = run, gradients, wanted, pieces
-        self.heads, self.tokens = heads, tokens
+        self.heads = {name: [part.to(run.device) for part in own] for name, own in heads.items()}
+        self.tokens = tokens
         self.order = {layer.name: at for at, layer in enumerate(layers)}
         self.dtype = accumulator(run.model)
         self.asking: list[int] = []
@@ -208,7 +209,7 @@ class Details(Consumer):
         parts, (g, a) = self.heads[seen.layer.name], (x[self.b] for x in (seen.g, seen.a))
         share = own.by_input if parts[0].of_input else own.by_output
         each = share(g, a, seen.layer.bias)
-        return torch.cat([by_head(part, each) for part in parts], 1).to(self.dtype)
+        return torch.cat([part.of(each) for part in parts], 1).to(self.dtype)
 
     def end(self, batch: Batch) -> None:
         """Keep [L,T] of every pair that is asked for, without padding."""
