@@ -15,11 +15,12 @@ import shlex
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ekfac_fast.store.files import save_json
 from ekfac_fast.validation import RetrainingBank, reliability, retrain
-from ekfac_fast.validation.lds import lds
+from ekfac_fast.validation.lds import lds, spearman
 from ekfac_fast.validation.measure import measurements
 from measure.environment import environment
 from pages.faithfulness_page import GROUPS, page
@@ -44,13 +45,14 @@ def main(words: list[str]) -> None:
         share=arguments.share, about=about, processes=arguments.processes, progress=say,
     )  # fmt: skip
     methods = Methods(training, queries, work, further=arguments.further)
-    rows, held = [], {}
+    rows, held, scores = [], {}, {}
     groups = arguments.only or list(GROUPS)
     methods.make(groups, arguments.processes)
     for group, name, method in methods.every():
         if group not in groups:
             continue
         kept = methods.kept(group, name, method)
+        scores[name] = kept.scores
         held[name] = found = lds(bank, kept.scores, name=name)
         told = {"group": group, "name": name, "seconds": kept.seconds}
         told |= {"tail": float(kept.tail.mean()), "lds": found.interval}
@@ -59,10 +61,19 @@ def main(words: list[str]) -> None:
     if BESIDE in held:
         for row in rows:
             row["less"] = held[row["name"]].over(held[BESIDE])
+            row |= likeness(scores[row["name"]], scores[BESIDE])
+            if row["group"] == "blocks":
+                print(f"{row['name']}: Spearman {row['spearman']:.4f}, error {row['error']:.3f}")
     facts = described(bank, methods, arguments, words)
     save_json(work / "faithfulness.json", {"facts": facts, "rows": rows}, checksum=False)
     arguments.page.write_text(page(rows, facts))
     print(arguments.page)
+
+
+def likeness(scores: np.ndarray, to: np.ndarray) -> dict[str, float]:
+    """Means over queries: of the rank correlation, and of the relative error, ||x - y|| / ||y||."""
+    far = np.linalg.norm(scores - to, axis=1) / np.linalg.norm(to, axis=1)
+    return {"spearman": float(spearman(scores, to).mean()), "error": float(far.mean())}
 
 
 def described(bank: RetrainingBank, methods: Methods, arguments, words: list[str]) -> dict:

@@ -31,7 +31,7 @@ from ekfac_fast.errors import Error
 from ekfac_fast.model.layers import ROUTER, Layer, linear_layers, select_layers
 from ekfac_fast.model.tasks import LanguageModelTask
 from ekfac_fast.stages.fit import COVARIANCE_DRAW, EIGENVALUE_DRAW, fit
-from ekfac_fast.stages.queries import prepare_queries
+from ekfac_fast.stages.preparation import prepare_queries
 from ekfac_fast.stages.scan import score
 from ekfac_fast.store.files import load_tensors
 from pages.family_table import outcome, write

@@ -2,6 +2,8 @@
 
 import json
 
+import numpy as np
+
 import faithfulness
 from pages.faithfulness_page import page
 
@@ -39,3 +41,10 @@ def test_a_page_tells_the_ceiling():
              "machine": "m", "date": "d", "revision": "r", "command": "c"}  # fmt: skip
     assert "nothing could reach more than 0.812." in page([], facts)
     assert "no ceiling is known" in page([], facts | {"ceiling": None})
+
+
+def test_how_alike_scores_are():
+    to = np.array([[1.0, 2.0, 2.0], [3.0, 0.0, 4.0]])
+    assert faithfulness.likeness(to, to) == {"spearman": 1.0, "error": 0.0}
+    found = faithfulness.likeness(np.array([[3.0, 6.0, 6.0], [-3.0, 0.0, -4.0]]), to)
+    assert found == {"spearman": 0.0, "error": 2.0}

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from .stages.attribution import attribute_tokens
     from .stages.factors import Factors, LayerFactors
     from .stages.fit import fit
-    from .stages.queries import Queries, prepare_queries
+    from .stages.preparation import prepare_queries
+    from .stages.queries import Queries
     from .stages.scan import score, self_scores
     from .stages.scores import Scores
 
@@ -54,7 +55,7 @@ __getattr__ = loader(
         "Task": "model.tasks",
         "attribute_tokens": "stages.attribution",
         "fit": "stages.fit",
-        "prepare_queries": "stages.queries",
+        "prepare_queries": "stages.preparation",
         "score": "stages.scan",
         "self_scores": "stages.scan",
     },

@@ -6,6 +6,7 @@ A schema is a type (a number is finite, a bool is none), None, a `Whole`, a tupl
 
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -52,6 +53,19 @@ class Whole:
         if self.most == 2**63 - 1:
             return f"a whole number of at least {self.least}"
         return f"a whole number from {self.least} to {self.most}"
+
+
+def size(name: str, value: Any) -> int:
+    """Bytes as an int; ArgumentError unless it is a whole number or such as "16GiB" or "500MB"."""
+    expected = 'bytes, or a size such as "16GiB" or "500MB"'
+    if isinstance(value, str):
+        match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([KMGT]?)(i?)B?", value.strip())
+        require(match is not None, name, value, expected)
+        assert match is not None
+        count, prefix, binary = match.groups()
+        value = int(float(count) * (1024 if binary else 1000) ** " KMGT".index(prefix or " "))
+    require(Whole(1).holds(value), name, value, expected)
+    return int(value)
 
 
 def whole(name: str, value: Any, least: int = 1, most: int = 2**63 - 1) -> int:

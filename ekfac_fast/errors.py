@@ -29,6 +29,10 @@ class StoreError(Error, RuntimeError):
     """A file cannot be written, read or continued; the message names it and says what to do."""
 
 
+class ProcessError(Error, RuntimeError):
+    """Of several processes that share a run, another has failed, or was given another run."""
+
+
 class MissingExtra(Error, ImportError):
     """A module that only an optional extra installs is not there."""
 

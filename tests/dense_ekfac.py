@@ -118,7 +118,13 @@ def moments(model, names, batch, task):
     return loss, rows
 
 
-def dense_ekfac(model, names, data, queries, damping=None, task=None, autocast=None):
+def eigenvectors(covariance, blocks=1):
+    """In columns, of blocks on the diagonal."""
+    rows = np.array_split(np.arange(len(covariance)), blocks)
+    return torch.block_diag(*(torch.linalg.eigh(covariance[r][:, r])[1] for r in rows))
+
+
+def dense_ekfac(model, names, data, queries, damping=None, task=None, autocast=None, blocks=1):
     """Scores [Q,N], self scores [N] and lam by the definitions, one sequence at a time.
 
     All in fp64; with `autocast`, the gradients that are scored are of passes in that dtype.
@@ -134,7 +140,7 @@ def dense_ekfac(model, names, data, queries, damping=None, task=None, autocast=N
         for name, (a, g) in rows.items():
             A[name] = A.get(name, 0) + a.T @ a / tokens
             S[name] = S.get(name, 0) + g.T @ g / tokens
-    Q = {n: (torch.linalg.eigh(A[n])[1], torch.linalg.eigh(S[n])[1]) for n in names}
+    Q = {n: (eigenvectors(A[n], blocks), eigenvectors(S[n], blocks)) for n in names}
     for example in data:
         # The eigenvalues' labels are another draw than those of the covariances.
         loss = task.compute_train_loss(batch_of(example), model, sample=True)

@@ -10,7 +10,8 @@ from torch import nn
 
 from ekfac_fast.model.layers import select_layers
 from ekfac_fast.model.tasks import LanguageModelTask
-from ekfac_fast.stages.run import Consumer, Run, Stage
+from ekfac_fast.stages.consumer import Consumer
+from ekfac_fast.stages.run import Run, Stage
 
 WORDS, WIDTH = 97, 16
 

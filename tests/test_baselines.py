@@ -9,14 +9,13 @@ from dense_ekfac import asked, batch_of, close, corpus, gpt2, weight_gradient
 from torch import nn
 
 from ekfac_fast import fit, prepare_queries, score
-from ekfac_fast.errors import ArgumentError, ModelError, StoreError
+from ekfac_fast.errors import ModelError, StoreError
 from ekfac_fast.model.layers import select_layers
 from ekfac_fast.model.tasks import LanguageModelTask
 from ekfac_fast.stages.factors import Factors
 from ekfac_fast.store.files import load_tensors
 from ekfac_fast.validation import baselines
 from ekfac_fast.validation.ablations import (
-    blocked_factors,
     diagonal_factors,
     kfac_factors,
     shampoo_factors,
@@ -171,34 +170,6 @@ def check_corrected(factors, gradients):
         for Q in (own.Qg, own.Qa):
             close(Q.T @ Q, torch.eye(len(Q), dtype=Q.dtype), 1e-12)
         close(own.lam, (own.Qg.T @ G @ own.Qa).square().mean(0), 1e-10)
-
-
-def test_blocks_leave_out_what_lies_between_them(tmp_path):
-    model, data = gpt2(torch.float64), corpus()
-    layers = select_layers(model, LAYERS)
-    factors = fit(model, data, out=tmp_path / "f", layers=LAYERS, batch_tokens=24)
-    whole, two = (
-        blocked_factors(model, data, factors, n, out=tmp_path / f"{n}", batch_tokens=24)
-        for n in (1, 2)
-    )
-    gradients = sampled_gradients(model, data, layers, 0)
-    check_corrected(two, gradients)
-    covariances = {
-        side: load_tensors(tmp_path / "f" / f"{side}_covariance.safetensors")
-        for side in ("activation", "gradient")
-    }
-    for x in layers:
-        close(whole[x.name].lam, factors[x.name].lam, 1e-8)
-        for side, Q in (("activation", two[x.name].Qa), ("gradient", two[x.name].Qg)):
-            cov, half = covariances[side][x.name], (len(Q) + 1) // 2
-            assert not Q[:half, half:].any()
-            assert not Q[half:, :half].any()
-            for part in (slice(half), slice(half, None)):
-                turned = Q[part, part].T @ cov[part, part] @ Q[part, part]
-                close(turned, turned.diagonal().diag(), 1e-10)
-    assert len({factors.identity, whole.identity, two.identity}) == 3
-    with pytest.raises(ArgumentError, match="blocks is 0"):
-        blocked_factors(model, data, factors, 0, out=tmp_path / "0")
 
 
 def test_shampoo_turns_into_the_axes_of_sequences_gradients(tmp_path):

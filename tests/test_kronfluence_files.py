@@ -57,14 +57,19 @@ class Theirs(Task):
         return batch["attention_mask"]
 
 
+def theirs(names, folder):
+    """kronfluence's analyzer, in folder/run."""
+    task = Theirs(names)
+    model = prepare_model(llama(), task)
+    return Analyzer("run", model, task, cpu=True, output_dir=str(folder), disable_tqdm=True)
+
+
 @pytest.fixture
 def both(tmp_path):
     """(names, data, queries, our factors, kronfluence's analyzer with its factors "theirs")."""
     names = [layer.name for layer in select_layers(llama())]
     data, queries = examples(12, 0), examples(3, 1, masked=4)
-    task = Theirs(names)
-    model = prepare_model(llama(), task)
-    analyzer = Analyzer("run", model, task, cpu=True, output_dir=str(tmp_path), disable_tqdm=True)
+    analyzer = theirs(names, tmp_path)
     analyzer.fit_all_factors(
         "theirs", data, per_device_batch_size=4, factor_args=FactorArguments(strategy="ekfac")
     )
@@ -82,17 +87,17 @@ def theirs_scored(analyzer, factors, queries, data, name):
 
 def test_equal_factors_and_scores(both):
     names, data, queries, ours, analyzer, folder = both
-    theirs, own = (
+    kept, own = (
         analyzer.load_covariance_matrices(name) | analyzer.load_lambda_matrices(name)
         for name in ("theirs", "ours")
     )
     for part in ("activation_covariance", "gradient_covariance"):
         for name in names:
-            close(own[part][name], theirs[part][name], 1e-5)
-            assert own[f"num_{part}_processed"][name] == theirs[f"num_{part}_processed"][name]
+            close(own[part][name], kept[part][name], 1e-5)
+            assert own[f"num_{part}_processed"][name] == kept[f"num_{part}_processed"][name]
     for name in names:
         # Eigenvectors are free in sign: what they say of the covariance is not.
-        close(own["lambda_matrix"][name].sum(), theirs["lambda_matrix"][name].sum(), 1e-5)
+        close(own["lambda_matrix"][name].sum(), kept["lambda_matrix"][name].sum(), 1e-5)
     expected = theirs_scored(analyzer, "theirs", queries, data, "a")
     model = llama()
     prepared = prepare_queries(model, ours, queries, rank=None)

@@ -23,7 +23,8 @@ from torch import nn
 from ekfac_fast.model.layers import select_layers
 from ekfac_fast.stages.candidates import top_candidates
 from ekfac_fast.stages.fit import fit
-from ekfac_fast.stages.queries import Queries, prepare_queries
+from ekfac_fast.stages.preparation import prepare_queries
+from ekfac_fast.stages.queries import Queries
 from ekfac_fast.stages.scan import score, self_scores
 
 
@@ -162,7 +163,7 @@ import re, sys
 sys.path.insert(0, {tests!r})
 from dense_ekfac import asked, corpus, gpt2
 from ekfac_fast.stages.fit import fit
-from ekfac_fast.stages.queries import prepare_queries
+from ekfac_fast.stages.preparation import prepare_queries
 from ekfac_fast.stages.scan import score
 model = gpt2()
 few = corpus(20)

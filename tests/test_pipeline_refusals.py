@@ -15,7 +15,7 @@ from ekfac_fast.curvature.eigen import Job
 from ekfac_fast.errors import Notice, StoreError
 from ekfac_fast.stages.factors import Factors, LayerFactors
 from ekfac_fast.stages.fit import fit
-from ekfac_fast.stages.queries import prepare_queries
+from ekfac_fast.stages.preparation import prepare_queries
 from ekfac_fast.stages.scan import score, self_scores
 from ekfac_fast.store.folder import Store
 

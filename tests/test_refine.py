@@ -24,7 +24,8 @@ from ekfac_fast.errors import ArgumentError, Notice, StoreError
 from ekfac_fast.model.tasks import LanguageModelTask
 from ekfac_fast.stages import refine
 from ekfac_fast.stages.fit import fit
-from ekfac_fast.stages.queries import Queries, prepare_queries
+from ekfac_fast.stages.preparation import prepare_queries
+from ekfac_fast.stages.queries import Queries
 from ekfac_fast.store.folder import Pace
 
 

@@ -150,7 +150,8 @@ def test_other_facts_are_refused_and_named(tmp_path: Path) -> None:
     with Store.open(tmp_path, kind="scan", facts=facts) as store:
         assert store.facts == json.loads(json.dumps(facts))
         assert store.finished
-        assert store.state == {"mean": 1.5, "tokens": 10, "threads": torch.get_num_threads()}
+        began = {"threads": torch.get_num_threads(), "processes": 1}
+        assert store.state == {"mean": 1.5, "tokens": 10, **began}
     other = {"model": "ab12", "layers": ["a", "x", "c"], "fit": {"seed": 1}, "task": "lm"}
     with pytest.raises(StoreError) as error:
         Store.open(tmp_path, kind="self", facts=other)

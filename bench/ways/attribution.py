@@ -15,19 +15,14 @@ import torch
 from ekfac_fast import Factors, fit, prepare_queries, score
 from ekfac_fast.store.files import load_json, replacing, save_json
 from ekfac_fast.validation import baselines, tail_patch
-from ekfac_fast.validation.ablations import (
-    blocked_factors,
-    diagonal_factors,
-    kfac_factors,
-    shampoo_factors,
-)
+from ekfac_fast.validation.ablations import diagonal_factors, kfac_factors, shampoo_factors
 
 from .small_language_model import Training
 
 TRACKED = {"MLP": ["*.mlp.*"], "all": ["*.mlp.*", "*.attn.*"]}
 DAMPINGS = (1.0, 0.1, 0.01, 0.001, 0.0001)
 RANKS = (64, 32, 16, 8)
-BLOCKS = (2, 4)
+BLOCKS = (2, 4, 8)
 # A product with the Gauss-Newton matrix of so many examples takes a query 0.8 s of one core.
 REFINED, FURTHER, EXAMPLES = ("cg:2", "cg:5", "cg:10"), ("cg:20", "lissa:500", "astra:300"), 128
 Method = Callable[[], np.ndarray]
@@ -125,8 +120,7 @@ class Methods:
         if kind == "K-FAC":
             return kfac_factors(self.factors("EK-FAC", layers, seed, autocast), place)
         if kind.endswith("blocks"):
-            whole = self.factors("EK-FAC", layers, seed, autocast)
-            return blocked_factors(model, self.training.data, whole, int(kind[0]), out=place)
+            return fit(model, self.training.data, out=place, blocks=int(kind[0]), **more)
         fitted = {"diagonal": diagonal_factors, "ec-Shampoo": shampoo_factors, "EK-FAC": fit}
         return fitted[kind](model, self.training.data, out=place, **more)
 

@@ -17,11 +17,13 @@ from ekfac_fast.model.layer_batch import LayerBatch
 from ekfac_fast.model.layers import Layer
 from ekfac_fast.ops.shapes import wide
 from ekfac_fast.stages import scan
+from ekfac_fast.stages.consumer import Batch, Consumer
 from ekfac_fast.stages.factors import LayerFactors
-from ekfac_fast.stages.fit import COVARIANCE_DRAW, EIGENVALUE_DRAW, Covariances, Eigenvalues
+from ekfac_fast.stages.fit import COVARIANCE_DRAW, EIGENVALUE_DRAW
 from ekfac_fast.stages.measured import DENSE_BYTES, Preconditioning
+from ekfac_fast.stages.moments import Covariances, Eigenvalues
 from ekfac_fast.stages.queries import LayerQueries, Queries
-from ekfac_fast.stages.run import Batch, Consumer, Run
+from ekfac_fast.stages.run import Run
 from ekfac_fast.stages.waiting import Waiting
 from ekfac_fast.store.folder import Store
 

@@ -14,9 +14,11 @@ import typer
 
 from ..checks import whole
 from ..errors import ArgumentError, Error, Notice
+from .group import shared
 from .options import (
     Adapter,
     BatchTokens,
+    Blocks,
     ChatTemplate,
     Context,
     Damping,
@@ -25,6 +27,7 @@ from .options import (
     FactorFolder,
     Fields,
     Layers,
+    Memory,
     Model,
     Out,
     Precision,
@@ -94,6 +97,7 @@ def doctor() -> None:
 
 @app.command()
 @reported
+@shared(console)
 def fit(
     model: Model,
     data: Data,
@@ -106,6 +110,8 @@ def fit(
     fields: Fields = None,
     chat_template: ChatTemplate = None,
     batch_tokens: BatchTokens = None,
+    memory: Memory = None,
+    blocks: Blocks = 1,
     max_examples: Annotated[int | None, typer.Option(help="use the first so many")] = None,
     seed: Annotated[int, typer.Option(help="of the sampled labels")] = 0,
     dtype: Precision = "float32",
@@ -119,13 +125,14 @@ def fit(
         trust_remote_code,
     )  # fmt: skip
     runs.fit_job(
-        source, corpus, out, console, layers=layers, batch_tokens=batch_tokens,
-        max_examples=max_examples, seed=seed,
+        source, corpus, out, console, layers=layers, batch_tokens=batch_tokens, memory=memory,
+        blocks=blocks, max_examples=max_examples, seed=seed,
     )  # fmt: skip
 
 
 @app.command()
 @reported
+@shared(console)
 def score(
     model: Model,
     factors: FactorFolder,
@@ -155,6 +162,7 @@ def score(
     fields: Fields = None,
     chat_template: ChatTemplate = None,
     batch_tokens: BatchTokens = None,
+    memory: Memory = None,
     dtype: Precision = "float32",
     trust_remote_code: Trust = False,
 ) -> None:
@@ -170,13 +178,14 @@ def score(
         source, Factors(factors), queries, corpus, cutting, out, console, rank=rank or None,
         damping=damping, refine=refine, refine_examples=refine_examples, refine_seed=refine_seed,
         top_k=top_k, candidates=candidates, train_size=train_size, batch_tokens=batch_tokens,
-        detail=detail, attribution=detail and attribution,
+        memory=memory, detail=detail, attribution=detail and attribution,
     )  # fmt: skip
     runs.print_top(console, out, corpus, source.tokenizer)
 
 
 @app.command(name="self")
 @reported
+@shared(console)
 def self_influence(
     model: Model,
     factors: FactorFolder,
@@ -190,6 +199,7 @@ def self_influence(
     fields: Fields = None,
     chat_template: ChatTemplate = None,
     batch_tokens: BatchTokens = None,
+    memory: Memory = None,
     dtype: Precision = "float32",
     trust_remote_code: Trust = False,
 ) -> None:
@@ -203,7 +213,7 @@ def self_influence(
     )  # fmt: skip
     scores = runs.self_job(
         source, Factors(factors), corpus, out, console, damping=damping,
-        batch_tokens=batch_tokens,
+        batch_tokens=batch_tokens, memory=memory,
     )  # fmt: skip
     for index, value in scores.top(0, 10):
         console.say(f"{value / scores.train_size:.4f}  {corpus.source(index)}")
@@ -273,6 +283,7 @@ def plan(
     queries: Annotated[int, typer.Option(help="scored in one pass")] = 8,
     rank: Annotated[int, typer.Option(help="0: full rank")] = 32,
     layers: Layers = None,
+    blocks: Blocks = 1,
     trust_remote_code: Trust = False,
 ) -> None:
     """Print what a run would cost, from shapes alone: no weights are loaded."""
@@ -300,7 +311,7 @@ def plan(
     costs = planning.plan(
         selected, parameters=parameters, sequences=sequences, tokens=tokens,
         fit_sequences=sequences if fit_sequences is None else fit_sequences, queries=queries,
-        rank=rank or None,
+        rank=rank or None, blocks=blocks,
     )  # fmt: skip
     chosen = Table("layer", "I", "O", "bias", "scored by", box=None, pad_edge=False)
     for x, how in zip(costs.layers, costs.scored_by, strict=True):

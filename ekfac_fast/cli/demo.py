@@ -15,8 +15,9 @@ from torch import nn
 from ..data.tokens import Tokens
 from ..model.layers import select_layers
 from ..report.text import duration
+from ..stages.floor import floor_seconds
 from ..stages.queries import Queries
-from ..stages.run import Progress, floor_seconds
+from ..stages.run import Progress
 from ..store.files import writing
 from ..validation.one_step import step_check
 from . import inputs, runs

@@ -25,9 +25,13 @@ ChatTemplate = Annotated[
     Path | None, typer.Option(help="file; for messages, in place of the tokenizer's")
 ]
 Layers = Annotated[list[str] | None, typer.Option(help="layer names or globs; default: MLPs")]
+Blocks = Annotated[
+    int, typer.Option(help="diagonal blocks of each covariance: cheaper, approximate")
+]
 BatchTokens = Annotated[
     int | None, typer.Option(help="tokens a batch; default 4096, on a CPU 1024")
 ]
+Memory = Annotated[str | None, typer.Option(help="to keep to, e.g. 16GiB; default: what is free")]
 Damping = Annotated[float | None, typer.Option(help="absolute; default 0.1 x mean eigenvalue")]
 Refine = Annotated[str | None, typer.Option(help="queries further: cg:10, lissa:5000, astra:300")]
 RefineExamples = Annotated[

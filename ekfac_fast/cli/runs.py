@@ -18,11 +18,13 @@ from ..report.collect import check_together, collect, run_facts
 from ..report.contents import StageTime
 from ..stages.factors import Factors
 from ..stages.fit import fit
-from ..stages.queries import Queries, prepare_queries
+from ..stages.preparation import prepare_queries
+from ..stages.processes import Processes
+from ..stages.queries import Queries
 from ..stages.run import RunArguments, Stage
 from ..stages.scan import score, self_scores
 from ..stages.scores import Scores
-from ..stages.trust import note_validation
+from ..stages.trust import basis_of, note_validation
 from ..store.files import load_json, save_json
 from ..store.folder import Store
 from ..store.manifest import MANIFEST
@@ -57,13 +59,19 @@ def fit_job(source: Source, data: Tokens, out: Path, console: Terminal, **settin
         factors = fit(
             source.model, data, out=out, autocast=source.autocast, progress=progress, **settings
         )
-    if not (out / RUN).exists():
+    if Processes().first and not (out / RUN).exists():
         save_json(out / RUN, {"model": source.path, "adapter": source.adapter})
     console.say(
         f"factors of {len(factors)} layers from {factors.sequences} sequences, "
         f"{factors.tokens} tokens, in {out}",
     )
+    _tell_basis(factors, console)
     return factors
+
+
+def _tell_basis(factors: Factors, console: Terminal) -> None:
+    if factors.blocks > 1:
+        console.say(basis_of(factors.blocks))
 
 
 def covered(layers: Sequence[Layer], tracked: int, parameters: int) -> str:
@@ -89,15 +97,18 @@ def score_job(
     refine_examples: int | None = None,
     refine_seed: int = 0,
     batch_tokens: int | None = None,
+    memory: str | None = None,
     detail: bool = True,
     attribution: bool = True,
     **settings: Any,
 ) -> Scores:
     """Queries prepared, the corpus scanned, everything that `report_job` needs kept in `out`."""
     asked = read_queries(queries, source.tokenizer, cutting.context)
+    _tell_basis(factors, console)
     with showing(console) as progress:
         passes: RunArguments = {
             "batch_tokens": batch_tokens,
+            "memory": memory,
             "autocast": source.autocast,
             "progress": progress,
         }
@@ -112,7 +123,6 @@ def score_job(
                 source.model, prepared, data, out=out, per_token=detail, attribution=attribution,
                 **passes, **settings,
             )  # fmt: skip
-    prepared.save(out)
     names = [_name(asked.records[i], i) for i in range(len(asked))]
     if prepared.refinement is not None:
         console.say(prepared.refinement.title)
@@ -128,7 +138,11 @@ def score_job(
         "damping_rule": DAMPING_RULE if damping is None else "the same in every layer, as given",
         "seconds": {stage: seconds[stage] for stage in Stage if stage in seconds},
     }
-    save_json(out / RUN, run)
+    processes = Processes()
+    if processes.first:
+        prepared.save(out)
+        save_json(out / RUN, run)
+    processes.meet()
     return scores
 
 
@@ -136,6 +150,7 @@ def self_job(
     source: Source, factors: Factors, data: Tokens, out: Path, console: Terminal, **settings: Any
 ) -> Scores:
     """`self_scores` with progress."""
+    _tell_basis(factors, console)
     with showing(console) as progress:
         return self_scores(
             source.model, factors, data, out=out, autocast=source.autocast, progress=progress,

@@ -4,7 +4,7 @@ G' = Qg^T G Qa        G in the eigenbasis         lam += G'^2         (Eq. 20)
 P  = G' / (lam + damping)                          preconditioned      (Eq. 21)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Self, TypeVar
 
@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..ops.gradients import rotate_activations
-from ..ops.shapes import wide
+from ..ops.gradients import cheapest_order
+from ..ops.shapes import Shape, wide
+from .blocks import BlockDiagonal, Matrix, blocks_in, rotate
 
 # A tenth of the mean eigenvalue: the damping of the paper and of kronfluence. Its least value is
 # kronfluence's, so that a layer whose gradient is always zero takes part as zero.
 HEURISTIC_DAMPING, LEAST_DAMPING = 0.1, 1e-8
 # Share of a GPU's memory that bases leave to the model, activations, queries and scores.
 RESERVED_SHARE = 0.5
+Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 def heuristic_damping(lam: Tensor) -> float:
@@ -36,23 +38,33 @@ def with_ones(a: Tensor, bias: bool) -> Tensor:
 class Eigenvectors:
     """`Qg` [O,O] and `Qa` [J,J], eigenvectors in columns; None where a side is not rotated."""
 
-    Qg: Tensor | None
-    Qa: Tensor | None
+    Qg: Matrix | None
+    Qa: Matrix | None
+
+    @property
+    def blocks(self) -> int:
+        """On the diagonal of each side: 1, or of covariances that were cut, how many."""
+        return len(self.Qg.blocks) if isinstance(self.Qg, BlockDiagonal) else 1
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Self:
         """`change` of its tensors."""
-        changed = {name: change(x) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        changed: dict[str, Matrix] = {}
+        for name, x in vars(self).items():
+            if isinstance(x, Tensor):
+                changed[name] = change(x)
+            elif isinstance(x, BlockDiagonal):
+                changed[name] = x.each(change)
         return replace(self, **changed)
 
     def at(self, device: torch.device) -> Self:
         """Itself, on `device`."""
-        here = (x.device == device for x in vars(self).values() if isinstance(x, Tensor))
+        here = (x.device == device for x in vars(self).values() if isinstance(x, Matrix))
         return self if all(here) else self.each(lambda x: x.to(device))
 
     def add_eigenvalues(self, lam_sum: Tensor, g: Tensor, a: Tensor, bias: bool) -> None:
         """lam_sum [O,J] += sum_b (Qg^T G_b Qa)^2."""
-        Qg, Qa, a, bias = self._for(g, a, bias)
-        torch.ops.ekfac_fast.eigenvalues(lam_sum, g, a, Qg, Qa, bias)
+        for rows, columns, operands, ones in self._for(g, a, bias):
+            torch.ops.ekfac_fast.eigenvalues(lam_sum[rows, columns], *operands, ones)
 
     def rotate_back(self, P: Tensor) -> Tensor:
         """P [B,O,J] from the eigenbasis to weight space: Qg P Qa^T."""
@@ -62,10 +74,24 @@ class Eigenvectors:
 
     def _for(
         self, g: Tensor, a: Tensor, bias: bool
-    ) -> tuple[Tensor | None, Tensor | None, Tensor, bool]:
-        """(Qg, Qa, a, bias) for an op, in the dtype of g."""
+    ) -> Iterator[tuple[slice, slice, Operands, bool]]:
+        """(rows, columns) of lam and (g, a, Qg, Qa), bias for an op, in the dtype of g. Blocks are
+        rotated here where that is on tokens, and where it is on the gradient each for itself.
+        """
         Qg, Qa = (x if x is None else x.to(g.dtype) for x in (self.Qg, self.Qa))
-        return (Qg, Qa, with_ones(a, bias), False) if Qa is None else (Qg, Qa, a, bias)
+        if Qa is None:
+            a, bias = with_ones(a, bias), False
+        if self.blocks > 1:
+            by = cheapest_order(Shape(T=g.shape[1], I=a.shape[-1], O=g.shape[-1], bias=bias))
+            if Qg is not None and by in ("tokens", "g_tokens"):
+                g, Qg = g @ Qg, None
+            if Qa is not None and by in ("tokens", "a_tokens"):
+                a, Qa, bias = rotate(a, Qa, bias), None, False
+        I = a.shape[-1]
+        for rows, q in blocks_in(Qg):
+            for columns, p in blocks_in(Qa):
+                last = columns.stop is None or columns.stop > I
+                yield rows, columns, (g[..., rows], a[..., columns], q, p), bias and last
 
 
 @dataclass(frozen=True)
@@ -77,15 +103,23 @@ class Basis(Eigenvectors):
 
     def precondition(self, g: Tensor, a: Tensor, bias: bool) -> Tensor:
         """P [B,O,J] of every sequence, in the eigenbasis."""
-        Qg, Qa, a, bias = self._for(g, a, bias)
-        lam = self.lam.to(wide(g.dtype))
-        return torch.ops.ekfac_fast.precondition(g, a, Qg, Qa, lam, self.damping, bias)
+        lam, P = self.lam.to(wide(g.dtype)), None
+        for rows, columns, operands, ones in self._for(g, a, bias):
+            own = lam[rows, columns]
+            part = torch.ops.ekfac_fast.precondition(*operands, own, self.damping, ones)
+            if own.shape == lam.shape:
+                return part
+            P = lam.new_empty(len(g), *lam.shape) if P is None else P
+            P[:, rows, columns] = part
+        assert P is not None
+        return P
 
     def add_self_influence(self, s: Tensor, g: Tensor, a: Tensor, bias: bool) -> None:
         """s [B] += sum (Qg^T G_b Qa)^2 / (lam + damping)."""
-        Qg, Qa, a, bias = self._for(g, a, bias)
         lam = self.lam.to(wide(g.dtype))
-        torch.ops.ekfac_fast.self_influence(s, g, a, Qg, Qa, lam, self.damping, bias)
+        for rows, columns, operands, ones in self._for(g, a, bias):
+            own = lam[rows, columns]
+            torch.ops.ekfac_fast.self_influence(s, *operands, own, self.damping, ones)
 
     def precondition_gradient(self, G: Tensor) -> Tensor:
         """P of gradients that exist already (sums over a data set): G [B,O,J] -> [B,O,J]."""
@@ -123,7 +157,7 @@ class SharedRotation:
         rotated, left = self._held.pop(owner, (None, readers))
         itself = a.shape[1] >= g.shape[-1]
         if rotated is None and not itself:
-            rotated = rotate_activations(a, basis.Qa.to(a.dtype), bias)
+            rotated = rotate(a, basis.Qa.to(a.dtype), bias)
         # Every reader counts, also one too narrow to want it: the next batch begins anew.
         if left > 1:
             self._held[owner] = (rotated, left - 1)

@@ -4,13 +4,14 @@ C = (sum / count, symmetrised) = Q diag(values) Q^T, values ascending
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..errors import NotFiniteError
+from .blocks import block_rows
 from .memory import free_bytes
 from .threads import spread
 
@@ -36,6 +37,16 @@ class Job:
     count: Tensor
     label: str
 
+    def in_blocks(self, blocks: int) -> list["Job"]:
+        """One job a block on the diagonal, all of them checked."""
+        self.check()
+        if blocks == 1:
+            return [self]
+        return [
+            Job(self.sum[rows, rows], self.count, f"block {i + 1} of {blocks} of {self.label}")
+            for i, rows in enumerate(block_rows(len(self.sum), blocks))
+        ]
+
     def check(self) -> None:
         """NotFiniteError where the sum holds NaN or infinity, or counts no rows."""
         if int(self.count) <= 0:
@@ -54,6 +65,18 @@ class Job:
         """The covariance [J,J], exactly symmetric."""
         cov = self.sum.to(device, dtype) / self.count.to(device)
         return (cov + cov.mT) / 2
+
+
+def united(parts: Iterable[Mapping[str, Tensor]], blocks: int) -> Iterator[Mapping[str, Tensor]]:
+    """`values` and `vectors` of every matrix from those of its diagonal blocks, one after the
+    other.
+    """
+    for own in zip(*[iter(parts)] * blocks, strict=True):
+        if blocks == 1:
+            yield own[0]
+        else:
+            values, vectors = ([x[name] for x in own] for name in ("values", "vectors"))
+            yield {"values": torch.cat(values), "vectors": torch.block_diag(*vectors)}
 
 
 def largest_first(jobs: Sequence[Job]) -> list[int]:

@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .blocks import Matrix
 from .threads import eigh
 
 OVERSAMPLING = 16
@@ -70,7 +71,7 @@ def captured_energy(P: Tensor, L: Tensor, R: Tensor) -> Tensor:
     return torch.where(total > 0, kept / total, 1.0)
 
 
-def rotate_back(L: Tensor, R: Tensor, Qg: Tensor, Qa: Tensor) -> tuple[Tensor, Tensor]:
+def rotate_back(L: Tensor, R: Tensor, Qg: Matrix, Qa: Matrix) -> tuple[Tensor, Tensor]:
     """Thin factors from the eigenbasis to weight space: Qg L [Q,O,K] and R Qa^T [Q,K,J]."""
     # All queries side by side: `Qg @ L` would read Qg once a query.
     Q, O, K = L.shape

@@ -1,4 +1,5 @@
-"""Bases that do not stay on the device: pinned in CPU memory, on their way before their turn.
+"""Bases that do not stay on the device: pinned in CPU memory, on their way before their turn; or
+made of mapped files at every use.
 
 Backward passes meet the layers in the same order in every batch. When one takes its basis, that of
 the layer that came after it in the batch before departs, on a stream of its own, and travels while
@@ -8,6 +9,8 @@ the products of this one run. A wrong guess costs memory and a transfer, never a
 import functools
 import threading
 import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
@@ -70,7 +73,18 @@ class Travelling(Generic[E]):
         return transfer.arrived()
 
 
-def fits(sizes: tuple[int, int], dtype: torch.dtype, device: torch.device) -> bool:
+@dataclass(frozen=True)
+class Mapped(Generic[E]):
+    """What a basis is to its layer, for one in files that are mapped: made anew at every use."""
+
+    make: Callable[[], E]
+
+    def at(self, device: torch.device) -> E:
+        """The basis on `device`, of which nothing stays."""
+        return self.make().at(device)
+
+
+def fits(sizes: tuple[int, int], dtype: torch.dtype, device: torch.device, blocks: int = 1) -> bool:
     """Whether the basis of a layer [O,J] may stay on `device` and leave enough to everything else.
 
     Those that would not wait in CPU memory, as kronfluence's always do, and travel at each use.
@@ -78,11 +92,11 @@ def fits(sizes: tuple[int, int], dtype: torch.dtype, device: torch.device) -> bo
     if device.type != "cuda":
         return True
     O, J = sizes
-    needed = (O * O + J * J) * dtype.itemsize + O * J * wide(dtype).itemsize
+    needed = (O * O + J * J) // blocks * dtype.itemsize + O * J * wide(dtype).itemsize
     return free_bytes(device) - needed > RESERVED_SHARE * torch.cuda.mem_get_info(device)[1]
 
 
 def placed(basis: E, sizes: tuple[int, int], device: torch.device) -> E | Travelling[E]:
     """The basis on `device` for good where it fits, else travelling; `at` asks for either."""
     dtype = basis.Qg.dtype if basis.Qg is not None else torch.float32
-    return basis.at(device) if fits(sizes, dtype, device) else Travelling(basis)
+    return basis.at(device) if fits(sizes, dtype, device, basis.blocks) else Travelling(basis)

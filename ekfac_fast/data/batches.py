@@ -26,6 +26,11 @@ DEVICE_BATCH_TOKENS = 4096
 BATCH_SIZE = 16
 
 
+def default_tokens(device: torch.device) -> int:
+    """`batch_tokens` where none are given."""
+    return BATCH_TOKENS.get(device.type, DEVICE_BATCH_TOKENS)
+
+
 def divided(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     """Indices of the batches: (longest length) x (size) <= batch_tokens, or one example alone.
 
@@ -93,7 +98,7 @@ class Batches:
     ):
         self.dataset, self.size = dataset, _size(dataset, max_examples)
         self.device = next(model.parameters()).device
-        budget = BATCH_TOKENS.get(self.device.type, DEVICE_BATCH_TOKENS)
+        budget = default_tokens(self.device)
         self.batch_tokens = _positive("batch_tokens", batch_tokens, budget)
         self.batch_size = _positive("batch_size", batch_size, BATCH_SIZE)
         choice("on_long", on_long, get_args(OnLongExample))

@@ -21,8 +21,9 @@ from ..model.layer_batch import LayerBatch
 from ..model.layers import Layer
 from ..model.tasks import LanguageModelTask, targets
 from ..model.token_influence import Contracted, TokenPass
+from .consumer import Batch, Consumer
 from .queries import Queries
-from .run import Batch, Consumer, Run, RunArguments, Stage
+from .run import Run, RunArguments, Stage
 
 # A pass and its derivative keep about so many times as much as a scan's pass; on a CPU small
 # batches cost more than memory does.
@@ -90,7 +91,8 @@ def attribute_tokens(
         Stage.DETAIL, layers, consumer.batches(), consumer, loss=consumer.loss,
         capture=consumer.capture,
     )  # fmt: skip
-    return [consumer.found[int(query), int(index)] for query, index in pairs]
+    found = {k: x for part in run.processes.gathered(consumer.found) for k, x in part.items()}
+    return [found[int(query), int(index)] for query, index in pairs]
 
 
 def unattributable(run: Run, layers: Sequence[Layer]) -> str | None:
@@ -103,6 +105,10 @@ def unattributable(run: Run, layers: Sequence[Layer]) -> str | None:
         )
     if run.autocast is not None:
         return f"derivatives of derivatives are not taken under autocast ({run.autocast})"
+    if run.sharded:
+        return (
+            "the model is sharded over processes: it lets go of its weights after one backward pass"
+        )
     doubled = next((x.name for x in layers if x.also), None)
     return None if doubled is None else f"layer {doubled} stands for several modules: leave it out"
 

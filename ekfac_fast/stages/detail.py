@@ -21,8 +21,9 @@ from ..model.layers import Layer
 from ..model.rows import Grid
 from ..store.folder import Pieces, Store
 from .attribution import Attributing, Wanted, unattributable
+from .consumer import Batch, Consumer
 from .outgoing import Outgoing
-from .run import Batch, Consumer, Run, Stage, accumulator
+from .run import Run, Stage, accumulator
 from .scores import DETAIL, HEADS, INPUT, KINDS, TARGET, Scores
 
 PIECES, ATTRIBUTED = "detail", "attributed_detail"
@@ -44,6 +45,7 @@ def explain(
     ranked: TF-IDF candidates of each query, best first.
     attribution: output and input tokens, too; where that cannot be, the reason is kept.
     """
+    run.processes.meet()
     found = Scores(store.folder)
     Q = len(next(iter(gradients.values())))
     sides = [
@@ -59,14 +61,23 @@ def explain(
             wanted.setdefault(index, []).append(q)
     heads = head_parts(run.model, layers)
     reason = unattributable(run, layers) if attribution else None
-    detail = None
-    if attribution and reason is None:
+    attributed = attribution and reason is None
+    if attributed:
         try:
-            detail = _attributed(run, layers, gradients, store, wanted, heads)
+            _attributed(run, layers, gradients, store, wanted, heads)
         except ModelError as error:
             reason = str(error)
-    if detail is None:
-        detail = _passed(run, layers, gradients, store, wanted, heads)
+        reason = next(filter(None, run.processes.gathered(reason)), None)
+        attributed = reason is None
+    if not attributed:
+        _passed(run, layers, gradients, store, wanted, heads)
+    run.processes.meet()
+    if not run.processes.first:
+        return
+    detail: dict[str, Tensor] = {}
+    pieces = store.pieces(ATTRIBUTED if attributed else PIECES)
+    for number in pieces.done:
+        detail |= pieces.read(number)
     for q, pairs in enumerate(sides):
         store.pieces().write(q, _shard(q, pairs, detail, None if ranked is None else ranked[q]))
     order = [[p.layer, p.part, len(p.indices)] for own in heads.values() for p in own]
@@ -86,8 +97,8 @@ def _passed(
     store: Store,
     wanted: Wanted,
     heads: Heads,
-) -> dict[str, Tensor]:
-    """What a pass over the sequences says of layers, tokens and heads."""
+) -> None:
+    """What a pass over the sequences says of layers, tokens and heads, in pieces."""
     indices, pieces = sorted(wanted), store.pieces(PIECES)
     if run.batches.language:
         lengths = [run.batches.lengths[i] for i in indices]
@@ -99,8 +110,7 @@ def _passed(
         ]
     named = [[indices[i] for i in batch] for batch in batches]
     consumer = Details(run, layers, gradients, wanted, pieces, heads)
-    run.each(Stage.DETAIL, layers, named, consumer, done=pieces.done)
-    return _put_together(pieces)
+    run.each(Stage.DETAIL, layers, named, consumer, done=run.processes.told(pieces.done))
 
 
 def _attributed(
@@ -110,7 +120,7 @@ def _attributed(
     store: Store,
     wanted: Wanted,
     heads: Heads,
-) -> dict[str, Tensor]:
+) -> None:
     """The same with output and input tokens.
 
     Raises:
@@ -120,17 +130,9 @@ def _attributed(
     tokens = Attributing(run, layers, gradients, wanted)
     consumer = Details(run, layers, gradients, wanted, pieces, heads, tokens)
     run.each(
-        Stage.DETAIL, layers, tokens.batches(), consumer, done=pieces.done, loss=tokens.loss,
-        capture=tokens.capture,
+        Stage.DETAIL, layers, tokens.batches(), consumer, done=run.processes.told(pieces.done),
+        loss=tokens.loss, capture=tokens.capture,
     )  # fmt: skip
-    return _put_together(pieces)
-
-
-def _put_together(pieces: Pieces) -> dict[str, Tensor]:
-    detail: dict[str, Tensor] = {}
-    for number in pieces.done:
-        detail |= pieces.read(number)
-    return detail
 
 
 def _shard(

@@ -7,16 +7,18 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_json, is_number, listed, path, require
+from ..checks import Whole, check_json, is_number, listed, path, require, whole
 from ..curvature.basis import Basis, heuristic_damping
-from ..curvature.offload import Travelling, placed
+from ..curvature.blocks import block_rows, in_blocks
+from ..curvature.memory import free_bytes
+from ..curvature.offload import Mapped, Travelling, placed
 from ..errors import ArgumentError, NotFiniteError, Notice, StoreError
 from ..model.layers import Layer, select_layers
 from ..ops.shapes import wide
@@ -33,7 +35,9 @@ EIGENVALUES = {
     "activation": "activation_eigenvalues.safetensors",
     "gradient": "gradient_eigenvalues.safetensors",
 }
-SCHEMA = {"model": str, "layers": [str], "shared_parameters": bool}
+# Of the free memory of a CPU, what bases may take.
+SHARE = 0.5
+SCHEMA = {"model": str, "layers": [str], "shared_parameters": bool, "blocks": Whole(1)}
 LAMBDA, LAMBDA_COUNT = "lambda_matrix.safetensors", "num_lambda_processed.safetensors"
 TOKEN_COUNT = "num_activation_covariance_processed.safetensors"
 
@@ -45,40 +49,99 @@ def check_damping(absolute: float | None) -> float | None:
     return None if absolute is None else float(absolute)
 
 
+def blocks_of(facts: Mapping[str, Any] | None) -> int:
+    """The diagonal blocks of factors with these facts; 1 where they say nothing."""
+    return int((facts or {}).get("blocks", 1))
+
+
+def block_facts(blocks: int, layers: Sequence[Layer]) -> dict[str, int]:
+    """What `blocks_of` reads; a `Notice` says how a side is cut that they do not divide.
+
+    Raises:
+        ArgumentError: no whole number, or a side has fewer rows; names the layer and the side.
+    """
+    sides = [(x, what, n) for x in layers for what, n in (("inputs", x.J), ("outputs", x.O))]
+    for layer, what, n in sides:
+        if whole("blocks", blocks) > n:
+            raise ArgumentError(
+                f"blocks is {blocks}, but layer {layer.name} has {n} {what}: give at most "
+                f"{min(n for _, _, n in sides)}, or leave small layers out of `layers`"
+            )
+    uneven = [(x, what, n) for x, what, n in sides if n % blocks]
+    for layer, what, n in uneven[:1]:
+        sizes = [len(range(n)[rows]) for rows in block_rows(n, blocks)]
+        larger = sizes.count(sizes[0])
+        bias = ", the bias's among them," if layer.bias and what == "inputs" else ""
+        warnings.warn(
+            f"{blocks} blocks do not divide {len(uneven)} of {len(sides)} sides: the {n} {what} of "
+            f"{layer.name}{bias} are cut into {larger} of {sizes[0]} and {blocks - larger} of "
+            f"{sizes[-1]}, the others alike",
+            Notice,
+            stacklevel=3,
+        )
+    return {"blocks": blocks} if blocks > 1 else {}
+
+
 @dataclass(frozen=True)
 class LayerFactors:
     """Qa [J,J], Qg [O,O] with eigenvectors in columns, and lam [O,J], the mean over sequences.
 
+    Qa and Qg are zero outside of so many `blocks` on their diagonal. Read from a folder they are
+    the mapped files: only `lam` is memory, while it is used.
+
+    Args:
+        squares: the sum of squared gradients [O,J] over `count` sequences.
+
     Raises:
-        StoreError: shapes disagree; names the layer.
+        StoreError: shapes disagree, or something is not zero there; names the layer.
         NotFiniteError: a value is not finite; names the layer.
     """
 
     name: str
     Qa: Tensor
     Qg: Tensor
-    lam: Tensor
+    squares: Tensor
+    count: int = 1
+    blocks: int = 1
+
+    @property
+    def lam(self) -> Tensor:
+        """The corrected eigenvalues [O,J]."""
+        return self.squares if self.count == 1 else self.squares / self.count
 
     def __post_init__(self) -> None:
-        (O, J), a, g = self.lam.shape, tuple(self.Qa.shape), tuple(self.Qg.shape)
+        (O, J), a, g = self.squares.shape, tuple(self.Qa.shape), tuple(self.Qg.shape)
         if a != (J, J) or g != (O, O):
             raise StoreError(
                 f"layer {self.name}: lam is [{O},{J}] but Qa is {list(a)} and Qg is {list(g)}; "
                 "expected lam [O,J], Qa [J,J], Qg [O,O]"
             )
-        for name in ("Qa", "Qg", "lam"):
-            if not torch.isfinite(getattr(self, name)).all():
+        for name, x in (("Qa", self.Qa), ("Qg", self.Qg), ("lam", self.squares)):
+            if not torch.isfinite(x).all():
                 raise NotFiniteError(
                     f"layer {self.name}: {name} holds NaN or infinity; fit it again"
+                )
+        for name, Q in (("Qa", self.Qa), ("Qg", self.Qg)) if self.blocks > 1 else ():
+            own = sum(Q[rows, rows].count_nonzero() for rows in block_rows(len(Q), self.blocks))
+            if own != Q.count_nonzero():
+                raise StoreError(
+                    f"layer {self.name}: {name} was fitted in {self.blocks} diagonal blocks but is "
+                    "not zero outside of them: its file is another fit's. Fit again"
                 )
 
     def damping(self, absolute: float | None = None) -> float:
         """`absolute`, or a tenth of the mean eigenvalue, at least 1e-8."""
         return heuristic_damping(self.lam) if absolute is None else absolute
 
+    def copied_bytes(self, dtype: torch.dtype) -> int:
+        """What a `basis` takes beside the mapped files."""
+        same = self.Qa.dtype == dtype
+        vectors = 0 if same else self.Qa.numel() + self.Qg.numel()
+        return vectors * dtype.itemsize + self.squares.numel() * wide(dtype).itemsize
+
     def basis(self, damping: float, dtype: torch.dtype) -> Basis:
         """What preconditions gradients of `dtype`."""
-        Qg, Qa = self.Qg.to(dtype), self.Qa.to(dtype)
+        Qg, Qa = (in_blocks(x, self.blocks).to(dtype) for x in (self.Qg, self.Qa))
         return Basis(Qg, Qa, self.lam.to(wide(dtype)), damping)
 
 
@@ -97,7 +160,7 @@ class Factors(Mapping[str, LayerFactors]):
         if self._store and not self._store.finished:
             raise StoreError(f"{folder}: the fit is not finished; run it again to continue")
         if self.facts is not None:
-            check_json(self.facts, SCHEMA, self.folder / MANIFEST, "Fit again")
+            check_json({"blocks": 1} | self.facts, SCHEMA, self.folder / MANIFEST, "Fit again")
         self._counts = self._load(LAMBDA_COUNT)
         if not self._counts:
             raise StoreError(f"{self.folder / LAMBDA_COUNT} holds no layer; fit again")
@@ -122,7 +185,7 @@ class Factors(Mapping[str, LayerFactors]):
             if int(count) <= 0:
                 raise StoreError(f"{self.folder / LAMBDA_COUNT}: layer {name} counts {int(count)}")
         return {
-            n: LayerFactors(n, Qa[n], Qg[n], lam[n] / int(count))
+            n: LayerFactors(n, Qa[n], Qg[n], lam[n], int(count), self.blocks)
             for n, count in self._counts.items()
         }
 
@@ -139,6 +202,11 @@ class Factors(Mapping[str, LayerFactors]):
     def facts(self) -> dict[str, Any] | None:
         """What the factors were fitted from; None where kronfluence or format 1 does not say."""
         return self._store.facts if self._store and self._store.checked else None
+
+    @property
+    def blocks(self) -> int:
+        """Diagonal blocks of every covariance: beyond 1, an approximation of EK-FAC's own."""
+        return blocks_of(self.facts)
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -167,11 +235,11 @@ class Factors(Mapping[str, LayerFactors]):
         shared = bool(self.facts and self.facts["shared_parameters"])
         layers = select_layers(model, list(self._counts), shared=shared)
         for layer in layers:
-            lam = self[layer.name].lam
-            if tuple(lam.shape) != (layer.O, layer.J):
+            sizes = self[layer.name].squares.shape
+            if tuple(sizes) != (layer.O, layer.J):
                 raise ArgumentError(
                     f"layer {layer.name} is [{layer.O},{layer.J}] in the model but the factors in "
-                    f"{self.folder} are {list(lam.shape)}: they belong to another model"
+                    f"{self.folder} are {list(sizes)}: they belong to another model"
                 )
         return layers
 
@@ -209,12 +277,20 @@ def bases(
     damping: Mapping[str, float],
     dtype: torch.dtype,
     device: torch.device,
-) -> dict[str, Basis | Travelling[Basis]]:
-    """What preconditions each layer's gradients of `dtype`, on `device` or on its way there."""
-    return {
-        x.name: placed(factors[x.name].basis(damping[x.name], dtype), (x.O, x.J), device)
-        for x in layers
-    }
+) -> dict[str, Basis | Travelling[Basis] | Mapped[Basis]]:
+    """What preconditions each layer's gradients of `dtype`, on `device` or on its way there.
+
+    On a CPU, those that would take more than a share of the free memory stay in their files.
+    """
+
+    def of(layer: Layer) -> Basis:
+        return factors[layer.name].basis(damping[layer.name], dtype)
+
+    if device.type == "cpu":
+        taken = sum(factors[x.name].copied_bytes(dtype) for x in layers)
+        if taken > SHARE * free_bytes(device):
+            return {x.name: Mapped(partial(of, x)) for x in layers}
+    return {x.name: placed(of(x), (x.O, x.J), device) for x in layers}
 
 
 def tell_of_zeros(found: Iterable[tuple[str, Tensor]], what: str) -> None:

@@ -35,3 +35,11 @@ class Heap:
         order = np.lexsort((ids, -values))[:, : self.values.shape[1]]
         self.values[touched] = torch.from_numpy(np.take_along_axis(values, order, 1))
         self.indices[touched] = torch.from_numpy(np.take_along_axis(ids, order, 1))
+
+    def merge(self, other: "Heap") -> None:
+        """Take in what another heap of the same queries has kept of other sequences."""
+        values = torch.cat([self.values, other.values], 1).numpy()
+        ids = torch.cat([self.indices, other.indices], 1).numpy()
+        order = np.lexsort((ids, -values))[:, : self.values.shape[1]]
+        self.values = torch.from_numpy(np.take_along_axis(values, order, 1))
+        self.indices = torch.from_numpy(np.take_along_axis(ids, order, 1))

@@ -15,9 +15,10 @@ from ..model.layers import Layer
 from ..model.tasks import LanguageModelTask
 from ..ops.gradients import gradients
 from ..ops.shapes import wide
+from .consumer import Batch, Consumer
 from .factors import LayerFactors, bases
 from .outgoing import Outgoing
-from .run import Batch, Consumer, Run
+from .run import Run
 
 # Dense preconditioned gradients of this size exist at a time, before they are truncated.
 DENSE_BYTES = 1 << 30

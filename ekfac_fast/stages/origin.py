@@ -8,7 +8,8 @@ from ..model.capture import Capture
 from ..model.layer_batch import LayerBatch
 
 if TYPE_CHECKING:
-    from .run import Batch, Loss, Run
+    from .consumer import Batch
+    from .run import Loss, Run
 
 
 def origin(run: "Run", capture: Capture, loss: "Loss", batches: Iterable["Batch"]) -> str:

@@ -7,9 +7,10 @@ from typing import TypeVar
 from torch import Tensor
 
 from ..curvature.basis import Basis, Eigenvectors, SharedRotation
+from ..curvature.blocks import rotate as rotated_by
 from ..curvature.query_gradients import LowRank, QueryGradients
 from ..model.layer_batch import LayerBatch
-from ..ops.gradients import cheapest_order, rotate_activations
+from ..ops.gradients import cheapest_order
 from ..ops.shapes import Shape
 
 E = TypeVar("E", bound=Eigenvectors)
@@ -32,7 +33,7 @@ def rotated(
         some = sum(len(members) for members, _ in groups)
         shape = Shape(B=some, T=-(-rows // some), I=layer.I, O=layer.O, bias=bias)
         if cheapest_order(shape) == "tokens":
-            a = seen.spread(rotate_activations(seen.tokens(a), basis.Qa.to(a.dtype), bias))
+            a = seen.spread(rotated_by(seen.tokens(a), basis.Qa.to(a.dtype), bias))
             g = seen.spread(seen.tokens(g) @ basis.Qg.to(g.dtype))
             basis, bias = replace(basis, Qa=None, Qg=None), False
     for members, rows in groups:

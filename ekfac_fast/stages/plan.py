@@ -9,10 +9,13 @@ from torch import Tensor
 
 from .. import ops
 from ..checks import whole
+from ..curvature.blocks import block_rows
 from ..curvature.choice import Contraction, contraction
 from ..curvature.memory import free_bytes
 from ..model.layers import Layer
+from ..ops.gradients import flops as gradient_flops
 from ..ops.shapes import Card, Shape
+from .factors import block_facts
 
 # A dense LAPACK eigendecomposition with vectors, and the share of the GEMM rate that it reaches.
 EIGH_FLOPS, EIGH_SHARE = 9, 0.15
@@ -68,6 +71,7 @@ def plan(
     fit_sequences: int,
     queries: int,
     rank: int | None = 32,
+    blocks: int = 1,
     rate: float | None = None,
 ) -> Plan:
     """Cost of `fit`, `prepare_queries` and `score` for sequences of `tokens` tokens.
@@ -76,27 +80,39 @@ def plan(
         layers: what `select_layers` chose (a model on the meta device will do).
         parameters: of the whole model: a pass costs 4 FLOPs a parameter and token, forward and
             gradient to activations.
+        blocks: diagonal blocks of every covariance, as in `fit`.
         rate: FLOP/s; measured here if None.
     """
     counts = {"sequences": sequences, "tokens": tokens, "fit_sequences": fit_sequences}
     for name, count in (counts | {"queries": queries, "rank": rank or 1}).items():
         whole(name, count)
+    block_facts(blocks, layers)
     rate = rate or gemm_rate()
     # Of experts only those that a token meets run; untracked ones are counted in full.
     idle = sum((1 - x.share) * x.O * x.J for x in layers)
     one_pass = 4 * (parameters - idle) * tokens
     came = {x.name: max(1, round(x.share * tokens)) for x in layers}
 
-    def each(card: Card, count: int, Q: int = 0, K: int = 0) -> float:
-        shapes = (Shape(B=1, T=came[x.name], I=x.I, O=x.O, Q=Q, K=K, bias=x.bias) for x in layers)
-        return count * sum(card.cost(shape).flops for shape in shapes)
+    # Of every side, the rows of its blocks.
+    sides = [
+        (x, [len(range(n)[rows]) for rows in block_rows(n, blocks)])
+        for x in layers
+        for n in (x.J, x.O)
+    ]
+
+    def rotated(card: Card, count: int) -> float:
+        shapes = [Shape(B=1, T=came[x.name], I=x.I, O=x.O, bias=x.bias) for x in layers]
+        saved = (1 - 1 / blocks) * sum(
+            gradient_flops(x) - gradient_flops(x, False, False) for x in shapes
+        )
+        return count * (sum(card.cost(shape).flops for shape in shapes) - saved)
 
     covariances = fit_sequences * sum(
-        ops.covariance.cost(Shape(B=1, T=came[x.name], I=size, bias=bias)).flops
-        for x in layers
-        for size, bias in ((x.I, x.bias), (x.O, False))
+        ops.covariance.cost(Shape(B=1, T=came[x.name], I=size)).flops
+        for x, sizes in sides
+        for size in sizes
     )
-    eigh = EIGH_FLOPS * sum(x.J**3 + x.O**3 for x in layers) / EIGH_SHARE
+    eigh = EIGH_FLOPS * sum(size**3 for _, sizes in sides for size in sizes) / EIGH_SHARE
     scan = 0.0
     ways = []
     for x in layers:
@@ -108,8 +124,8 @@ def plan(
     work = {
         "covariance": covariances + fit_sequences * one_pass,
         "eigendecomposition": eigh,
-        "eigenvalues": each(ops.eigenvalues, fit_sequences) + fit_sequences * one_pass,
-        "queries": each(ops.precondition, queries) + queries * one_pass,
+        "eigenvalues": rotated(ops.eigenvalues, fit_sequences) + fit_sequences * one_pass,
+        "queries": rotated(ops.precondition, queries) + queries * one_pass,
         "scan": scan + sequences * one_pass,
         "scan: forward and backward alone": float(sequences * one_pass),
     }
@@ -125,7 +141,8 @@ def plan(
         tuple(ways),
         stages,
         factor_bytes=2 * covariance_bytes + lambda_bytes,
-        fitting_bytes=2 * (covariance_bytes + lambda_bytes),  # of many batches: a total and a rest
+        # Of many batches: a total and a rest.
+        fitting_bytes=2 * (covariance_bytes // blocks + lambda_bytes),
         query_bytes=query,
         batch_tokens=_batch_tokens(layers, parameters, tokens, query),
         gemm_rate=rate,

@@ -3,36 +3,41 @@
 `Run.each` loads a batch, captures every tracked layer's (a, g), checks the loss, keeps progress,
 reports it and takes the time. A stage is a `Consumer`: what to do with a layer's batch, with the
 end of a batch, and how to keep what has been done. Nothing else knows the order of batches, so
-processes would slice it here, and partitions pass it some of the layers.
+processes slice it here, and partitions pass it some of the layers.
 """
 
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property, partial
-from typing import Any, TypedDict, Unpack
+from pathlib import Path
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
-from ..checks import instance, require, told
-from ..data.batches import Batches, collate
+from ..checks import instance, require, size, told
+from ..curvature.memory import budget, free_bytes, taken_bytes
+from ..data.batches import Batches, collate, default_tokens
 from ..data.choices import OnLongExample
 from ..data.examples import Indexable, tokenized_by
 from ..errors import ArgumentError, DataError, NotFiniteError
 from ..model.alone import alone
 from ..model.capture import Capture
-from ..model.identity import forward_state, model_fingerprint, task_state
+from ..model.identity import forward_state, is_sharded, model_fingerprint, task_state
 from ..model.layer_batch import LayerBatch
 from ..model.layers import Layer
 from ..model.rows import Grid
 from ..model.tasks import LanguageModelTask, Task, checked_task
 from ..ops.shapes import wide
+from ..store.folder import Store
 from .ahead import Ahead
+from .budget import fitting_tokens
+from .consumer import Batch, Consumer
 from .origin import origin
+from .processes import Processes
 
 Progress = Callable[[str, int, int], None]
 Loss = Callable[["Batch"], Tensor]
@@ -62,6 +67,8 @@ class RunArguments(TypedDict, total=False):
     on_long        what becomes of examples longer than the model has positions: "truncate" (the
                    end is cut off and counted) or "refuse"; queries are always refused
     autocast       dtype of the model's passes; sums stay fp32
+    memory         bytes, or "16GiB", that this process may count on beside mapped files; None for
+                   what is free. Smaller batches and layers fitted in parts keep to it
     progress       called with (stage, done, total), tokens where there are tokens
     """
 
@@ -70,45 +77,12 @@ class RunArguments(TypedDict, total=False):
     batch_size: int | None
     on_long: OnLongExample
     autocast: torch.dtype | None
+    memory: int | str | None
     progress: Progress | None
 
 
-@dataclass(frozen=True)
-class Batch:
-    """A batch: its place in the order, its examples, and what the task gets."""
-
-    number: int
-    indices: Sequence[int]
-    inputs: Any
-    grid: Grid
-
-
-class Consumer:
-    """What a stage does with a batch; every method is optional but `add`."""
-
-    def begin(self, batch: Batch) -> None:
-        """Before the pass."""
-
-    def add(self, seen: LayerBatch, batch: Batch) -> None:
-        """One layer of one batch, in the backward pass."""
-        raise NotImplementedError
-
-    def end(self, batch: Batch) -> None:
-        """After the pass."""
-
-    def save(self, done: Collection[int]) -> None:
-        """Make durable what has been done up to here: these batches."""
-
-    def due(self) -> bool:
-        """Whether it is time to."""
-        return False
-
-
 class Run:
-    """A model, a data set and settings: the passes of one stage.
-
-    `ranks` processes would each take every ranks-th batch, beginning with `rank`.
-    """
+    """A model, a data set and settings: the passes of one stage, shared by all `processes`."""
 
     def __init__(
         self,
@@ -117,12 +91,10 @@ class Run:
         arguments: RunArguments,
         *,
         max_examples: int | None = None,
-        rank: int = 0,
-        ranks: int = 1,
     ):
         if unknown := sorted(set(arguments) - RunArguments.__annotations__.keys()):
             raise TypeError(f"unexpected keyword argument {unknown[0]!r}")
-        self.model, self.rank, self.ranks = model, rank, ranks
+        self.model, self.processes = model, Processes()
         instance("model", model, nn.Module, "a torch module")
         self.task: Task = checked_task(arguments.get("task")) or LanguageModelTask()
         self.autocast, self.progress = arguments.get("autocast"), arguments.get("progress")
@@ -130,18 +102,27 @@ class Run:
         require(lowered, "autocast", self.autocast, "torch.bfloat16, torch.float16 or None")
         told("progress", self.progress)
         _check_weights(model)
+        memory, tokens = arguments.get("memory"), arguments.get("batch_tokens")
+        self.memory = None if memory is None else size("memory", memory)
+        if self.memory is not None and tokens is None:
+            most = default_tokens(next(model.parameters()).device)
+            tokens = fitting_tokens(model, self.memory, most)
         self.batches = Batches(
             dataset,
             model,
-            batch_tokens=arguments.get("batch_tokens"),
+            batch_tokens=tokens,
             batch_size=arguments.get("batch_size"),
             max_examples=max_examples,
             on_long=arguments.get("on_long", "truncate"),
         )
         self.device = self.batches.device
+        # Whether each pass is one of all processes together.
+        self.sharded = is_sharded(model)
         # Of a layer's output, so of g: what bases and queries are kept in.
         self.dtype = self.autocast or next(model.parameters()).dtype
         self.seconds: dict[str, float] = {}
+        # Which of how many parts of the layers this is.
+        self.part = (0, 1)
         self.before = 0
         if isinstance(self.task, LanguageModelTask):
             self._check_causal()
@@ -193,6 +174,36 @@ class Run:
             "autocast": str(self.autocast),
         }
 
+    @contextmanager
+    def opened(self, out: str | Path, kind: str, facts: Mapping[str, Any]) -> Iterator[Store]:
+        """A stage's folder, for every process of the run; all go on together when it is closed.
+
+        Raises:
+            ProcessError: another process fails meanwhile, or has other facts; names them.
+        """
+        processes, limit = self.processes, self.memory
+        if limit is None and processes.beside > 1:
+            limit = taken_bytes(self.device) + free_bytes(self.device) // processes.beside
+        rank = {"process": processes.rank, "processes": processes.size}
+        with processes.together(), budget(limit):
+            processes.same(facts, f"{out}")
+            if not processes.first:
+                processes.meet()
+            with Store.open(out, kind=kind, facts=facts, **rank) as store:
+                if processes.first:
+                    processes.meet()
+                yield store
+            processes.meet()
+
+    def planned(self, store: Store) -> list[list[int]]:
+        """The batches of a folder; the first process divides them."""
+        if not self.processes.first:
+            self.processes.meet()
+        batches = store.batches(self.batches.divided)
+        if self.processes.first:
+            self.processes.meet()
+        return batches
+
     def settings(self) -> AbstractContextManager:
         """The model's passes run under these: autocast, or nothing."""
         if self.autocast is None:
@@ -216,9 +227,10 @@ class Run:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
     def report(self, stage: Stage, done: int, total: int) -> None:
-        """Tell the caller how far a stage is."""
-        if self.progress:
-            self.progress(stage.value, done, total)
+        """Tell the caller how far a stage is, in the first process."""
+        part, parts = self.part
+        if self.progress and self.processes.first:
+            self.progress(stage.value, done + part * total, parts * total)
 
     @torch.inference_mode(False)
     def each(
@@ -234,12 +246,12 @@ class Run:
         what: str = "training loss",
         capture: Capture | None = None,
     ) -> None:
-        """Every batch that is not done yet, through the model and the consumer.
+        """Every batch that is not done yet and this process's, through the model and the consumer.
 
         Args:
             layers: those to capture; others cost nothing.
             batches: indices of the examples of each; an empty one only counts as done.
-            done: numbers of batches that are.
+            done: numbers of batches that are, the same in all processes.
             kept: layers of batches that another pass has kept; they take no pass.
             loss: of a batch; None for the training loss with the data's own labels.
             capture: a pass that does more than to capture these layers.
@@ -247,15 +259,15 @@ class Run:
         Raises:
             NotFiniteError: a loss is not, or what a consumer made of it; names where it is from.
         """
-        loss = loss or self.train_loss
+        loss, done = loss or self.train_loss, set(done)
         capture = capture or Capture(self.model, layers, self.swapped)
-        finished = set(done)
         total = sum(map(self.batches.tokens, batches))
-        count = sum(self.batches.tokens(batches[number]) for number in finished)
-        mine = [n for n in range(self.rank, len(batches), self.ranks) if n not in finished]
+        before = sum(self.batches.tokens(batches[number]) for number in done)
+        count, finished, since = self.processes.counter(stage), set[int](), list[int]()
+        mine = self.processes.mine([n for n in range(len(batches)) if n not in done])
         passing = [batches[n] for n in mine if batches[n] and n not in (kept or {})]
+        most = max(self.processes.gathered(len(passing))) if self.sharded else 0
         ahead = Ahead(self.batches, passing)
-        since: list[int] = []
         for place, number in enumerate(mine, 1):
             indices = batches[number]
             since.append(number)
@@ -273,8 +285,11 @@ class Run:
             except NotFiniteError as error:
                 again = (self._batch(n, batches[n]) for n in since if batches[n])
                 raise NotFiniteError(f"{error}{origin(self, capture, loss, again)}") from error
-            count += self.batches.tokens(indices)
-            self.report(stage, count, total)
+            self.report(stage, before + count(self.batches.tokens(indices)), total)
+        # For its weights, a process keeps up with the one that has the most passes.
+        for _ in range(len(passing), most):
+            one = self._batch(0, next(filter(None, batches)))
+            self.captured(capture, one, loss, lambda seen: None)
 
     def _one(
         self,
@@ -383,17 +398,3 @@ def _check_weights(model: nn.Module) -> None:
                 f"weight {name} is on the meta device (offloaded, or never loaded): load the model "
                 "with all of its weights in memory"
             )
-
-
-def floor_seconds(
-    model: nn.Module, dataset: Indexable, layers: Sequence[Layer], **arguments: Unpack[RunArguments]
-) -> float:
-    """Seconds of a forward and gradient-to-activations backward over a scan's batches, no more."""
-    run = Run(model, dataset, arguments)
-    run.each(Stage.SCAN, layers, run.batches.divided(), _Nothing())
-    return run.seconds[Stage.SCAN]
-
-
-class _Nothing(Consumer):
-    def add(self, seen: LayerBatch, batch: Batch) -> None:
-        """Nothing."""

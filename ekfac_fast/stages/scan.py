@@ -28,13 +28,15 @@ from ..store.fingerprint import fingerprint
 from ..store.folder import Store
 from .attribution import thin
 from .candidates import top_candidates
+from .consumer import Batch, Consumer
 from .detail import explain, remove_pieces
 from .factors import Factors, bases, check_damping
 from .heap import Heap
+from .kept import Best, Whole
 from .parts import add_scores, add_self_influence
 from .queries import LayerQueries, Queries
-from .run import Batch, Consumer, Run, RunArguments, Stage, accumulator
-from .scores import HEAP, Scores
+from .run import Run, RunArguments, Stage, accumulator
+from .scores import Scores
 from .trust import trust_in
 
 # Top and lowest sequences of each query whose token and layer detail is worked out; `top_k` says
@@ -102,13 +104,13 @@ def score(
         "detail": detail,
     }
     queries.check_run(facts, "score")
-    with Store.open(out, kind="scores", facts=facts) as store:
+    with run.opened(out, "scores", facts) as store:
         layers = [q.layer for q in queries.layers]
         gradients = None if store.finished else on_device(run, queries)
         if gradients is not None:
             chosen = None if ranked is None else [np.unique(indices) for indices in ranked]
             _scan(run, layers, len(queries), store, chosen, top_k, adding(gradients))
-        later = attribution and store.state.get("attribution") is None
+        later = run.processes.told(attribution and store.state.get("attribution") is None)
         if detail and (later or not store.finished):
             order = ranked if isinstance(candidates, str) else None
             counts = (top_k or DETAILED, 0 if top_k else LOWEST)
@@ -116,13 +118,14 @@ def score(
                 own = thin(run, queries, gradients)
                 explain(run, layers, own, store, counts, order, attribution)
         if store.finished and later:
-            store.update(seconds=Scores(out).stages | run.seconds)
+            store.update(seconds=store.state["seconds"] | run.seconds)
         elif not store.finished:
             asked = {"asked": queries.facts["data"]} if queries.facts else {}
             store.update(trust=trust_in(queries), **asked)
             _finish(store, run)
-        # Not before: a kill between would have them worked out again.
-        remove_pieces(store)
+        if run.processes.first:
+            # Not before: a kill between would have them worked out again.
+            remove_pieces(store)
     return Scores(out)
 
 
@@ -154,7 +157,7 @@ def self_scores(
         "top_k": None,
     }
     factors.check_run(facts, "self_scores")
-    with Store.open(out, kind="self", facts=facts) as store:
+    with run.opened(out, "self", facts) as store:
         if not store.finished:
             dampings = factors.dampings(layers, damping)
             placed = bases(factors, layers, dampings, run.dtype, run.device)
@@ -232,14 +235,17 @@ def _scan(
     add: Callable[[Tensor, LayerBatch], None],
 ) -> None:
     """One pass over the data: add(s [Q,B], LayerBatch) for every layer of every batch."""
-    batches = store.batches(run.batches.divided)
+    batches = run.planned(store)
     scanned = batches
     if chosen is not None:
         wanted = set(np.unique(np.concatenate(chosen)).tolist())
         scanned = [[i for i in indices if i in wanted] for indices in batches]
     consumer = Scan(run, store, Q, batches, chosen, top_k, add)
     run.each(Stage.SCAN, layers, scanned, consumer, done=consumer.done)
-    if lacking := sorted({*range(len(batches))} - {*consumer.counted()}):
+    consumer.collect()
+    if not run.processes.first:
+        return
+    if lacking := sorted({*range(len(batches))} - {*consumer.kept.counted()}):
         raise StoreError(
             f"{store.folder}: {len(lacking)} of {len(batches)} batches (the first is "
             f"{lacking[0]}) are not marked as done, though the scan has come to its end. Run it "
@@ -248,7 +254,10 @@ def _scan(
 
 
 class Scan(Consumer):
-    """Scores of a batch, into the matrix or the heap."""
+    """Scores of a batch, into the matrix or the heap.
+
+    The first process has the matrix; others leave their columns in pieces, and it takes them in.
+    """
 
     def __init__(
         self,
@@ -269,19 +278,15 @@ class Scan(Consumer):
         )
         dtype = accumulator(run.model)
         self.s = torch.zeros(Q, 0, dtype=dtype)
-        self.matrix, self.heap = None, Heap.empty(Q, min(top_k or 0, run.batches.size), dtype)
+        shape, kind = (Q, run.batches.size), "float64" if dtype == torch.float64 else "float32"
+        self.kept: Whole | Best
         if top_k is None:
-            kind = "float64" if dtype == torch.float64 else "float32"
-            self.matrix = store.matrix((Q, run.batches.size), kind)
-            self.matrix.verify(batches)
-            self.done: Collection[int] = self.matrix.done
-            seconds = store.state.get("scan_seconds", 0.0)
+            self.kept = Whole(run.processes, store, batches, shape, kind)
         else:
-            state = store.load_state(HEAP)
-            self.done, seconds = state.done, state.notes.get("seconds", 0.0)
-            if state.tensors:
-                self.heap = Heap(**state.tensors)
-        run.seconds[Stage.SCAN] = seconds
+            empty = Heap.empty(Q, min(top_k, run.batches.size), dtype)
+            self.kept = Best(run.processes, store, empty)
+        self.done = self.kept.done
+        run.seconds[Stage.SCAN] = self.kept.seconds
 
     def begin(self, batch: Batch) -> None:
         """No scores yet."""
@@ -305,18 +310,7 @@ class Scan(Consumer):
             )
         if self.chosen is not None:
             s = torch.where(_membership(self.chosen, indices), s, torch.nan)
-        if self.matrix is None:
-            self.heap.push(s, torch.tensor(indices))
-            return
-        whole = self.batches[batch.number]
-        place = {index: at for at, index in enumerate(whole)}
-        columns = torch.full((len(s), len(whole)), torch.nan, dtype=s.dtype)
-        columns[:, [place[i] for i in indices]] = s
-        self.matrix.write(batch.number, whole, columns)
-
-    def counted(self) -> Collection[int]:
-        """The batches that the folder holds: as they were read and written, not as remembered."""
-        return self.store.load_state(HEAP).done if self.matrix is None else self.matrix.marked()
+        self.kept.take(batch.number, indices, s)
 
     def due(self) -> bool:
         """When the folder's pace says so."""
@@ -324,16 +318,11 @@ class Scan(Consumer):
 
     def save(self, done: Collection[int]) -> None:
         """The matrix and its marks, or the heap."""
-        seconds = self.run.seconds[Stage.SCAN]
-        if self.matrix is None:
-            tensors = {"values": self.heap.values, "indices": self.heap.indices}
-            self.store.save_state(HEAP, tensors, done, {"seconds": seconds})
-            return
-        for number in sorted({*done} - {*self.matrix.done, *self.matrix.pending}):
-            # Nobody's candidate is in it.
-            whole = self.batches[number]
-            self.matrix.write(number, whole, np.full((len(self.s), len(whole)), np.nan))
-        self.store.commit(scan_seconds=seconds)
+        self.kept.save(done, self.run.seconds[Stage.SCAN])
+
+    def collect(self) -> None:
+        """What all processes have scored, in the first."""
+        self.kept.collect(self.run.seconds[Stage.SCAN])
 
 
 def _membership(chosen: list[np.ndarray], indices: Sequence[int]) -> Tensor:

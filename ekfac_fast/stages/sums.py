@@ -8,18 +8,33 @@ from torch import Tensor
 from ..curvature.sums import Sum
 from ..errors import NotFiniteError
 from ..store.folder import State, Store
-from .run import Batch, Consumer, Run, Stage, accumulator
+from .consumer import Batch, Consumer
+from .run import Run, Stage, accumulator
 
 # Batches that are summed before their sum joins the total. A constant: results depend on it.
 BATCHES_A_FOLD = 64
+# The part of a sum that its state keeps beside the rest.
+TOTAL = "total "
 
 
 class Sums(Consumer):
-    """A pass that sums over batches: its sums and the batches in them are one file."""
+    """A pass that sums over batches: its sums and the batches in them are one file.
+
+    Of several processes each has its own, and `collected` adds them up. What a process has summed
+    whose number nobody has any more (a run goes on with fewer) is added then.
+    """
+
+    # Whether what is summed is symmetric.
+    symmetric = False
 
     def __init__(self, run: Run, store: Store, stage: Stage) -> None:
         self.run, self.store, self.stage, self.name = run, store, stage, f"{stage}_state"
         self.state: State = store.load_state(self.name)
+        left = [n for n in store.states(self.name) if n >= run.processes.size]
+        self._left = [n for n in left if n % run.processes.size == run.processes.rank]
+        mine = self.state.done.union(*(store.load_state(self.name, n).done for n in self._left))
+        # Of all processes.
+        self.done: frozenset[int] = frozenset().union(*run.processes.gathered(mine))
         self._batches = len(self.state.done)
         run.seconds[stage] = self.state.notes.get("seconds", 0.0)
         # Of the task's own count, what this pass adds.
@@ -45,8 +60,10 @@ class Sums(Consumer):
         kept, device = self.state.tensors, self.run.device
         if name not in kept:
             return Sum.zero(*shape, dtype=accumulator(self.run.model), device=device)
-        total = kept.get(f"total {name}")
-        return Sum(kept[name].to(device), None if total is None else total.to(device))
+        total = kept.pop(TOTAL + name, None)
+        # Aligned as new memory is: a library rounds otherwise where a sum lies otherwise.
+        rest = kept.pop(name).to(device, copy=True)
+        return Sum(rest, None if total is None else total.to(device, copy=True))
 
     def end(self, batch: Batch) -> None:
         """After so many batches, whatever was killed and continued between: fold."""
@@ -66,12 +83,43 @@ class Sums(Consumer):
                     "overflowed, or is NaN where the loss is not. Look at the model's weights, or "
                     "leave the layer out"
                 )
-        notes = {"seconds": self.run.seconds[self.stage], "edge_draws": self.edge_draws}
+        notes = {"seconds": self.run.seconds[self.stage], "edge_draws": self._drawn}
         kept = {name: x.rest for name, x in sums.items()} | dict(self.counts())
-        kept |= {f"total {name}": x.total for name, x in sums.items() if x.total is not None}
-        self.store.save_state(self.name, kept, done, notes)
+        kept |= {TOTAL + name: x.total for name, x in sums.items() if x.total is not None}
+        self.store.save_state(self.name, kept, self.state.done.union(done), notes)
+
+    def collected(self) -> dict[str, Tensor]:
+        """What all processes have summed and counted, by name, in the first; nothing elsewhere."""
+        processes = self.run.processes
+        found = {name: x.value() for name, x in self.sums().items()} | dict(self.counts())
+        for number in self._left:
+            for name, x in _values(self.store.load_state(self.name, number).tensors).items():
+                found[name] = found[name] + x.to(found[name].device) if name in found else x
+        here = {name: (tuple(x.shape), x.dtype) for name, x in found.items()}
+        names = {name: told for every in processes.gathered(here) for name, told in every.items()}
+        for name, (shape, dtype) in names.items():
+            mine = found.pop(name, None)
+            if mine is None:
+                mine = torch.zeros(shape, dtype=dtype, device=self.run.device)
+            square = len(shape) == 2 and shape[0] == shape[1]
+            total = processes.summed(mine.to(self.run.device), symmetric=square and self.symmetric)
+            if processes.first:
+                found[name] = total
+        return found if processes.first else {}
 
     @property
     def edge_draws(self) -> int:
-        """Labels of this pass that rounding could flip."""
+        """Labels of this pass, in all processes, that rounding could flip."""
+        notes = (self.store.load_state(self.name, n).notes for n in self._left)
+        mine = self._drawn + sum(x.get("edge_draws", 0) for x in notes)
+        return sum(self.run.processes.gathered(mine))
+
+    @property
+    def _drawn(self) -> int:
         return self._edges + self._counted()
+
+
+def _values(kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The sums and counts of a state by name, each rounded once."""
+    sums = {name: Sum(x, kept.get(TOTAL + name)) for name, x in kept.items()}
+    return {name: x.value() for name, x in sums.items() if not name.startswith(TOTAL)}

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..store.folder import Store
+from .factors import blocks_of
 
 if TYPE_CHECKING:
     from .queries import Queries
@@ -34,6 +35,7 @@ class Trust:
 
     rank, energy     of the queries; the least share of a gradient's energy that is kept
     damping          from least to most over layers
+    blocks           on the diagonal of each covariance; beyond 1 the basis is approximate
     refined          how queries were refined, and the largest relative residual that is left
     sparse           share of the top sequences that one or two tokens carry; None without details
     validation       what they were held against, and how well they predicted it
@@ -47,6 +49,7 @@ class Trust:
     residual: float | None
     sparse: float | None = None
     validation: str | None = None
+    blocks: int = 1
 
     @property
     def line(self) -> str:
@@ -54,6 +57,8 @@ class Trust:
         said = ["full rank"] if self.rank is None else [
             f"rank {self.rank} keeps at least {self.energy:.0%} of a gradient's energy"
         ]  # fmt: skip
+        if self.blocks > 1:
+            said.append(basis_of(self.blocks))
         said.append(f"damping {self.least_damping:.2g} to {self.most_damping:.2g}")
         said.append(
             "not refined"
@@ -66,10 +71,15 @@ class Trust:
         return "; ".join(said)
 
 
+def basis_of(blocks: int) -> str:
+    """A basis of so many diagonal blocks, in words."""
+    return f"basis of covariances in {blocks} diagonal blocks, approximate beside the exact one"
+
+
 def trust_in(queries: "Queries") -> dict[str, Any]:
     """What queries say of the scores that they will give, as JSON."""
-    refinement = queries.refinement
-    return {
+    refinement, blocks = queries.refinement, blocks_of(queries.facts)
+    return ({"blocks": blocks} if blocks > 1 else {}) | {
         "rank": queries.rank,
         "energy": min(
             (float(x.energy.min()) for x in queries.layers if len(x.energy)), default=1.0

@@ -8,7 +8,8 @@ from torch import Tensor
 from ..curvature.memory import free_bytes
 from ..model.layer_batch import LayerBatch
 from ..model.layers import Layer
-from .run import Batch, Run
+from .consumer import Batch
+from .run import Run
 
 # Of the free memory, what may wait.
 SHARE = 0.25
@@ -19,7 +20,8 @@ class Waiting(dict[int, list[LayerBatch]]):
 
     def __init__(self, run: Run, layers: list[Layer]) -> None:
         super().__init__()
-        self._room = int(SHARE * free_bytes(run.device))
+        # A sharded model lets its weights go after one backward pass.
+        self._room = 0 if run.sharded else int(SHARE * free_bytes(run.device))
         self._taken: set[int] = set()
         # Rows of experts wait with as many that are none.
         each = (min(1.0, 2 * x.share) * (x.I + x.O) for x in layers)

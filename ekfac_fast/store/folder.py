@@ -106,17 +106,36 @@ class Store:
     `with Store.open(...) as store:` holds the folder for this process alone until the block ends.
     Three kinds of progress, each whole by itself: `pieces`, the columns of a `matrix` (its own
     `done`), and a `save_state` that replaces the one before.
+
+    Where several processes share a run, process 0 opens the folder as one would alone, and then
+    each other one as its own number: it has states of its own and writes pieces, but neither
+    matrices nor the manifest.
     """
 
-    def __init__(self, folder: Path, told: dict[str, Any], pace: Pace | None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        told: dict[str, Any],
+        pace: Pace | None,
+        process: int = 0,
+        processes: int = 1,
+    ) -> None:
         self.folder, self._manifest, self._pace = folder, told, pace
+        self.process, self._processes = process, processes
         self._matrices: dict[str, Matrix] = {}
         self._release: Callable[[], Any] | None = None
         self._held = ExitStack()
 
     @classmethod
     def open(
-        cls, folder: str | Path, *, kind: str, facts: Mapping[str, Any], seconds: float = 1.0
+        cls,
+        folder: str | Path,
+        *,
+        kind: str,
+        facts: Mapping[str, Any],
+        seconds: float = 1.0,
+        process: int = 0,
+        processes: int = 1,
     ) -> "Store":
         """Start a folder, or continue one of the same kind and facts (JSON values).
 
@@ -127,7 +146,8 @@ class Store:
         new = json.loads(json.dumps(facts, allow_nan=False))  # tuples become lists, as on disk
         with writing(folder / manifest.MANIFEST, 4096):
             folder.mkdir(parents=True, exist_ok=True)
-            lock = os.open(folder / manifest.LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
+            own = folder / _of(manifest.LOCK, process)
+            lock = os.open(own, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it on any death
         except OSError as error:
@@ -140,8 +160,12 @@ class Store:
             ) from None
         _locks.add(lock)
         try:
-            remove_abandoned(folder)
-            store = cls(folder, manifest.begin(folder, kind, new), Pace(seconds))
+            if process == 0:
+                remove_abandoned(folder)
+                told = manifest.begin(folder, kind, new, processes)
+            else:
+                told = manifest.read(folder, kind)
+            store = cls(folder, told, Pace(seconds), process, processes)
         except BaseException:
             _unlock(lock)
             raise
@@ -167,10 +191,12 @@ class Store:
         """Torch on as many threads as the folder was begun on; a Notice where it had others.
 
         PyTorch's and the libraries' sums round otherwise under another number of threads: a run
-        that was killed ends as one that nobody disturbed.
+        that was killed ends as one that nobody disturbed. On another number of processes it could
+        not.
         """
         now = torch.get_num_threads()
-        began = self.state.get("threads", now)
+        alike = self.state.get("processes", 1) == self._processes
+        began = self.state.get("threads", now) if alike else now
         if began != now:
             warnings.warn(
                 f"{self.folder} was begun on {began} threads and is continued on as many, not on "
@@ -237,7 +263,8 @@ class Store:
     def _save_manifest(self, **changes: Any) -> None:
         self.check_writable()
         told = self._manifest | changes
-        save_json(self.folder / manifest.MANIFEST, told)
+        if self.process == 0:
+            save_json(self.folder / manifest.MANIFEST, told)
         self._manifest = told
 
     def batches(self, divide: Callable[[], list[list[int]]] | None = None) -> list[list[int]]:
@@ -293,14 +320,14 @@ class Store:
         with self.check_writable().measured():
             batches = torch.tensor(sorted(done), dtype=torch.int64)
             save_tensors(
-                self.folder / f"{name}.safetensors",
+                self._state(name, self.process),
                 {**{f"sum {key}": x for key, x in tensors.items()}, "done": batches},
                 {"notes": json.dumps(dict(notes or {}))},
             )
 
-    def load_state(self, name: str) -> State:
-        """The last `save_state`, empty before the first."""
-        path = self.folder / f"{name}.safetensors"
+    def load_state(self, name: str, process: int | None = None) -> State:
+        """The last `save_state` of this process, or of another; empty before the first."""
+        path = self._state(name, self.process if process is None else process)
         if not path.exists():
             return State()
         tensors, metadata = load_noted(path, ours=self.checked)
@@ -311,10 +338,26 @@ class Store:
         named = {key.removeprefix("sum "): x for key, x in tensors.items()}
         return State(named, done, json.loads(metadata["notes"]))
 
-    def remove_state(self, name: str) -> None:
-        """Delete a state that is no longer needed."""
+    def states(self, name: str) -> list[int]:
+        """The processes that have saved a state of that name, ascending."""
+        pattern = re.compile(rf"{re.escape(name)}(?:-(\d+))?\.safetensors")
+        found = (pattern.fullmatch(path.name) for path in self.folder.iterdir())
+        return sorted(int(match[1] or 0) for match in found if match)
+
+    def remove_state(self, name: str, *, others: bool = False) -> None:
+        """Delete a state that is no longer needed, whoever saved it, or only those of others."""
         self.check_writable()
-        (self.folder / f"{name}.safetensors").unlink(missing_ok=True)
+        for process in self.states(name):
+            if not others or process != self.process:
+                self._state(name, process).unlink(missing_ok=True)
+
+    def _state(self, name: str, process: int) -> Path:
+        return self.folder / f"{_of(name, process)}.safetensors"
+
+
+def _of(name: str, process: int) -> str:
+    """What a process calls its own; of process 0 as of one that is alone."""
+    return f"{name}-{process}" if process else name
 
 
 def _unlock(lock: int) -> None:

@@ -26,7 +26,8 @@ SCHEMA = {
 STATE: dict[str, Any] = {
     "seconds": ({str: float}, float), "scan_seconds": float, "sequences": Whole(1),
     "truncated": Whole(), "without_targets": Whole(), "edge_draws": ({str: Whole()}, Whole()),
-    "shared": {str: str}, "threads": Whole(1), "parameters": [Whole(1)],
+    "shared": {str: str}, "threads": Whole(1), "processes": Whole(1), "partitions": [[str]],
+    "parameters": [Whole(1)],
     "asked": str, "validation": str,
     "trust": {"rank": (Whole(1), None), "energy": float, "least_damping": float,
               "most_damping": float, "refined": (str, None), "residual": (float, None)},
@@ -60,7 +61,7 @@ def read(folder: Path, kind: str | None) -> dict[str, Any]:
     return manifest
 
 
-def begin(folder: Path, kind: str, facts: dict[str, Any]) -> dict[str, Any]:
+def begin(folder: Path, kind: str, facts: dict[str, Any], processes: int = 1) -> dict[str, Any]:
     """The manifest of a locked folder: checked against the facts, or new."""
     if (folder / MANIFEST).exists():
         manifest = read(folder, None)
@@ -98,7 +99,7 @@ def begin(folder: Path, kind: str, facts: dict[str, Any]) -> dict[str, Any]:
             "torch": torch.__version__,
         },
         "facts": facts,
-        "state": {"threads": torch.get_num_threads()},
+        "state": {"threads": torch.get_num_threads(), "processes": processes},
         "finished": None,
     }
     save_json(folder / MANIFEST, manifest)

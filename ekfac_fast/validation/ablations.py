@@ -2,8 +2,6 @@
 
 K-FAC       the same eigenvectors; lam = T lam_g lam_a^T, products of covariances' eigenvalues
 diagonal    no eigenvectors; lam = mean over sequences of G^2, the Fisher's diagonal in parameters
-blocks      eigenvectors of covariances without the correlations between blocks of a layer's
-            inputs, and of its outputs (Grosse et al. 2023, Section 2.2: large models)
 Shampoo     eigenvectors of sum_b G_b G_b^T and sum_b G_b^T G_b of sequences' gradients
 
 All but K-FAC have eigenvalues corrected in their basis, lam = mean over sequences of (Qg^T G Qa)^2,
@@ -19,7 +17,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from ..checks import path, whole
+from ..checks import path
 from ..curvature.basis import Eigenvectors
 from ..curvature.eigen import eigendecomposition
 from ..curvature.sums import Sum
@@ -28,6 +26,7 @@ from ..errors import StoreError
 from ..model.layer_batch import LayerBatch
 from ..model.layers import Layer, select_layers
 from ..ops.gradients import gradients
+from ..stages.consumer import Batch
 from ..stages.factors import (
     EIGENVALUES,
     EIGENVECTORS,
@@ -36,8 +35,9 @@ from ..stages.factors import (
     TOKEN_COUNT,
     Factors,
 )
-from ..stages.fit import COVARIANCE_DRAW, EIGENVALUE_DRAW, Eigenvalues
-from ..stages.run import Batch, Run, RunArguments, Stage, accumulator
+from ..stages.fit import COVARIANCE_DRAW, EIGENVALUE_DRAW
+from ..stages.moments import Eigenvalues
+from ..stages.run import Run, RunArguments, Stage, accumulator
 from ..stages.sums import Sums
 from ..store.files import load_tensors, save_tensors
 from ..store.folder import Store
@@ -94,40 +94,6 @@ def diagonal_factors(
 
 
 @torch.inference_mode(False)
-def blocked_factors(
-    model: nn.Module,
-    dataset: Indexable,
-    factors: Factors,
-    blocks: int,
-    *,
-    out: str | Path,
-    **arguments: Unpack[RunArguments],
-) -> Factors:
-    """EK-FAC of covariances in `blocks` blocks a side: one is `fit`'s.
-
-    Args:
-        factors: of `fit`, on the same model and data: their covariances are taken.
-        blocks: contiguous and as equal as can be; of the inputs of a layer the last has the bias.
-    """
-    whole("blocks", blocks)
-    tracked, run = select_layers(model, list(factors)), Run(model, dataset, arguments)
-
-    def of_blocks(store: Store) -> Vectors:
-        return {
-            side: {
-                name: _eigenvectors(cov, blocks)
-                for name, cov in load_tensors(
-                    factors.folder / f"{side}_covariance.safetensors", ours=True
-                ).items()
-            }
-            for side in EIGENVECTORS
-        }
-
-    facts = {"strategy": "blocks", "blocks": blocks, "covariances": factors.identity}
-    return _corrected(run, tracked, path("out", out), facts, of_blocks)
-
-
-@torch.inference_mode(False)
 def shampoo_factors(
     model: nn.Module,
     dataset: Indexable,
@@ -179,11 +145,9 @@ def _size(side: str, layer: Layer) -> int:
     return layer.J if side == "activation" else layer.O
 
 
-def _eigenvectors(cov: Tensor, blocks: int = 1) -> Tensor:
-    """Of a covariance's blocks on the diagonal, in columns, in its dtype."""
-    parts = torch.arange(len(cov)).tensor_split(blocks)
-    found = [eigendecomposition(cov[p][:, p].double())[1] for p in parts if len(p)]
-    return torch.block_diag(*found).to(cov.dtype)
+def _eigenvectors(cov: Tensor) -> Tensor:
+    """In columns, in its dtype."""
+    return eigendecomposition(cov.double())[1].to(cov.dtype)
 
 
 def _corrected(

@@ -24,8 +24,9 @@ from ..model.layer_batch import LayerBatch
 from ..model.layers import Layer, select_layers
 from ..ops.shapes import wide
 from ..stages.candidates import top_candidates
+from ..stages.consumer import Batch, Consumer
 from ..stages.measured import Gradients
-from ..stages.run import Batch, Consumer, Run, RunArguments, Stage, accumulator
+from ..stages.run import Run, RunArguments, Stage, accumulator
 from ..stages.scan import adding
 
 # Robertson's: saturation of a term's count, share of the length that counts.

@@ -1,0 +1,56 @@
+"""A fit in parts: each is one of some layers, in a folder of its own; together they are one's.
+
+Labels, batches and passes of a part are those of all layers, and so are its factors.
+"""
+
+import shutil
+from collections import Counter
+from pathlib import Path
+
+from torch import Tensor
+
+from ..store.files import load_json, load_tensors, save_json, save_tensors
+from ..store.folder import Store
+from .factors import EIGENVALUES, EIGENVECTORS, LAMBDA, LAMBDA_COUNT
+
+ARGUMENTS = "factor_arguments.json"
+FILES = (
+    *(f"{side}_covariance.safetensors" for side in EIGENVECTORS),
+    *(f"num_{side}_covariance_processed.safetensors" for side in EIGENVECTORS),
+    *EIGENVECTORS.values(),
+    *EIGENVALUES.values(),
+    LAMBDA,
+    LAMBDA_COUNT,
+)
+
+
+def part_folder(store: Store, number: int) -> Path:
+    """Where a part is fitted."""
+    return store.folder / f"partition-{number}"
+
+
+def put_together(store: Store, parts: int) -> None:
+    """The files of all parts as one's, each written before those it is made of go.
+
+    Mapped on either side: hardly anything of them is in memory at a time.
+    """
+    folders = [part_folder(store, number) for number in range(parts)]
+    for name in FILES:
+        if not (store.folder / name).exists():
+            whole: dict[str, Tensor] = {}
+            for folder in folders:
+                whole |= load_tensors(folder / name, ours=True)
+            save_tensors(store.folder / name, whole)
+        for folder in folders:
+            (folder / name).unlink(missing_ok=True)
+    states = [Store.load(folder).state for folder in folders]
+    save_json(store.folder / ARGUMENTS, load_json(folders[0] / ARGUMENTS), checksum=False)
+    seconds = Counter[str]()
+    for state in states:
+        seconds.update(state["seconds"])
+    tracked = sum(state["parameters"][0] for state in states)
+    # Every part draws the same labels.
+    common = {n: states[0][n] for n in ("sequences", "truncated", "without_targets", "edge_draws")}
+    store.finish(seconds=dict(seconds), parameters=[tracked, states[0]["parameters"][1]], **common)
+    for folder in folders:
+        shutil.rmtree(folder)

@@ -1,0 +1,169 @@
+"""The processes that share a run: those of torch.distributed's default group, or this one alone.
+
+Every one of them calls the same stages with the same arguments, takes its part of the batches, and
+gets the same results. What they exchange is little: who has done which batches, sums at the end of
+a pass. The first writes what a stage comes to.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import Error, ProcessError
+from ..store.fingerprint import differences
+
+T = TypeVar("T")
+# Rows of a symmetric matrix that travel at a time, from the diagonal on.
+ROWS = 512
+FAILED = "ekfac_fast/failed"
+# Meetings of this process so far: the same number in all of them.
+_meetings = 0
+
+
+class Processes:
+    """This process, `rank` of `size`, and what it does together with the others.
+
+    `meet`, `gathered`, `told`, `same` and `summed` wait for all processes, and raise `ProcessError`
+    where one of them has failed.
+    """
+
+    def __init__(self) -> None:
+        there = dist.is_available() and dist.is_initialized()
+        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if there else (0, 1)
+        # The group's own keys and counters: to ask them waits for nobody.
+        self._keys = dist.distributed_c10d._get_default_store() if self.size > 1 else None
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes results."""
+        return self.rank == 0
+
+    @property
+    def beside(self) -> int:
+        """How many of them are on this machine, as torchrun says; else all."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.size)) if self.size > 1 else 1
+
+    def mine(self, items: Sequence[T]) -> Sequence[T]:
+        """This process's part: every `size`-th."""
+        return items[self.rank :: self.size]
+
+    def shared_out(self, costs: Sequence[float]) -> list[int]:
+        """This process's part of jobs by their costs, in order: each goes to who has least yet."""
+        loads, part = [0.0] * self.size, []
+        for job, cost in enumerate(costs):
+            least = loads.index(min(loads))
+            loads[least] += cost
+            part += [job] if least == self.rank else []
+        return part
+
+    def meet(self) -> None:
+        """Go on when all are here."""
+        if self._keys is None:
+            return
+        global _meetings
+        _meetings += 1
+        place, wait = f"ekfac_fast/meeting {_meetings}", 0.001
+        came = self._add(place, 1)
+        while came < self.size:
+            self.check()
+            time.sleep(wait)
+            came, wait = self._add(place, 0), min(2 * wait, 0.1)
+
+    def check(self) -> None:
+        """ProcessError with its message where another process has failed; waits for nobody."""
+        if self._keys is not None and self._keys.check([FAILED]):
+            raise ProcessError(self._keys.get(FAILED).decode())
+
+    def counter(self, what: str) -> Callable[[int], int]:
+        """Adds to a counter of all processes, which begins at 0, and says what it has come to.
+
+        To add waits for nobody, and `check`s.
+        """
+        if self._keys is None:
+            steps = [0]
+
+            def alone(more: int) -> int:
+                steps[0] += more
+                return steps[0]
+
+            return alone
+        name = f"ekfac_fast/{_meetings} {what}"
+
+        def counted(more: int) -> int:
+            self.check()
+            return self._add(name, more)
+
+        return counted
+
+    def _add(self, name: str, more: int) -> int:
+        assert self._keys is not None
+        try:
+            return self._keys.add(name, more)
+        except RuntimeError as error:
+            raise ProcessError(
+                f"process {self.rank} of {self.size} can no longer reach the others ({error}): one "
+                "of them has ended. Look at what it said, and start all again: they continue"
+            ) from error
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Around what only all can finish: where one fails, the others do, with its message."""
+        try:
+            yield
+        except ProcessError:
+            raise
+        except BaseException as error:
+            if self._keys is not None and not self._keys.check([FAILED]):
+                kind = "" if isinstance(error, Error) else f"{type(error).__name__}: "
+                self._keys.set(FAILED, f"process {self.rank} of {self.size}: {kind}{error}")
+            raise
+
+    def gathered(self, value: T) -> list[T]:
+        """The value of every process, in their order."""
+        if self.size == 1:
+            return [value]
+        self.meet()
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    def told(self, value: T) -> T:
+        """The first process's value."""
+        found: list[Any] = self.gathered(value if self.first else None)
+        return found[0]
+
+    def same(self, facts: Mapping[str, Any], what: str) -> None:
+        """ProcessError that names each fact in which a process differs from the first."""
+        for rank, theirs in enumerate(every := self.gathered(dict(facts))):
+            if lines := list(differences(every[0], theirs)):
+                raise ProcessError(
+                    f"{what}: process {rank} has another run than process 0:\n"
+                    + "\n".join(x.replace(": stored ", ": process 0 ", 1) for x in lines)
+                    + f"\n(now: process {rank}). Give all processes the same model, data and "
+                    "arguments"
+                )
+
+    def summed(self, x: Tensor, *, symmetric: bool = False) -> Tensor:
+        """The sum over processes, in the first; elsewhere nothing that means anything.
+
+        In place. Of a symmetric matrix hardly more than one triangle travels.
+        """
+        if self.size == 1:
+            return x
+        self.meet()
+        if not symmetric:
+            dist.reduce(x, 0)
+            return x
+        for start in range(0, len(x), ROWS):
+            stop = start + ROWS
+            part = x[start:stop, start:].contiguous()
+            dist.reduce(part, 0)
+            if self.first:
+                x[start:stop, start:] = part
+                x[stop:, start:stop] = part[:, ROWS:].mT
+        return x

@@ -1,0 +1,128 @@
+"""A program that starts jobs in several processes: forked where all is imported already.
+
+A line of standard input asks for one; the answer is what each process ended with.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from dense_ekfac import VOCABULARY, asked, corpus, gpt2, llama
+from test_experts import MIXTRAL
+from test_model_families import made
+from torch.distributed.fsdp import fully_shard
+
+from ekfac_fast import fit, prepare_queries, score, self_scores
+from ekfac_fast.errors import Error
+from ekfac_fast.stages.processes import Processes
+from ekfac_fast.store import folder
+
+MODELS = {
+    "gpt2": gpt2,
+    "gpt2 fp64": lambda: gpt2(torch.float64),
+    "llama": llama,
+    "llama fp64": lambda: llama(torch.float64),
+    "mixtral fp64": lambda: made("Mixtral", **MIXTRAL),
+}
+
+
+def transformer_blocks(network: torch.nn.Module) -> torch.nn.ModuleList:
+    return next(x for x in network.modules() if isinstance(x, torch.nn.ModuleList))
+
+
+def job(
+    out: Path, model: str, examples: int = 13, batch_tokens: int = 40, **changed: object
+) -> None:
+    """Every stage, into folders below `out`.
+
+    changed: "other data", in a process of that number; "broken", an example whose loss is NaN;
+    "sharded", the weights over all processes, by blocks.
+    """
+    rank = Processes().rank
+    network, data, questions = MODELS[model]().eval(), corpus(examples), asked(3)
+    if "sharded" in changed:
+        for block in transformer_blocks(network):
+            fully_shard(block)
+        fully_shard(network)
+    if changed.get("other data") == rank:
+        data = corpus(examples, seed=7)
+    if "broken" in changed:
+        for index, example in enumerate(data):
+            ids = [VOCABULARY - 2 if i == VOCABULARY - 1 else i for i in example["input_ids"]]
+            example["input_ids"] = [VOCABULARY - 1, *ids] if index == changed["broken"] else ids
+        with torch.no_grad():
+            network.get_input_embeddings().weight[VOCABULARY - 1] = torch.nan
+    settings = {"batch_tokens": batch_tokens}
+    factors = fit(network, data, out=out / "fit", **settings)
+    # Rounding may choose another of two nearly equal singular values.
+    settings["rank"] = 4 if "fp64" in model else None
+    held = prepare_queries(network, factors, questions, **settings)
+    kept = prepare_queries(network, factors, questions, out=out / "queries", **settings)
+    for x, y in zip(held.layers, kept.layers, strict=True):
+        assert torch.equal(x.dense(), y.dense())
+    if "sharded" not in changed:
+        refined = {"refine": "cg:2", "dataset": data, "refine_examples": 3}
+        prepare_queries(network, factors, questions, out=out / "cg", **refined, **settings)
+    del settings["rank"]
+    score(network, kept, data, out=out / "scores", per_token=True, **settings)
+    score(network, kept, data, out=out / "heap", top_k=3, **settings)
+    some = {"candidates": [[0, 1], [2], [examples - 1]]}
+    score(network, kept, data, out=out / "some", **some, **settings)
+    self_scores(network, factors, data, out=out / "self", **settings)
+    if "sharded" in changed:
+        assert all(p.requires_grad and p.grad is None for p in network.parameters())
+        with pytest.raises(Error, match="sharded"):  # ProcessError in those that come later
+            prepare_queries(network, factors, questions, refine="cg:2", dataset=data, **settings)
+
+
+def process(rank: int, size: int, meeting: str, out: str, arguments: dict) -> None:
+    """One of `size`; ends with what the exception said in `out`."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    folder.Pace.due = property(lambda self: True)
+    if size > 1:
+        dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=size)
+    try:
+        job(Path(out), **arguments)
+        os._exit(0)
+    except BaseException as error:
+        known = isinstance(error, Error)
+        told = f"{'' if known else 'unexpected: '}{type(error).__name__}: {error}"
+        Path(f"{out}.error-{rank}").write_text(told)
+        os._exit(1)
+
+
+def together(size: int, meeting: str, kill: list | None, more: list) -> list[int]:
+    """Like torchrun: where one process ends badly, so do the others."""
+    children = []
+    for rank in range(size):
+        children.append(os.fork())
+        if not children[-1]:
+            process(rank, size, meeting, *more)
+    start, codes = time.monotonic(), {}
+    while len(codes) < size:
+        if kill and time.monotonic() - start > kill[1]:
+            os.kill(children[kill[0]], signal.SIGKILL)
+            kill = None
+        child, status = os.waitpid(-1, os.WNOHANG)
+        if not child:
+            time.sleep(0.005)
+            continue
+        rank = children.index(child)
+        codes[rank] = os.waitstatus_to_exitcode(status)
+        if codes[rank] < 0:
+            for other in {*range(size)} - codes.keys():
+                os.kill(children[other], signal.SIGKILL)
+    return [codes[rank] for rank in range(size)]
+
+
+if __name__ == "__main__":
+    for line in sys.stdin:
+        print(json.dumps(together(**json.loads(line))), flush=True)

@@ -1,0 +1,170 @@
+"""A memory budget changes how a job is done, not what it comes to: layers in parts, bases in files,
+smaller batches.
+"""
+
+import pytest
+import torch
+from dense_ekfac import asked, corpus, gpt2, llama
+from test_experts import MIXTRAL
+from test_model_families import made
+
+from ekfac_fast import fit, prepare_queries, score, self_scores
+from ekfac_fast.checks import size
+from ekfac_fast.curvature.memory import budget, free_bytes, taken_bytes
+from ekfac_fast.curvature.offload import Mapped
+from ekfac_fast.errors import ArgumentError
+from ekfac_fast.model.layers import select_layers
+from ekfac_fast.stages import budget as budgets
+from ekfac_fast.stages import factors as factors_module
+from ekfac_fast.stages import fit as fitting
+from ekfac_fast.stages.budget import fitting_bytes, fitting_tokens, partitions
+from ekfac_fast.store.files import load_tensors
+
+CPU = torch.device("cpu")
+
+
+def whole_job(model, out, **more):
+    """Factors, scores and self-scores."""
+    data = corpus(12)
+    factors = fit(model, data, out=out / "fit", batch_tokens=60, **more)
+    queries = prepare_queries(model, factors, asked(2), rank=4, **more)
+    scores = score(model, queries, data, out=out / "scores", batch_tokens=60, **more)
+    return factors, scores, self_scores(model, factors, data, out=out / "self", **more)
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """So little memory that a fit takes at least `count` parts, and no basis is kept."""
+
+    def of(model, count):
+        layers = select_layers(model)
+        size = next(model.parameters()).element_size()
+        every = [fitting_bytes(x, size) for x in layers]
+        room = max(max(every), sum(every) // count)
+        monkeypatch.setattr(fitting, "free_bytes", lambda device: int(room / budgets.SUMS))
+        monkeypatch.setattr(factors_module, "free_bytes", lambda device: 0)
+
+    return of
+
+
+@pytest.mark.parametrize("kind", [gpt2, llama, lambda: made("Mixtral", **MIXTRAL)])
+def test_in_parts_everything_is_bitwise_the_same(kind, tmp_path, short):
+    model = kind().eval()
+    whole = whole_job(model, tmp_path / "whole")
+    short(model, 3)
+    parts = whole_job(model, tmp_path / "parts")
+    assert len(parts[0]._store.state["partitions"]) >= 2
+    layers = parts[0].layers(model)
+    dampings = parts[0].dampings(layers, None)
+    held = factors_module.bases(parts[0], layers, dampings, torch.float32, CPU)
+    assert all(isinstance(basis, Mapped) for basis in held.values())
+    assert parts[0].identity == whole[0].identity
+    left = {path.name for path in (tmp_path / "parts" / "fit").iterdir()}
+    assert left == {path.name for path in (tmp_path / "whole" / "fit").iterdir()}
+    for path in (tmp_path / "whole" / "fit").glob("*.safetensors"):
+        got, want = load_tensors(tmp_path / "parts" / "fit" / path.name), load_tensors(path)
+        assert got.keys() == want.keys()
+        assert all(torch.equal(got[name], want[name]) for name in want), path.name
+    for ours, theirs in zip(parts[1:], whole[1:], strict=True):
+        assert (ours.matrix == theirs.matrix).all()
+    states = [f._store.state for f in (parts[0], whole[0])]
+    same = ("sequences", "truncated", "without_targets", "edge_draws", "parameters")
+    assert [states[0][n] for n in same] == [states[1][n] for n in same]
+    assert states[0]["seconds"].keys() == states[1]["seconds"].keys()
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_a_fit_in_parts_is_continued_in_the_same_parts(tmp_path, short, monkeypatch):
+    """Stopped after a part, and while the parts are put together; with other memory meanwhile."""
+    model, data = llama().eval(), corpus(12)
+    whole = fit(model, data, out=tmp_path / "whole", batch_tokens=60)
+    short(model, 3)
+
+    def stop(stage, done, total):
+        if stage == "eigenvalue" and 2 * done >= total:
+            raise Stopped
+
+    out, settings = tmp_path / "parts", {"batch_tokens": 60}
+    with pytest.raises(Stopped):
+        fit(model, data, out=out, progress=stop, **settings)
+    begun = {path.name for path in out.iterdir() if path.is_dir()}
+    assert begun
+    monkeypatch.undo()
+    saved = []
+
+    def save(path, tensors):
+        saved.append(path)
+        if len(saved) == 4:
+            raise Stopped
+        save_tensors(path, tensors)
+
+    from ekfac_fast.stages import partitions as parts
+    from ekfac_fast.stages.partitions import save_tensors
+
+    monkeypatch.setattr(parts, "save_tensors", save)
+    with pytest.raises(Stopped):
+        fit(model, data, out=out, **settings)
+    monkeypatch.undo()
+    again = fit(model, data, out=out, **settings)
+    assert not [path for path in out.iterdir() if path.is_dir()]
+    for name in whole:
+        assert torch.equal(again[name].lam, whole[name].lam)
+        assert torch.equal(again[name].Qa, whole[name].Qa)
+
+
+def test_parts_are_even_and_keep_modules_together():
+    layers = select_layers(llama())
+    bytes_of = [fitting_bytes(x, 4) for x in layers]
+    (one,) = partitions(layers, sum(bytes_of), 4)
+    assert one == layers
+    two = partitions(layers, sum(bytes_of) - 1, 4)
+    assert [[x.name for x in some] for some in two] == [
+        [x.name for x in layers if f".{block}." in x.name] for block in (0, 1)
+    ]
+    alone = partitions(layers, max(bytes_of), 4)
+    assert [x for some in alone for x in some] == layers
+    assert all(sum(fitting_bytes(x, 4) for x in some) <= max(bytes_of) for some in alone)
+    with pytest.raises(ArgumentError, match=r"layer model\.layers\.0\.mlp\.\w+ takes .* bytes"):
+        partitions(layers, max(bytes_of) - 1, 4)
+
+
+def test_a_budget_bounds_what_is_free():
+    free, taken = free_bytes(CPU), taken_bytes(CPU)
+    assert 0 < taken < free
+    with budget(taken + (64 << 20)):
+        assert 0 < free_bytes(CPU) <= 64 << 20
+        held = torch.ones(40 << 18)
+        assert free_bytes(CPU) <= 32 << 20
+        with budget(1):
+            assert free_bytes(CPU) == 0
+        del held
+    assert free_bytes(CPU) > free // 2
+
+
+def test_a_batch_fits_beside_the_weights(tmp_path):
+    model = gpt2()
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    few = fitting_tokens(model, weights + 400_000, 1024)
+    assert 1 <= few < 1024 == fitting_tokens(model, 1 << 30, 1024)
+    with pytest.raises(ArgumentError, match=f"the model's weights alone are {weights:,}"):
+        fitting_tokens(model, weights, 1024)
+    data = corpus(4)
+    factors = fit(model, data, out=tmp_path / "f", memory="1GiB")
+    assert factors.facts["batch_tokens"] == 1024
+
+
+@pytest.mark.parametrize(
+    ("text", "bytes_"),
+    [("16GiB", 16 << 30), ("500MB", 500 * 10**6), ("1.5 GiB", 3 << 29), ("7", 7), (12, 12)],
+)
+def test_sizes(text, bytes_):
+    assert size("memory", text) == bytes_
+
+
+@pytest.mark.parametrize("wrong", ["", "much", "16 apples", "-1GiB", 0, -5, 1.5, True, "0"])
+def test_no_sizes(wrong, tmp_path):
+    with pytest.raises(ArgumentError, match=r"memory is .*, expected bytes, or a size such as"):
+        fit(gpt2(), corpus(2), out=tmp_path / "f", memory=wrong)
