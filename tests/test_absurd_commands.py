@@ -16,7 +16,8 @@ import pytest
 from huggingface_hub import constants
 from typer.testing import CliRunner
 
-from ekfac_fast.cli import app, demo
+from ekfac_fast.cli import app
+from ekfac_fast.cli import demo_small as demo
 from ekfac_fast.data import read, tokenize
 
 WORDS = [

@@ -235,9 +235,12 @@ def test_conversations_from_columns_to_report(demo, run, tmp_path):
     assert index == 13
     # The report reads the corpus as the scan did: it is not told again.
     (tmp_path / "chat.jinja").unlink()
-    run("report", "s", "corpus.jsonl", "--out", "report.html", cwd=tmp_path)
+    run("report", "s", "corpus.jsonl", "--out", "report.html", "--by", "input", cwd=tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert "zebra" in page
+    assert page.count("<em>assistant</em>") >= 10
+    assert "Show, by input" in page
+    assert "> Zorald Pfaff?</label>" in page
     assert "corpus.jsonl, line 14" in page
     said = run(
         "table", "s", "corpus.jsonl", "--columns", "instruction", "--by", "input", cwd=tmp_path

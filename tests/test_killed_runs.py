@@ -42,7 +42,8 @@ from pathlib import Path
 from dense_ekfac import asked, corpus, gpt2
 from transformers.utils import logging
 from ekfac_fast import Factors, Queries, fit, prepare_queries, score, self_scores
-from ekfac_fast.cli import app, demo, runs
+from ekfac_fast.cli import app, runs
+from ekfac_fast.cli import demo_small as demo
 from ekfac_fast.data import read, tokenize
 from ekfac_fast.store import folder
 
@@ -86,7 +87,7 @@ def job(way, stage, out, made):
         return prepare_queries(model, factors, questions, rank=4, out=out, **more, **known)
     if stage == "self":
         return self_scores(model, factors, data, out=out, **known)
-    more = {"heap": {"top_k": 3}, "details": {"per_token": True}}.get(stage, {})
+    more = {"heap": {"top_k": 3}, "details": {"attribution": True}}.get(stage, {})
     score(model, Queries.load(made / "api-queries"), data, out=out, **more, **known)
 
 for line in sys.stdin:

@@ -89,7 +89,7 @@ def facts() -> RunFacts:
 class Page(HTMLParser):
     """Text of the token elements, attributes, and whether tags nest."""
 
-    VOID = frozenset({"meta", "link", "br"})
+    VOID = frozenset({"meta", "link", "br", "input"})
 
     def __init__(self, html: str) -> None:
         super().__init__()

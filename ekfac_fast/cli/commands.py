@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..checks import size, whole
-from ..errors import Error, Notice
+from ..errors import ArgumentError, Error, Notice
 from .group import sharded, shared
 from .options import (
     Adapter,
@@ -155,6 +155,9 @@ def score(
     detail: Annotated[
         bool, typer.Option(help="a second pass over the top sequences: layers and tokens")
     ] = True,
+    attribution: Annotated[
+        bool, typer.Option(help="and output and input tokens of each, a derivative more")
+    ] = True,
     context: Context = None,
     split: SplitBy = "file",
     on_long: TooLong = "chunk",
@@ -179,7 +182,7 @@ def score(
         source, Factors(factors), queries, corpus, cutting, out, console, rank=rank or None,
         damping=damping, refine=refine, refine_examples=refine_examples, refine_seed=refine_seed,
         top_k=top_k, candidates=candidates, train_size=train_size, batch_tokens=batch_tokens,
-        memory=memory, detail=detail,
+        memory=memory, detail=detail, attribution=detail and attribution,
     )  # fmt: skip
     runs.print_top(console, out, corpus, source.tokenizer)
 
@@ -228,14 +231,15 @@ def report(
     data: Data,
     out: Annotated[Path, typer.Option(help="HTML file")] = Path("report.html"),
     top: Annotated[int, typer.Option(help="sequences a query")] = 10,
+    by: Annotated[str | None, typer.Option(help="column that the page can be filtered by")] = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Write one self-contained HTML file about a scan."""
     from . import runs
 
     whole("top", top)
-    tokenizer, corpus = _scanned(scores, data, trust_remote_code)
-    console.say(f"{runs.report_job(scores, corpus, tokenizer, out, top)}")
+    tokenizer, corpus = _scanned(scores, data, trust_remote_code, [by] if by else ())
+    console.say(f"{runs.report_job(scores, corpus, tokenizer, out, top, by=by)}")
 
 
 @app.command()
@@ -329,17 +333,31 @@ def plan(
 @app.command()
 @reported
 def demo(
-    folder: Annotated[Path, typer.Option(help="everything is made here")] = Path("demo"),
+    model: Annotated[
+        str, typer.Option(help="small: trained here; smollm2: of a package; or a .gguf file")
+    ] = "small",
+    folder: Annotated[
+        Path | None, typer.Option(help="everything is made here; default demo, or demo-smollm2")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="of training; default 1000")] = None,
     topics: Annotated[int | None, typer.Option(help="use so many of them; default: all")] = None,
 ) -> None:
-    """Train a small GPT-2 on Python's reference, and ask it where its answers come from."""
+    """Train a small GPT-2 on Python's reference, or take a pretrained model, and ask it where its
+    answers come from.
+    """
     for name, count in (("steps", steps), ("topics", topics)):
         if count is not None:
             whole(name, count)
-    from . import demo as demonstration
+            if model != "small":
+                raise ArgumentError(f"--{name} is for the model that is trained here")
+    from . import demo_pretrained, demo_small
+    from .demo import run
 
-    demonstration.run(folder, steps or demonstration.STEPS, topics, console)
+    if model == "small":
+        chosen = demo_small.small(steps or demo_small.STEPS, topics)
+    else:
+        chosen = demo_pretrained.pretrained(model)
+    run(folder or Path("demo" if model == "small" else f"demo-{Path(model).stem}"), chosen, console)
 
 
 def _scanned(

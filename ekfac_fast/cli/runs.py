@@ -100,6 +100,7 @@ def score_job(
     batch_tokens: int | None = None,
     memory: str | None = None,
     detail: bool = True,
+    attribution: bool = True,
     **settings: Any,
 ) -> Scores:
     """Queries prepared, the corpus scanned, everything that `report_job` needs kept in `out`."""
@@ -120,8 +121,9 @@ def score_job(
         begun = Store.load(out / QUERIES)
         with begun.threads():
             scores = score(
-                source.model, prepared, data, out=out, per_token=detail, **passes, **settings
-            )
+                source.model, prepared, data, out=out, per_token=detail, attribution=attribution,
+                **passes, **settings,
+            )  # fmt: skip
     names = [_name(asked.records[i], i) for i in range(len(asked))]
     if prepared.refinement is not None:
         console.say(prepared.refinement.title)
@@ -178,12 +180,13 @@ def report_job(
     k: int,
     floor: float | None = None,
     notes: Sequence[str] = (),
+    by: str | None = None,
 ) -> Path:
     """The HTML report of a folder that `score_job` wrote."""
     run, scores, queries = load_run(folder), Scores(folder), Queries.load(folder)
     factors = Factors(run["factors"])
     check_together(scores, factors, queries, data, tokenizer)
-    results = collect(scores, queries, data, tokenizer, run["names"], k)
+    results = collect(scores, queries, data, tokenizer, run["names"], k, by)
     times = [
         StageTime(SPOKEN[stage], run["seconds"][stage], floor if stage is Stage.SCAN else None)
         for stage in Stage
@@ -202,7 +205,15 @@ def report_job(
     if queries.refinement is not None:
         settings.append(("queries refined", queries.refinement.title))
     about = run_facts(
-        scores, factors, queries, run["model"], run["damping_rule"], times, settings, notes
+        scores,
+        factors,
+        queries,
+        run["model"],
+        run["damping_rule"],
+        times,
+        settings,
+        notes,
+        by,
     )
     return report.write(out, about, results)
 

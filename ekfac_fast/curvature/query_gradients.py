@@ -6,6 +6,7 @@ from typing import Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..ops import dense_scores, low_rank_scores
 from ..ops.shapes import Shape
@@ -51,13 +52,24 @@ class Dense:
         """<P_q, G_b> of gradients that exist: G [B,O,J] -> [Q,B]."""
         return self.P.to(G.dtype).flatten(1) @ G.flatten(1).mT
 
-    def paired(self, g: Tensor, a: Tensor, bias: bool) -> Tensor:
-        """The sum of <P_b, G_b>, a query for each sequence; differentiable in g [B,T,O] and a
-        [B,T,I].
+    def by_token(self, g: Tensor, a: Tensor, bias: bool) -> Tensor:
+        """<P_b, g_bt (a_bt, 1)^T>, a query for each sequence: [B,T]; differentiable in g [B,T,O]
+        and a [B,T,I].
         """
         P, I = self.P.to(g.dtype), a.shape[-1]
-        total = ((g @ P[:, :, :I]) * a).sum()
-        return total + (g * P[:, None, :, I]).sum() if bias else total
+        each = ((g @ P[:, :, :I]) * a).sum(-1)
+        return each + (g @ P[:, :, I:]).squeeze(-1) if bias else each
+
+    def by_output(self, g: Tensor, a: Tensor, bias: bool) -> Tensor:
+        """What each row of P_b has of <P_b, G_b>, a query for each sequence: [B,O]."""
+        P, I = self.P.to(g.dtype), a.shape[-1]
+        x = a @ P[:, :, :I].mT
+        return (g * (x + P[:, None, :, I] if bias else x)).sum(1)
+
+    def by_input(self, g: Tensor, a: Tensor, bias: bool) -> Tensor:
+        """What each column of P_b has of <P_b, G_b>, the bias's last: [B,J]."""
+        y = g @ self.P.to(g.dtype)
+        return (y * (F.pad(a, (0, 1), value=1.0) if bias else a)).sum(1)
 
 
 @dataclass(frozen=True)
@@ -102,15 +114,26 @@ class LowRank:
         L, R = self.L.to(G.dtype), self.R.to(G.dtype)
         return (L * (G @ R.mT)).sum((1, 2)).unsqueeze(1)
 
-    def paired(self, g: Tensor, a: Tensor, bias: bool) -> Tensor:
-        """The sum of <L_b R_b, G_b>, a query for each sequence; differentiable in g [B,T,O] and a
-        [B,T,I].
+    def by_token(self, g: Tensor, a: Tensor, bias: bool) -> Tensor:
+        """<L_b R_b, g_bt (a_bt, 1)^T>, a query for each sequence: [B,T]; differentiable in
+        g [B,T,O] and a [B,T,I].
         """
-        I = a.shape[-1]
-        right = a @ self.R[:, :, :I].mT.to(a.dtype)
-        if bias:
-            right = right + self.R[:, None, :, I].to(a.dtype)
-        return ((g @ self.L.to(g.dtype)) * right).sum()
+        return ((g @ self.L.to(g.dtype)) * self._read(a, bias)).sum(-1)
+
+    def by_output(self, g: Tensor, a: Tensor, bias: bool) -> Tensor:
+        """What each row of L_b R_b has of <L_b R_b, G_b>, a query for each sequence: [B,O]."""
+        return (g * (self._read(a, bias) @ self.L.to(g.dtype).mT)).sum(1)
+
+    def by_input(self, g: Tensor, a: Tensor, bias: bool) -> Tensor:
+        """What each column of L_b R_b has of <L_b R_b, G_b>, the bias's last: [B,J]."""
+        y = (g @ self.L.to(g.dtype)) @ self.R.to(g.dtype)
+        return (y * (F.pad(a, (0, 1), value=1.0) if bias else a)).sum(1)
+
+    def _read(self, a: Tensor, bias: bool) -> Tensor:
+        """R_b (a_bt, 1): [B,T,K]."""
+        R, I = self.R.to(a.dtype), a.shape[-1]
+        right = a @ R[:, :, :I].mT
+        return right + R[:, None, :, I] if bias else right
 
 
 QueryGradients = Dense | LowRank

@@ -46,6 +46,10 @@ class Corpus(Indexable, Protocol):
         """What the record of every example has there."""
         ...
 
+    def record(self, index: int, /) -> Mapping[str, Any] | None:
+        """What an example was made of; None where it was token ids already."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class Survey:

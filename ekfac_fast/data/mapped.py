@@ -111,6 +111,10 @@ class MappedTokens(Dataset):
             raise DataError(f"{self.source(0)}: no column {name!r} was kept")
         return self.columns[name].to_pylist()
 
+    def record(self, index: int) -> None:
+        """Nothing: it was token ids already."""
+        return None
+
     def survey(self, size: int, vocab_size: int | None, context: int | None) -> Survey | None:
         """By whole arrays (`Surveyed`); None where there is padding, or more beside the ids."""
         if (blocks := self.blocks(size)) is None:

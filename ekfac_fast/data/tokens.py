@@ -101,6 +101,10 @@ class Tokens(Dataset):
             found.append(kept[name])
         return found
 
+    def record(self, index: int) -> Mapping[str, Any]:
+        """What an example was made of."""
+        return self.records[int(self.rows[index, 1])]
+
     def source(self, index: int) -> str:
         """Where example `index` was read: file, line and, from the second on, the chunk of it."""
         record, chunk = (int(n) for n in self.rows[index, 1:])

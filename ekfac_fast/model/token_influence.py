@@ -9,7 +9,7 @@ with the scale of token t's embedding (Eq. 37-38). Both come exactly from one ba
 backward pass, for as many pairs of query and sequence as a batch holds: no finite differences.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,36 +21,48 @@ from ..errors import ModelError
 from . import experts
 from .alone import alone, gradients_on
 from .calls import Calls
+from .layer_batch import LayerBatch
 from .layers import Layer
 from .linearised import Linearised, explained, twice_differentiable
 from .rows import Grid
 
-# (s, a) of a layer's rows by sequence, [B,rows,O] and [B,rows,I] -> <P_b, sum of s a^T> of all B.
+# (s, a) of a layer's rows by sequence, [B,rows,O] and [B,rows,I] -> the sum of <P_b, s a^T> over
+# the sequences b that are asked about.
 Contracted = Callable[[Tensor, Tensor], Tensor]
+WHAT = "attribution to tokens"
 
 
 @dataclass(frozen=True)
 class TokenInfluence:
-    """Of a batch of pairs: `score` is their sum; `target` [n] is of every loss, in the order of the
-    losses; `input` [B,T] of every token.
+    """Of a batch of pairs: `target` [n] is of every loss, in the order of the losses; `input` [B,T]
+    of every token.
     """
 
-    score: Tensor
     target: Tensor
     input: Tensor
 
 
 class TokenPass(Linearised):
-    """A pass that finds what every token has of its sequence's score."""
+    """A pass that finds what every token has of its sequence's score, beside what `Capture` does.
 
-    def __call__(  # type: ignore[override]
-        self, losses: Callable[[], Tensor], contracted: Mapping[str, Contracted], grid: Grid
-    ) -> TokenInfluence:
-        """The influence of every token.
+    asked: at most one query for each sequence at a time, what contracts each layer with it; they
+    share the forward pass and its backward pass. To be set before a pass; then `found` has the
+    influence for each.
+    """
+
+    asked: Sequence[Mapping[str, Contracted]] = ()
+
+    def __call__(
+        self,
+        loss: Callable[[], Tensor],
+        consume: Callable[[LayerBatch], None],
+        grid: Grid | None = None,
+    ) -> Tensor:
+        """The losses [n] of all targets, detached; `consume` gets each layer once, of their sum.
 
         Args:
-            losses: a forward pass: the losses [n] of all targets, twice differentiable.
-            contracted: of every layer.
+            loss: a forward pass: the losses, twice differentiable.
+            consume: as in `Capture`.
             grid: sequences and positions.
 
         Raises:
@@ -58,6 +70,7 @@ class TokenPass(Linearised):
                 as in `Capture`.
         """
         self._attached: dict[str, list[Tensor]] = {}
+        self.found: list[TokenInfluence] = []
         with alone(self.model), gradients_on(), twice_differentiable(self.model):
             seen: list[Tensor] = []
             with self._embedded() as embedded:
@@ -65,27 +78,56 @@ class TokenPass(Linearised):
                 def value() -> Tensor:
                     self._attached = {}
                     embedded.clear()
-                    y = losses()
+                    y = loss()
                     seen[:] = embedded  # passes that find out where the sequences are may follow
                     return y
 
-                calls, y = self._forward(value, lambda _: None, grid)
+                calls, y = self._forward(value, consume, grid)
             if len(seen) != 1:
                 raise ModelError(
                     f"the model's embedding ran {len(seen)} times in a pass: which of them are the "
                     "tokens cannot be told"
                 )
             e = seen[0]
-            with explained("attribution to tokens"):
-                w = torch.ones_like(y, requires_grad=True)
-                calls.gradients = {}
+            w = torch.ones_like(y, requires_grad=True)
+            calls.gradients = {}
+            with explained(WHAT):
                 torch.autograd.grad(y, e, w, create_graph=True, allow_unused=True)
-                D = self._contracted(calls, contracted)
-                target, scale = torch.autograd.grad(D, (w, e), allow_unused=True)
-            calls.gradients, self._attached = {}, {}
-        target = torch.zeros_like(w) if target is None else target
-        scale = torch.zeros_like(e) if scale is None else scale
-        return TokenInfluence(D.detach(), target, (e.detach() * scale).sum(-1))
+            gradients = calls.gradients
+            # Completing a layer lets go of what it is given.
+            calls.gradients = {
+                name: {use: g.detach() for use, g in uses.items()}
+                for name, uses in gradients.items()
+            }
+            for name in self.layers:
+                self._complete(calls, name)
+            for number, contracted in enumerate(self.asked, 1):
+                D = self._contracted(calls, gradients, contracted)
+                self.found.append(self._influence(D, w, e, again=number < len(self.asked)))
+            gradients.clear()  # their graph holds the hooks that hold them
+            self._attached = {}
+        return y.detach()
+
+    def _influence(self, D: Tensor, w: Tensor, e: Tensor, again: bool) -> TokenInfluence:
+        """dD/dw and e dD/de, for which the graph is kept if it is needed `again`."""
+        with explained(WHAT):
+            found = torch.autograd.grad(D, (w, e), retain_graph=again, allow_unused=True)
+        target, scale = (
+            torch.zeros_like(x) if dx is None else dx for x, dx in zip((w, e), found, strict=True)
+        )
+        if not self._checked:
+            # D is linear in w. Autograd passes by an operation whose backward pass has no
+            # derivative, and says nothing.
+            self._checked = True
+            D = D.detach()
+            error, size = float((D - target.sum()).abs()), float(target.abs().sum())
+            if error > max(1e-3, 16 * torch.finfo(e.dtype).eps) * max(size, float(D.abs())):
+                raise ModelError(
+                    f"the model cannot be differentiated twice, which {WHAT} needs: what targets "
+                    f"have of a score sums to {float(target.sum()):.6g}, and the score is "
+                    f"{float(D):.6g}"
+                )
+        return TokenInfluence(target, (e.detach() * scale).sum(-1))
 
     @contextmanager
     def _embedded(self) -> Iterator[list[Tensor]]:
@@ -118,10 +160,15 @@ class TokenPass(Linearised):
             self._attached.setdefault(layer.name, []).append(x)
         return output
 
-    def _contracted(self, calls: Calls, contracted: Mapping[str, Contracted]) -> Tensor:
+    def _contracted(
+        self,
+        calls: Calls,
+        gradients: Mapping[str, Mapping[int, Tensor]],
+        contracted: Mapping[str, Contracted],
+    ) -> Tensor:
         """D, in the graph of w and of the embeddings."""
         total: Tensor | None = None
-        for name, uses in calls.gradients.items():
+        for name, uses in gradients.items():
             layer = self.layers[name]
             for use, g in uses.items():
                 a = self._attached[name][use]

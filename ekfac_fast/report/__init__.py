@@ -8,6 +8,7 @@ text of the model and of the corpus passes through jinja2's autoescape, and the 
 import base64
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -23,6 +24,10 @@ from .contents import QueryResult, RankedSequence, RunFacts
 # Sequences up to this long are shown whole, longer ones first as their strongest spans.
 SHORT = 160
 SPAN = 56
+# Groups of sequences that can be shown or not by themselves.
+GROUPS = 12
+# How classes of tones begin: by position, by output token, by input token.
+KINDS = ("", "o", "i")
 
 
 def write(path: str | os.PathLike[str], facts: RunFacts, results: Sequence[QueryResult]) -> Path:
@@ -56,11 +61,17 @@ def render(facts: RunFacts, results: Sequence[QueryResult]) -> str:
         "signed": text.signed,
         "duration": text.duration,
     }
+    every = (s for query in results for s in (*query.ranked, *query.bottom))
+    attributed = any(len(s.kinds) > 1 for s in every)
+    groups = groups_of(results) if facts.grouped_by else {}
     script = source("behaviour.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template("report.html.j2").render(
         facts=facts,
         results=results,
+        attributed=attributed,
+        groups=groups,
+        others=GROUPS,
         statistics=statistics,
         charts=charts,
         excerpts=excerpts,
@@ -68,6 +79,7 @@ def render(facts: RunFacts, results: Sequence[QueryResult]) -> str:
         rows=row_names(facts.layers),
         tokens_by_layer=tokens_by_layer,
         sequences_by_layer=sequences_by_layer,
+        heads_by_layer=heads_by_layer,
         style=Markup(source("style.css")),
         script=Markup(script),
         script_hash=digest,
@@ -92,22 +104,53 @@ def check(facts: RunFacts, results: Sequence[QueryResult]) -> None:
                 )
 
 
+def groups_of(results: Sequence[QueryResult]) -> dict[str, int]:
+    """Groups of the shown sequences, numbered: those with the most of them, the others together."""
+    found = Counter(s.group for query in results for s in (*query.ranked, *query.bottom))
+    common = [group for group, _ in found.most_common(GROUPS)]
+    return {group: common.index(group) if group in common else GROUPS for group in found}
+
+
 def excerpts(sequence: RankedSequence) -> tuple[statistics.Span, ...]:
     """What is shown first: the whole, or the spans with the most |influence|."""
     T = len(sequence.tokens)
     width = T if T <= SHORT else SPAN
-    weights = np.abs(np.nan_to_num(sequence.per_token, posinf=0, neginf=0))
+    kinds = [np.abs(np.nan_to_num(x, posinf=0, neginf=0)) for x in sequence.kinds]
+    weights = np.sum([x / (x.max(initial=0.0) or 1.0) for x in kinds], axis=0)
     return statistics.spans(weights, width=max(width, 1), limit=2)
 
 
 def heat(
     sequence: RankedSequence, start: int, stop: int, train_size: int
-) -> Iterator[tuple[str, str, str]]:
-    """(token, class, influence / N) of the tokens in a span; intensity relative to all tokens."""
-    tones = charts.levels(sequence.per_token)
+) -> Iterator[tuple[str, str, str, str]]:
+    """(token, classes, influences / N, turn) of the tokens in a span; intensity relative to all.
+
+    By position and, where they are known, by output and input token: a class and a number each.
+    A turn is told where it begins, and where the span does.
+    """
+    begins = dict(sequence.turns)
+    before = [role for at, role in sequence.turns if at <= start]
+    begins |= {start: before[-1]} if before else {}
+    tones = [charts.levels(x) for x in sequence.kinds]
     for t in range(start, stop):
-        value = text.brief(float(sequence.per_token[t]) / train_size)
-        yield sequence.tokens[t], charts.tone(int(tones[t])), value
+        shown = zip(KINDS, (charts.tone(int(x[t])) for x in tones), strict=False)
+        classes = " ".join(kind + tone for kind, tone in shown if tone)
+        values = (text.brief(float(x[t]) / train_size) for x in sequence.kinds)
+        yield sequence.tokens[t], classes, " | ".join(values), begins.get(t, "")
+
+
+def heads_by_layer(sequence: RankedSequence) -> tuple[list[str], np.ndarray]:
+    """Names of attention modules, the highest first, and [modules,heads] of their q, k, v and o.
+
+    What a key or value head has is spread over the query heads that share it.
+    """
+    modules = tuple(dict.fromkeys(x.layer.rpartition(".")[0] for x in sequence.heads))
+    found = np.zeros((len(modules), max(len(x.values) for x in sequence.heads)))
+    for x in sequence.heads:
+        row, many = modules.index(x.layer.rpartition(".")[0]), len(x.values)
+        group = found.shape[1] // many
+        found[row, : many * group] += np.repeat(x.values / group, group)
+    return text.short_names(modules), found[::-1]
 
 
 def row_names(layers: tuple[str, ...]) -> list[str]:

@@ -5,9 +5,13 @@
 function show(block, token) {
   block.querySelector(".here")?.classList.remove("here");
   token.classList.add("here");
-  const next = token.nextElementSibling;
+  let next = token.nextElementSibling;
+  if (next?.tagName === "EM") next = next.nextElementSibling;
   const after = next?.tagName === "B" ? `, before “${next.textContent}”` : "";
-  block.readout.textContent = `“${token.textContent}”${after}: ${token.title} nats`;
+  const [position, output, input] = token.title.split(" | ");
+  block.readout.textContent = output
+    ? `“${token.textContent}”${after}: ${position}; as output ${output}; as input ${input} nats`
+    : `“${token.textContent}”${after}: ${position} nats`;
 }
 
 for (const block of document.querySelectorAll(".t")) {

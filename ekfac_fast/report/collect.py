@@ -1,6 +1,7 @@
 """A folder of scores, with its model's tokenizer and data, as what a report shows."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from ..data.examples import IGNORED, Corpus
 from ..errors import StoreError
 from ..stages.factors import Factors
 from ..stages.queries import Queries
-from ..stages.scores import Detail, Scores
+from ..stages.scores import NOT_ASKED, Detail, Scores
 from .contents import QueryResult, RankedSequence, RunFacts, StageTime
 from .text import TokenTexts
+from .turns import turns
 
+UNEVEN = 1e-3  # above it the sum of output tokens is another number than the score
 LOW_ENERGY = 0.9  # below this share of its energy a rank does not represent a query
 
 
@@ -53,10 +56,23 @@ def collect(
     tokenizer: Any,
     names: Sequence[str],
     k: int = 10,
+    by: str | None = None,
 ) -> tuple[QueryResult, ...]:
-    """What was found for every query: its top and lowest sequences with their detail."""
-    texts = TokenTexts(tokenizer)
-    return tuple(_query(q, scores, queries, data, texts, name, k) for q, name in enumerate(names))
+    """What was found for every query: its top and lowest sequences with their detail.
+
+    by: a column of the records that was kept, to filter by.
+    """
+    shown = Shown(data, TokenTexts(tokenizer), None if by is None else data.column(by))
+    return tuple(_query(q, scores, queries, shown, name, k) for q, name in enumerate(names))
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a reader is shown of a corpus: `groups` has one label a sequence, or there are none."""
+
+    data: Corpus
+    texts: TokenTexts
+    groups: Sequence[Any] | None
 
 
 def run_facts(
@@ -68,6 +84,7 @@ def run_facts(
     stages: Sequence[StageTime],
     settings: Sequence[tuple[str, str]] = (),
     notes: Sequence[str] = (),
+    by: str | None = None,
 ) -> RunFacts:
     """How the scores came about; notes say what is weak about them."""
     least = min(float(x.energy.min()) for x in queries.layers)
@@ -76,6 +93,12 @@ def run_facts(
             *notes,
             f"Rank {queries.rank} keeps as little as {least:.0%} of a preconditioned gradient's "
             "energy in some layer: trust no small differences; a higher rank helps.",
+        )
+    if (error := _unevenness(scores, len(queries))) > UNEVEN:
+        notes = (
+            *notes,
+            f"What output tokens have of a score sums to it only to {error:.1%} of their absolute "
+            "sum: the model computes in few bits.",
         )
     return RunFacts(
         model=model,
@@ -91,17 +114,30 @@ def run_facts(
         settings=tuple(settings),
         notes=tuple(notes),
         trust="" if scores.trust is None else scores.trust.line,
+        unattributed="" if scores.unattributed in (None, NOT_ASKED) else scores.unattributed,
+        grouped_by=by or "",
     )
 
 
+def _unevenness(scores: Scores, queries: int) -> float:
+    """The largest difference of a score and the sum of its output tokens, over their |sum|."""
+    details = (d for q in range(queries) for d in scores.details(q))
+    found = (
+        abs(float(d.target.sum()) - d.score) / max(float(np.abs(d.target).sum()), 1e-30)
+        for d in details
+        if d.target is not None
+    )
+    return max(found, default=0.0)
+
+
 def _query(
-    q: int, scores: Scores, queries: Queries, data: Corpus, texts: TokenTexts, name: str, k: int
+    q: int, scores: Scores, queries: Queries, shown: Shown, name: str, k: int
 ) -> QueryResult:
     ids, labels = queries.examples[q]
     asked = int((labels == IGNORED).sum())
-    tokens = texts(ids.tolist())
+    tokens = shown.texts(ids.tolist())
     full = scores.store.facts["top_k"] is None
-    ranked = [_ranked(d, data, texts) for d in scores.details(q)[:k]]
+    ranked = [_ranked(d, shown) for d in scores.details(q)[:k]]
     lowest = [d for d in scores.details(q, lowest=True) if d.score < 0]
     return QueryResult(
         name=name,
@@ -109,20 +145,27 @@ def _query(
         completion_tokens=tokens[asked:],
         log_probability=-float(queries.measurements[q]),
         ranked=tuple(ranked),
-        bottom=tuple(_ranked(d, data, texts) for d in lowest[:k]),
+        bottom=tuple(_ranked(d, shown) for d in lowest[:k]),
         scores=np.asarray(scores.matrix[q]) if full else None,
     )
 
 
-def _ranked(detail: Detail, data: Corpus, texts: TokenTexts) -> RankedSequence:
+def _ranked(detail: Detail, shown: Shown) -> RankedSequence:
+    data, groups = shown.data, shown.groups
     ids = data[detail.index]["input_ids"][: detail.per_layer_token.shape[1]]
+    tokens = shown.texts(ids.tolist())
     return RankedSequence(
         index=detail.index,
         score=detail.score,
-        tokens=texts(ids.tolist()),
+        tokens=tokens,
         per_token=detail.per_token,
         per_layer=detail.per_layer,
         per_layer_token=detail.per_layer_token,
         source=Path(data.source(detail.index)).name,
         candidate_rank=detail.candidate_rank,
+        per_target=detail.target,
+        per_input=detail.input,
+        heads=detail.heads,
+        turns=turns(data.record(detail.index), tokens),
+        group="" if groups is None else str(groups[detail.index]),
     )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..errors import ArgumentError
+from ..stages.scores import Heads
 from ..stages.trust import SPARSE, sparsity
 from .statistics import Array
 
@@ -25,6 +26,11 @@ class RankedSequence:
     per_layer_token   [L,T] or None, sums to both
     source            where it comes from, for the reader: file and line, URL, title
     candidate_rank    its place among the candidates, from 1; None in a full scan
+    per_target        [T] of each output token, sums to the score (Eq. 34-36); or None
+    per_input         [T] of each input token (Eq. 37-38); or None
+    heads             of attention matrices
+    turns             of a conversation: (its first token, whose it is) of every turn, in order
+    group             what its record has in the column that the report can be filtered by
     """
 
     index: int
@@ -35,20 +41,33 @@ class RankedSequence:
     per_layer_token: Array | None = None
     source: str = ""
     candidate_rank: int | None = None
+    per_target: Array | None = None
+    per_input: Array | None = None
+    heads: tuple[Heads, ...] = ()
+    turns: tuple[tuple[int, str], ...] = ()
+    group: str = ""
 
     def __post_init__(self) -> None:
         T, L = len(self.tokens), len(self.per_layer)
         matrix = self.per_layer_token
-        if np.shape(self.per_token) != (T,):
-            raise ArgumentError(
-                f"sequence {self.index}: {T} tokens, but per_token has shape "
-                f"{np.shape(self.per_token)}"
-            )
+        for name in ("per_token", "per_target", "per_input"):
+            shape = np.shape(values := getattr(self, name))
+            if values is not None and shape != (T,):
+                raise ArgumentError(
+                    f"sequence {self.index}: {T} tokens, but {name} has shape {shape}"
+                )
         if matrix is not None and np.shape(matrix) != (L, T):
             raise ArgumentError(
                 f"sequence {self.index}: per_layer_token must be [L,T] = {(L, T)}, "
                 f"got {np.shape(matrix)}"
             )
+
+    @property
+    def kinds(self) -> tuple[Array, ...]:
+        """[T] by position and, where they are known, by output and by input token."""
+        if self.per_target is None or self.per_input is None:
+            return (self.per_token,)
+        return self.per_token, self.per_target, self.per_input
 
     @property
     def sparsity(self) -> float:
@@ -100,6 +119,8 @@ class RunFacts:
     scanned         sequences whose influence was computed
     settings        further (name, value) rows
     trust           one line on how far the scores can be trusted
+    unattributed    why nothing is said of output and input tokens, where it should be
+    grouped_by      the column that sequences can be filtered by, or nothing
     notes           sentences on what is weak about this run
     """
 
@@ -116,3 +137,5 @@ class RunFacts:
     settings: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
     trust: str = ""
+    unattributed: str = ""
+    grouped_by: str = ""

@@ -1,10 +1,10 @@
 """Output-token and input-token influence, of pairs of query and sequence."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
-from typing import Any, Unpack
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -12,17 +12,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..checks import require, whole
+from ..curvature.query_gradients import QueryGradients
 from ..data.batches import divided
 from ..data.examples import Indexable
 from ..errors import ArgumentError
 from ..model.head import predicting
+from ..model.layer_batch import LayerBatch
+from ..model.layers import Layer
 from ..model.tasks import LanguageModelTask, targets
-from ..model.token_influence import TokenPass
+from ..model.token_influence import Contracted, TokenPass
+from .consumer import Batch, Consumer
 from .queries import Queries
-from .run import Run, RunArguments
+from .run import Run, RunArguments, Stage
 
-# A pass and its derivative keep about so many times as much as a scan's pass.
-SHARE = 4
+# A pass and its derivative keep about so many times as much as a scan's pass; on a CPU small
+# batches cost more than memory does.
+SHARE, SHARE_CPU = 4, 2
+# Of every sequence, the queries that ask for it.
+Wanted = Mapping[int, Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -69,51 +76,134 @@ def attribute_tokens(
     """
     run = Run(model, dataset, {**arguments, "autocast": None})
     queries.check_run(run.facts(), "attribute_tokens")
-    own = LanguageModelTask.compute_train_loss
-    task = run.task
-    if not isinstance(task, LanguageModelTask) or type(task).compute_train_loss is not own:
-        raise ArgumentError(
-            f"attribute_tokens: {type(task).__name__} has a loss of its own; what one token's loss "
-            "is is known of LanguageModelTask alone"
-        )
+    layers = [x.layer for x in queries.layers]
+    if (reason := unattributable(run, layers)) is not None:
+        raise ArgumentError(f"attribute_tokens: {reason}")
     require(isinstance(pairs, Sequence), "pairs", pairs, "a list of (query, index)")
+    wanted: dict[int, list[int]] = {}
     for pair in pairs:
         require(isinstance(pair, tuple | list) and len(pair) == 2, "pairs", pair, "(query, index)")
-        whole("query", pair[0], 0, len(queries) - 1)
-        whole("index", pair[1], 0, run.batches.size - 1)
-    layers = [x.layer for x in queries.layers]
-    if doubled := [x.name for x in layers if x.also]:
-        raise ArgumentError(f"layer {doubled[0]} stands for several modules: leave it out")
-    gradients = {
-        x.layer.name: x.gradients.each(lambda t: t.to(run.device, run.dtype))
-        for x in queries.layers
-    }
-    lengths = [run.batches.lengths[index] for _, index in pairs]
-    found: dict[int, TokenAttribution] = {}
-    capture = TokenPass(model, layers, run.swapped)
-    for some in divided(lengths, max(1, run.batches.batch_tokens // SHARE)) if pairs else ():
-        asked = torch.tensor([pairs[at][0] for at in some], device=run.device)
-        indices = [int(pairs[at][1]) for at in some]
-        inputs = run.batches.load(indices)
-        labels = targets(inputs)
-        b, t = predicting(labels)
+        query = whole("query", pair[0], 0, len(queries) - 1)
+        asking = wanted.setdefault(whole("index", pair[1], 0, run.batches.size - 1), [])
+        asking += [] if query in asking else [query]
+    consumer = Attributing(run, layers, thin(run, queries), wanted)
+    run.each(
+        Stage.DETAIL, layers, consumer.batches(), consumer, loss=consumer.loss,
+        capture=consumer.capture,
+    )  # fmt: skip
+    found = {k: x for part in run.processes.gathered(consumer.found) for k, x in part.items()}
+    return [found[int(query), int(index)] for query, index in pairs]
 
-        def losses(inputs: Any = inputs, labels: Tensor = labels, places: Any = (b, t)) -> Tensor:
-            logits = task.logits(inputs, model)[places]
-            return F.cross_entropy(logits, labels[places], reduction="none")
 
-        contracted = {
-            x.name: partial(gradients[x.name].each(itemgetter(asked)).paired, bias=x.bias)
-            for x in layers
-        }
-        seen = capture(losses, contracted, run.grid(inputs, indices))
-        target = torch.zeros_like(labels, dtype=seen.target.dtype)
-        target[b, t] = seen.target
-        # Position t predicts token t + 1.
-        target = F.pad(target, (1, 0))
-        sides = [x.double().cpu().numpy() for x in (target, seen.input)]
-        for row, at in enumerate(some):
-            of, by = (side[row, : lengths[at]] for side in sides)
-            query, index = (int(n) for n in pairs[at])
-            found[at] = TokenAttribution(query, index, float(of.sum()), of, by)
-    return [found[at] for at in range(len(pairs))]
+def unattributable(run: Run, layers: Sequence[Layer]) -> str | None:
+    """Why there is no attribution to tokens, or None."""
+    own, task = LanguageModelTask.compute_train_loss, run.task
+    if not isinstance(task, LanguageModelTask) or type(task).compute_train_loss is not own:
+        return (
+            f"{type(task).__name__} has a loss of its own; what one token's loss is is known of "
+            "LanguageModelTask alone"
+        )
+    if run.autocast is not None:
+        return f"derivatives of derivatives are not taken under autocast ({run.autocast})"
+    if run.sharded:
+        return (
+            "the model is sharded over processes: it lets go of its weights after one backward pass"
+        )
+    doubled = next((x.name for x in layers if x.also), None)
+    return None if doubled is None else f"layer {doubled} stands for several modules: leave it out"
+
+
+def thin(
+    run: Run, queries: Queries, placed: Mapping[str, QueryGradients] | None = None
+) -> dict[str, QueryGradients]:
+    """Every layer's queries on the device as they are kept: of low rank, not multiplied out.
+
+    placed: what is there already; of the same form it is taken.
+    """
+    found = {}
+    for own in queries.layers:
+        kept, there = own.gradients, (placed or {}).get(own.layer.name)
+        same = there is not None and type(there) is type(kept)
+        found[own.layer.name] = (
+            there if there and same else kept.each(lambda x: x.to(run.device, run.dtype))
+        )
+    return found
+
+
+class Attributing(Consumer):
+    """Output-token and input-token influence of a batch's sequences, for the queries that ask.
+
+    A pass is shared by the queries of a sequence, which follow one another: the first of every
+    sequence together, then the second. `found` is by (query, index).
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        layers: Sequence[Layer],
+        gradients: Mapping[str, QueryGradients],
+        wanted: Wanted,
+    ) -> None:
+        self.run, self.layers, self.gradients, self.wanted = run, layers, gradients, wanted
+        self.capture = TokenPass(run.model, layers, run.swapped)
+        self.found: dict[tuple[int, int], TokenAttribution] = {}
+        self.rounds: list[list[tuple[int, int]]] = []
+        self.labels = torch.empty(0, 0, dtype=torch.int64)
+        self.places = (self.labels, self.labels)
+
+    def batches(self) -> list[list[int]]:
+        """Sequences that as many queries ask for, of like length."""
+        run, found = self.run, []
+        share = SHARE_CPU if run.device.type == "cpu" else SHARE
+        budget = max(1, run.batches.batch_tokens // share)
+        for count in sorted({len(asking) for asking in self.wanted.values()}, reverse=True):
+            some = [i for i in sorted(self.wanted) if len(self.wanted[i]) == count]
+            parts = divided([run.batches.lengths[i] for i in some], budget)
+            found += [[some[at] for at in part] for part in parts]
+        return found
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Of every target of a batch [n], nats."""
+        assert isinstance(self.run.task, LanguageModelTask)
+        logits = self.run.task.logits(batch.inputs, self.run.model)[self.places]
+        return F.cross_entropy(logits, self.labels[self.places], reduction="none")
+
+    def begin(self, batch: Batch) -> None:
+        """Which queries ask for what."""
+        self.labels = targets(batch.inputs)
+        self.places = predicting(self.labels)
+        asking = [self.wanted[index] for index in batch.indices]
+        self.rounds = [
+            [(queries[r], b) for b, queries in enumerate(asking) if len(queries) > r]
+            for r in range(max(map(len, asking)))
+        ]
+        self.capture.asked = [self._contracted(pairs, len(asking)) for pairs in self.rounds]
+
+    def _contracted(self, pairs: list[tuple[int, int]], B: int) -> dict[str, Contracted]:
+        q, b = torch.tensor(pairs, device=self.run.device).T
+
+        def contracted(layer: Layer, s: Tensor, a: Tensor) -> Tensor:
+            own = self.gradients[layer.name].each(itemgetter(q))
+            if len(pairs) < B:
+                s, a = s[b], a[b]
+            return own.by_token(s, a, layer.bias).sum()
+
+        return {layer.name: partial(contracted, layer) for layer in self.layers}
+
+    def add(self, seen: LayerBatch, batch: Batch) -> None:
+        """Nothing: the pass finds it."""
+
+    def end(self, batch: Batch) -> None:
+        """Keep what the pass has found, without padding."""
+        every = []
+        for found in self.capture.found:
+            target = torch.zeros_like(self.labels, dtype=found.target.dtype)
+            target[self.places] = found.target
+            # Position t predicts token t + 1.
+            every.append(torch.stack([F.pad(target, (1, -1)), found.input.to(target.dtype)]))
+        # All at once: the host waits for the device.
+        for pairs, sides in zip(self.rounds, torch.stack(every).double().cpu(), strict=True):
+            for q, b in pairs:
+                index = batch.indices[b]
+                by, of = sides[:, b, : self.run.batches.lengths[index]].numpy()
+                self.found[q, index] = TokenAttribution(q, index, float(by.sum()), by, of)

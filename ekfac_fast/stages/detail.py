@@ -1,26 +1,32 @@
-"""Where scores come from: layer x token detail of each query's top and lowest sequences.
+"""Where scores come from: layers, tokens and attention heads of each query's top and lowest
+sequences.
 
 One pass over the distinct sequences of all queries, in batches of like length; all queries that
-name a sequence of a batch are scored at once.
+name a sequence of a batch are scored at once. Where output and input tokens are asked for, too, the
+same pass is differentiated once more for each of a sequence's queries (`attribution`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..curvature.query_gradients import QueryGradients
+from ..errors import ModelError
+from ..model.heads import HeadPart, head_parts
 from ..model.layer_batch import LayerBatch
 from ..model.layers import Layer
 from ..model.rows import Grid
 from ..store.folder import Pieces, Store
+from .attribution import Attributing, Wanted, unattributable
 from .consumer import Batch, Consumer
 from .outgoing import Outgoing
 from .run import Run, Stage, accumulator
-from .scores import DETAIL, Scores
+from .scores import DETAIL, HEADS, INPUT, KINDS, TARGET, Scores
 
-PIECES = "detail"
+PIECES, ATTRIBUTED = "detail", "attributed_detail"
+Heads = Mapping[str, Sequence[HeadPart]]
 
 
 def explain(
@@ -30,14 +36,17 @@ def explain(
     store: Store,
     counts: tuple[int, int],
     ranked: list[np.ndarray] | None,
+    attribution: bool = False,
 ) -> None:
     """Work out the detail of `counts` top and lowest sequences of every query, one shard a query.
 
+    gradients: of the queries, best as they are kept, not multiplied out.
     ranked: TF-IDF candidates of each query, best first.
+    attribution: output and input tokens, too; where that cannot be, the reason is kept.
     """
     run.processes.meet()
     found = Scores(store.folder)
-    Q, shards, pieces = len(next(iter(gradients.values()))), store.pieces(), store.pieces(PIECES)
+    Q = len(next(iter(gradients.values())))
     sides = [
         {
             "top": found.top(q, counts[0]),
@@ -47,35 +56,97 @@ def explain(
     ]
     wanted: dict[int, list[int]] = {}
     for q, pairs in enumerate(sides):
-        for index in {index for side in pairs.values() for index, _ in side}:
+        for index in sorted({index for side in pairs.values() for index, _ in side}):
             wanted.setdefault(index, []).append(q)
-    run.each(
-        Stage.DETAIL,
-        layers,
-        run.batches.divided(sorted(wanted)),
-        Details(run, layers, gradients, wanted, pieces),
-        done=run.processes.told(pieces.done),
-    )
+    heads = head_parts(run.model, layers)
+    reason = unattributable(run, layers) if attribution else None
+    attributed = attribution and reason is None
+    if attributed:
+        try:
+            _attributed(run, layers, gradients, store, wanted, heads)
+        except ModelError as error:
+            reason = str(error)
+        reason = next(filter(None, run.processes.gathered(reason)), None)
+        attributed = reason is None
+    if not attributed:
+        _passed(run, layers, gradients, store, wanted, heads)
     run.processes.meet()
     if not run.processes.first:
         return
-    pieces = store.pieces(PIECES)
     detail: dict[str, Tensor] = {}
+    pieces = store.pieces(ATTRIBUTED if attributed else PIECES)
     for number in pieces.done:
         detail |= pieces.read(number)
     for q, pairs in enumerate(sides):
-        places = {} if ranked is None else {int(i): n for n, i in enumerate(ranked[q], 1)}
-        shard: dict[str, Tensor] = {}
-        for side, scored in pairs.items():
-            own = [index for index, _ in scored]
-            columns = (
-                torch.tensor(own, dtype=torch.int64),
-                torch.tensor([score for _, score in scored], dtype=torch.float64),
-                torch.tensor([places.get(index, 0) for index in own], dtype=torch.int64),
-            )
-            shard |= {f"{side}.{name}": x for name, x in zip(DETAIL, columns, strict=True)}
-            shard |= {f"{index}": detail[f"{q} {index}"] for index in own}
-        shards.write(q, shard)
+        store.pieces().write(q, _shard(q, pairs, detail, None if ranked is None else ranked[q]))
+    order = [[p.layer, p.part, len(p.indices)] for own in heads.values() for p in own]
+    store.update(heads=order, attribution=reason or "" if attribution else None)
+
+
+def remove_pieces(store: Store) -> None:
+    """What a pass has left: the shards have it."""
+    for name in (PIECES, ATTRIBUTED):
+        store.pieces(name).remove()
+
+
+def _passed(
+    run: Run,
+    layers: Sequence[Layer],
+    gradients: dict[str, QueryGradients],
+    store: Store,
+    wanted: Wanted,
+    heads: Heads,
+) -> None:
+    """What a pass over the sequences says of layers, tokens and heads, in pieces."""
+    pieces, batches = store.pieces(PIECES), run.batches.divided(sorted(wanted))
+    consumer = Details(run, layers, gradients, wanted, pieces, heads)
+    run.each(Stage.DETAIL, layers, batches, consumer, done=run.processes.told(pieces.done))
+
+
+def _attributed(
+    run: Run,
+    layers: Sequence[Layer],
+    gradients: dict[str, QueryGradients],
+    store: Store,
+    wanted: Wanted,
+    heads: Heads,
+) -> None:
+    """The same with output and input tokens.
+
+    Raises:
+        ModelError: the model cannot be differentiated twice.
+    """
+    pieces = store.pieces(ATTRIBUTED)
+    tokens = Attributing(run, layers, gradients, wanted)
+    consumer = Details(run, layers, gradients, wanted, pieces, heads, tokens)
+    run.each(
+        Stage.DETAIL, layers, tokens.batches(), consumer, done=run.processes.told(pieces.done),
+        loss=tokens.loss, capture=tokens.capture,
+    )  # fmt: skip
+
+
+def _shard(
+    q: int,
+    pairs: dict[str, list[tuple[int, float]]],
+    detail: dict[str, Tensor],
+    ranked: np.ndarray | None,
+) -> dict[str, Tensor]:
+    """What is kept of a query."""
+    places = {} if ranked is None else {int(i): n for n, i in enumerate(ranked, 1)}
+    shard: dict[str, Tensor] = {}
+    for side, scored in pairs.items():
+        own = [index for index, _ in scored]
+        columns = (
+            torch.tensor(own, dtype=torch.int64),
+            torch.tensor([score for _, score in scored], dtype=torch.float64),
+            torch.tensor([places.get(index, 0) for index in own], dtype=torch.int64),
+        )
+        shard |= {f"{side}.{name}": x for name, x in zip(DETAIL, columns, strict=True)}
+        for index in own:
+            for kind in ("", *KINDS):
+                if (x := detail.get(f"{q} {index}{kind}")) is not None:
+                    shard[f"{index}{kind}"] = x
+    return shard
 
 
 class Details(Consumer):
@@ -86,19 +157,26 @@ class Details(Consumer):
         run: Run,
         layers: Sequence[Layer],
         gradients: dict[str, QueryGradients],
-        wanted: dict[int, list[int]],
+        wanted: Wanted,
         pieces: Pieces,
+        heads: Heads,
+        tokens: Attributing | None = None,
     ) -> None:
         self.run, self.gradients, self.wanted, self.pieces = run, gradients, wanted, pieces
+        self.heads = {name: [part.to(run.device) for part in own] for name, own in heads.items()}
+        self.tokens = tokens
         self.order = {layer.name: at for at, layer in enumerate(layers)}
         self.dtype = accumulator(run.model)
         self.asking: list[int] = []
         self.pairs: list[tuple[int, int]] = []
         self.rows = self.q = self.b = torch.empty(0, dtype=torch.int64)
-        self.found: Outgoing[int] = Outgoing()
+        # Of a layer by its place, of the heads in it by its name.
+        self.found: Outgoing[int | str] = Outgoing()
 
     def begin(self, batch: Batch) -> None:
         """The queries that ask for a sequence of this batch, and for which."""
+        if self.tokens is not None:
+            self.tokens.begin(batch)
         self.asking = sorted({q for index in batch.indices for q in self.wanted[index]})
         self.pairs = [(q, b) for b, i in enumerate(batch.indices) for q in self.wanted[i]]
         row = {q: at for at, q in enumerate(self.asking)}
@@ -113,12 +191,23 @@ class Details(Consumer):
         s = torch.zeros(len(self.asking), B, T, dtype=self.dtype, device=seen.g.device)
         own = self.gradients[seen.layer.name].each(lambda x: x[self.rows])
         own.add_scores(s, seen.g, seen.a, seen.layer.bias)
-        self.found[self.order[seen.layer.name]] = seen.rows.folded(s[self.q, self.b], self.b)
+        name = seen.layer.name
+        self.found[self.order[name]] = seen.rows.folded(s[self.q, self.b], self.b)
+        if name in self.heads:
+            self.found[name] = self._by_head(own.each(lambda x: x[self.q]), seen)
+
+    def _by_head(self, own: QueryGradients, seen: LayerBatch) -> Tensor:
+        """What the heads of a layer have of every pair's score, part after part: [pairs,heads]."""
+        parts, (g, a) = self.heads[seen.layer.name], (x[self.b] for x in (seen.g, seen.a))
+        share = own.by_input if parts[0].of_input else own.by_output
+        each = share(g, a, seen.layer.bias)
+        return torch.cat([part.of(each) for part in parts], 1).to(self.dtype)
 
     def end(self, batch: Batch) -> None:
         """Keep [L,T] of every pair that is asked for, without padding."""
         found = self.found.take()
         layers = [found[at] for at in range(len(self.order))]
+        heads = torch.cat([found[name] for name in self.heads], 1) if self.heads else None
         if batch.grid.positions is None and len({x.shape[-1] for x in layers}) > 1:
             layers = [x.sum(-1, keepdim=True) for x in layers]
         # [pairs,L,T] where all layers are of one width.
@@ -133,6 +222,14 @@ class Details(Consumer):
                 if every is None
                 else by_position(every[at], T, grid)
             )
+            if heads is not None:
+                piece[f"{q} {index}{HEADS}"] = heads[at]
+        if self.tokens is not None:
+            self.tokens.end(batch)
+            for (q, index), x in self.tokens.found.items():
+                piece[f"{q} {index}{TARGET}"] = torch.from_numpy(x.target)
+                piece[f"{q} {index}{INPUT}"] = torch.from_numpy(x.input)
+            self.tokens.found.clear()
         self.pieces.write(batch.number, piece)
 
 

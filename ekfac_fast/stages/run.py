@@ -244,6 +244,7 @@ class Run:
         kept: Kept | None = None,
         loss: Loss | None = None,
         what: str = "training loss",
+        capture: Capture | None = None,
     ) -> None:
         """Every batch that is not done yet and this process's, through the model and the consumer.
 
@@ -253,21 +254,21 @@ class Run:
             done: numbers of batches that are, the same in all processes.
             kept: layers of batches that another pass has kept; they take no pass.
             loss: of a batch; None for the training loss with the data's own labels.
+            capture: a pass that does more than to capture these layers.
 
         Raises:
             NotFiniteError: a loss is not, or what a consumer made of it; names where it is from.
         """
         loss, done = loss or self.train_loss, set(done)
-        capture = Capture(self.model, layers, self.swapped)
+        capture = capture or Capture(self.model, layers, self.swapped)
         total = self.batches.tokens(Division.of(batches).indices)
         before = sum(self.batches.tokens(batches[number]) for number in done)
-        count, finished = self.processes.counter(stage), set[int]()
+        count, finished, since = self.processes.counter(stage), set[int](), list[int]()
         mine = self.processes.mine([n for n in range(len(batches)) if n not in done])
         held = frozenset(kept or ())
         passing = [n for n in mine if n not in held and batches[n]]
         most = max(self.processes.gathered(len(passing))) if self.sharded else 0
         ahead = Ahead(self.batches, (batches[n] for n in passing))
-        since: list[int] = []
         for place, number in enumerate(mine, 1):
             indices = batches[number]
             since.append(number)

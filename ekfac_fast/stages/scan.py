@@ -26,9 +26,10 @@ from ..model.layers import Layer
 from ..ops.shapes import Shape
 from ..store.fingerprint import fingerprint
 from ..store.folder import Store
+from .attribution import thin
 from .candidates import top_candidates
 from .consumer import Batch, Consumer
-from .detail import PIECES, explain
+from .detail import explain, remove_pieces
 from .factors import Factors, bases, check_damping
 from .heap import Heap
 from .kept import Best, Whole
@@ -54,6 +55,7 @@ def score(
     out: str | Path,
     per_token: bool = False,
     per_layer: bool = False,
+    attribution: bool = False,
     top_k: int | None = None,
     candidates: str | Sequence[Sequence[int]] | None = None,
     train_size: int | None = None,
@@ -70,6 +72,9 @@ def score(
         out: folder of this scan.
         per_token, per_layer: work out, in a second pass over them alone, the layer x token detail
             of each query's top and lowest sequences (`Scores.details`).
+        attribution: in that pass, output and input tokens, too: a second derivative, at one and a
+            half times a scan's pass a query and sequence. May be asked for later, of a finished
+            folder with details; `Scores.unattributed` says why there are none.
         top_k: keep a bounded heap per query in place of the [Q,N] matrix.
         candidates: "tfidf:10000" for the paper's filter (Eq. 28), or indices per query; sequences
             that are nobody's candidate are not scanned.
@@ -84,8 +89,11 @@ def score(
     top_k = None if top_k is None else whole("top_k", top_k)
     out = path("out", out)
     instance("queries", queries, Queries, "what prepare_queries returns")
-    for name, value in (("per_token", per_token), ("per_layer", per_layer)):
+    for name, value in (
+        ("per_token", per_token), ("per_layer", per_layer), ("attribution", attribution)
+    ):  # fmt: skip
         flag(name, value)
+    detail = per_token or per_layer or attribution
     run = Run(model, dataset, arguments)
     ranked = _candidates(candidates, queries, run)
     facts = _facts(run, train_size) | {
@@ -93,25 +101,31 @@ def score(
         "layers": [q.layer.name for q in queries.layers],
         "top_k": top_k,
         "candidates": None if ranked is None else fingerprint([c.tolist() for c in ranked]),
-        "detail": per_token or per_layer,
+        "detail": detail,
     }
     queries.check_run(facts, "score")
     with run.opened(out, "scores", facts) as store:
-        if not store.finished:
-            layers = [q.layer for q in queries.layers]
+        layers = [q.layer for q in queries.layers]
+        gradients = None if store.finished else on_device(run, queries)
+        if gradients is not None:
             chosen = None if ranked is None else [np.unique(indices) for indices in ranked]
-            gradients = on_device(run, queries)
             _scan(run, layers, len(queries), store, chosen, top_k, adding(gradients))
-            if per_token or per_layer:
-                order = ranked if isinstance(candidates, str) else None
-                counts = (top_k or DETAILED, 0 if top_k else LOWEST)
-                explain(run, layers, gradients, store, counts, order)
+        later = run.processes.told(attribution and store.state.get("attribution") is None)
+        if detail and (later or not store.finished):
+            order = ranked if isinstance(candidates, str) else None
+            counts = (top_k or DETAILED, 0 if top_k else LOWEST)
+            with store.threads():
+                own = thin(run, queries, gradients)
+                explain(run, layers, own, store, counts, order, attribution)
+        if store.finished and later:
+            store.update(seconds=store.state["seconds"] | run.seconds)
+        elif not store.finished:
             asked = {"asked": queries.facts["data"]} if queries.facts else {}
             store.update(trust=trust_in(queries), **asked)
             _finish(store, run)
         if run.processes.first:
             # Not before: a kill between would have them worked out again.
-            store.pieces(PIECES).remove()
+            remove_pieces(store)
     return Scores(out)
 
 

@@ -21,6 +21,9 @@ from .trust import SPARSE, Trust, sparsity
 
 # Columns of a query's shard, for its top and its lowest sequences; a rank of 0 is none.
 DETAIL = ("indices", "scores", "candidate_ranks")
+# Of one of them in the shard, behind its index.
+KINDS = TARGET, INPUT, HEADS = " target", " input", " heads"
+NOT_ASKED = "they were not asked for"
 HEAP = "heap"
 # Queries, and places of each, in a notebook.
 SHOWN = 5
@@ -30,10 +33,29 @@ SCHEMA = {
 
 
 @dataclass(frozen=True)
+class Heads:
+    """What each head [heads] of an attention matrix has of its layer's share of a score.
+
+    part: "q", "k", "v" (rows of W; of k and v there may be fewer) or "o" (columns). In a layer the
+    heads of all parts sum to its share, less what the bias of "o" has, which is no head's.
+    """
+
+    layer: str
+    part: str
+    values: np.ndarray
+
+
+@dataclass(frozen=True)
 class Detail:
     """Where one sequence's score comes from: per_layer_token [L,T] sums to `score` (Eq. 30, 31).
 
-    `candidate_rank`: its place among the query's TF-IDF candidates, from 1; None without them.
+    candidate_rank  its place among the query's TF-IDF candidates, from 1; None without them
+    target          [T] what zeroing the loss of target t takes away (Eq. 34-36); sums to `score`
+    input           [T] what scaling the embedding of token t does (Eq. 37-38)
+    heads           of the tracked attention matrices
+
+    target and input are None where they were not asked for, or could not be worked out
+    (`Scores.unattributed`).
     """
 
     query: int
@@ -41,6 +63,9 @@ class Detail:
     score: float
     per_layer_token: np.ndarray
     candidate_rank: int | None = None
+    target: np.ndarray | None = None
+    input: np.ndarray | None = None
+    heads: tuple[Heads, ...] = ()
 
     @property
     def per_layer(self) -> np.ndarray:
@@ -188,10 +213,32 @@ class Scores:
             return []
         shard, side = self._shards.read(query), "lowest" if lowest else "top"
         rows = zip(*(shard[f"{side}.{name}"].tolist() for name in DETAIL), strict=True)
-        return [
-            Detail(query, index, score, shard[f"{index}"].numpy(), rank or None)
-            for index, score, rank in rows
-        ]
+        found = []
+        for index, score, rank in rows:
+            matrix, target, by, heads = (
+                None if (x := shard.get(f"{index}{kind}")) is None else x.numpy()
+                for kind in ("", *KINDS)
+            )
+            assert matrix is not None
+            split = self._split(heads)
+            found.append(Detail(query, index, score, matrix, rank or None, target, by, split))
+        return found
+
+    def _split(self, every: np.ndarray | None) -> tuple[Heads, ...]:
+        """Heads by their layers and parts."""
+        if every is None:
+            return ()
+        told = self.store.state["heads"]
+        values = np.split(every, np.cumsum([many for *_, many in told])[:-1])
+        return tuple(
+            Heads(layer, part, x) for (layer, part, _), x in zip(told, values, strict=True)
+        )
+
+    @property
+    def unattributed(self) -> str | None:
+        """Why details say nothing of output and input tokens; None where they do."""
+        reason = self.store.state.get("attribution")
+        return NOT_ASKED if reason is None else str(reason) or None
 
     @cached_property
     def trust(self) -> Trust | None:
