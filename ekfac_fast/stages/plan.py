@@ -80,7 +80,7 @@ def gemm_rate(
 
 
 @dataclass(frozen=True)
-class _Job:
+class _Asked:
     """What is asked of `plan`."""
 
     layers: Sequence[Layer]
@@ -195,7 +195,7 @@ def plan(
         whole(name, count)
     block_facts(blocks, layers)
     width = width or 2 * round(sum(x.share * (x.I + x.O) for x in layers))
-    job = _Job(
+    job = _Asked(
         layers, parameters, width, sequences, tokens, fit_sequences, queries, rank, blocks,
         processes, sharded, dtype.itemsize, 0,
     )  # fmt: skip
@@ -224,7 +224,7 @@ def plan(
     )
 
 
-def _fitting(job: _Job, covariances: int, eigenvalues: int) -> list[StageCost]:
+def _fitting(job: _Asked, covariances: int, eigenvalues: int) -> list[StageCost]:
     """The stages of `fit`; every part of the layers takes passes of its own."""
     parts, passes = job.parts, job.passes(job.fit_sequences)
     held = max(sum(fitting_bytes(x, FP32, job.blocks) for x in some) for some in parts)
@@ -253,7 +253,7 @@ def _fitting(job: _Job, covariances: int, eigenvalues: int) -> list[StageCost]:
     ]  # fmt: skip
 
 
-def _asking(job: _Job, ways: Sequence[Contraction]) -> list[StageCost]:
+def _asking(job: _Asked, ways: Sequence[Contraction]) -> list[StageCost]:
     """The stages of `prepare_queries` and `score`."""
     scan = 0.0
     for x, way in zip(job.layers, ways, strict=True):
@@ -277,7 +277,7 @@ def _reached(stage: StageCost, rate: float) -> float:
     return min(EIGH_SHARE * rate, EIGH_MOST) if decomposing else rate
 
 
-def _query_bytes(job: _Job) -> int:
+def _query_bytes(job: _Asked) -> int:
     return sum(
         FP32
         * job.queries
