@@ -11,13 +11,8 @@ work, the seconds of a core are what the step itself takes.
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -27,10 +22,10 @@ from torch import nn
 from ekfac_fast.data import open_tokens
 from ekfac_fast.data.batches import Batches
 from ekfac_fast.store.folder import Store
+from measure.peaks import Peak
 from pages.markdown import table
 
 VOCABULARY, WRITTEN_AT_ONCE = 50257, 1 << 24
-SAMPLING = 0.01
 TIMES, SIZES = ("seconds", "of a core"), ("own", "with files")
 
 
@@ -58,40 +53,6 @@ def write(folder: Path, sequences: int, tokens: int) -> None:
         for start in range(0, int(ends[-1]), WRITTEN_AT_ONCE):
             count = min(WRITTEN_AT_ONCE, int(ends[-1]) - start)
             rng.integers(0, VOCABULARY, count, dtype=np.uint16).tofile(file)
-
-
-def anonymous() -> int:
-    """Bytes of this process that no file stands behind."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(x.split()[1] for x in lines if x.startswith("RssAnon")))
-
-
-class Peak:
-    """Seconds of blocks by name, and the most memory of the process so far."""
-
-    def __init__(self) -> None:
-        self.rows: dict[str, dict[str, float]] = {}
-        self.most, self._over = anonymous(), threading.Event()
-
-    def _watch(self) -> None:
-        while not self._over.wait(SAMPLING):
-            self.most = max(self.most, anonymous())
-
-    @contextmanager
-    def step(self, name: str) -> Iterator[None]:
-        """Around one step."""
-        self._over.clear()
-        watch = threading.Thread(target=self._watch)
-        watch.start()
-        start, busy = time.perf_counter(), time.process_time()
-        yield
-        seconds, busy = time.perf_counter() - start, time.process_time() - busy
-        self._over.set()
-        watch.join()
-        with_files = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        self.rows[name] = {
-            "seconds": seconds, "of a core": busy, "own": self.most, "with files": with_files,
-        }  # fmt: skip
 
 
 def measured(folder: Path) -> dict[str, dict[str, float]]:
