@@ -3,17 +3,14 @@
 Commands import what they need when they run: `--help` waits for nothing.
 """
 
-import sys
-import warnings
-from collections.abc import Callable, Sequence
-from functools import wraps
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..checks import whole
-from ..errors import Error, Notice
+from . import studies
 from .options import (
     Adapter,
     BatchTokens,
@@ -35,7 +32,7 @@ from .options import (
     TooLong,
     Trust,
 )
-from .terminal import Terminal
+from .reported import console, reported
 
 if TYPE_CHECKING:
     from ..data.choices import OnLong, Split
@@ -43,31 +40,7 @@ if TYPE_CHECKING:
     from . import inputs
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
-console = Terminal()
-
-
-def reported(command: Callable[..., None]) -> Callable[..., None]:
-    """Errors that say what to do are printed, without a traceback, with exit status 1."""
-
-    @wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        with warnings.catch_warnings():
-            warnings.showwarning = _show
-            try:
-                command(*args, **kwargs)
-            except Error as error:
-                console.say(f"error: {error}", style="red")
-                raise typer.Exit(1) from error
-
-    return run
-
-
-def _show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-    """A notice is a line for the reader; other warnings go where they always go."""
-    if issubclass(category, Notice):
-        console.say(f"note: {message}", style="yellow")
-    else:
-        sys.stderr.write(warnings.formatwarning(message, category, *where[:2]))
+app.add_typer(studies.app, name="study")
 
 
 @app.callback()
