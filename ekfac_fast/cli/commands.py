@@ -3,9 +3,8 @@
 Commands import what they need when they run: `--help` waits for nothing.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -192,7 +191,7 @@ def report(
     from . import runs
 
     whole("top", top)
-    tokenizer, corpus = _scanned(scores, data, trust_remote_code)
+    tokenizer, corpus = runs.scanned(scores, data, console, trust_remote_code)
     console.say(f"{runs.report_job(scores, corpus, tokenizer, out, top)}")
 
 
@@ -212,7 +211,7 @@ def table(
     from . import runs
 
     keep = [*dict.fromkeys([*(columns or ()), *([by] if by else ())])]
-    tokenizer, corpus = _scanned(scores, data, trust_remote_code, keep)
+    tokenizer, corpus = runs.scanned(scores, data, console, trust_remote_code, keep)
     runs.table_job(scores, corpus, tokenizer, out, console, columns=keep, by=by)
 
 
@@ -304,18 +303,6 @@ def demo(
     from . import demo as demonstration
 
     demonstration.run(folder, steps or demonstration.STEPS, topics, console)
-
-
-def _scanned(
-    scores: Path, data: Path, trust_remote_code: bool, keep: Sequence[str] = ()
-) -> tuple[Any, "Tokens"]:
-    """The tokenizer and the corpus of a folder of scores, cut as for the scan."""
-    from . import inputs, runs
-
-    run = runs.load_run(scores)
-    cutting = inputs.Cutting(**run["cutting"])
-    tokenizer = inputs.load_tokenizer(run["model"], trust_remote_code, cutting.chat_template)
-    return tokenizer, inputs.read_data(data, tokenizer, cutting, console, keep)
 
 
 def _loaded(

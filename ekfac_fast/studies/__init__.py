@@ -6,8 +6,18 @@ from ..lazy import loader
 
 if TYPE_CHECKING:
     from .corpus import write_corpus
+    from .depth import layers
     from .ordering import word_order
+    from .tails import tail
 
-__all__ = ["word_order", "write_corpus"]
+__all__ = ["layers", "tail", "word_order", "write_corpus"]
 
-__getattr__ = loader(__name__, {"word_order": "ordering", "write_corpus": "corpus"})
+__getattr__ = loader(
+    __name__,
+    {
+        "layers": "depth",
+        "tail": "tails",
+        "word_order": "ordering",
+        "write_corpus": "corpus",
+    },
+)
