@@ -244,25 +244,14 @@ def plan(
     trust_remote_code: Trust = False,
 ) -> None:
     """Print what a run would cost, from shapes alone: no weights are loaded."""
-    import torch
     from rich.table import Table
 
-    from ..extras import optional
     from ..model.layers import parameter_counts, select_layers
     from ..report.text import duration
     from ..stages import plan as planning
     from . import inputs, runs
 
-    transformers = optional("transformers", "hf")
-    with inputs.loading(model):
-        where, file = inputs.checkpoint(model)
-        config = transformers.AutoConfig.from_pretrained(
-            where, **file, trust_remote_code=trust_remote_code
-        )
-    with torch.device("meta"):
-        shape = transformers.AutoModelForCausalLM.from_config(
-            config, trust_remote_code=trust_remote_code
-        )
+    shape = inputs.shape(model, trust_remote_code)
     selected = select_layers(shape, layers)
     tracked, parameters = parameter_counts(shape, selected)
     costs = planning.plan(

@@ -7,10 +7,12 @@ from typing import Any, Unpack
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from ..checks import path
 from ..data.examples import Indexable
+from ..data.tokens import Tokens
 from ..errors import NotFiniteError
 from ..model.layer_batch import LayerBatch
 from ..model.layers import Layer
@@ -37,6 +39,10 @@ class LayerScores:
     def total(self) -> np.ndarray:
         """[Q,N]."""
         return self.values.sum(0)
+
+    def part(self, queries: slice, sequences: slice) -> "LayerScores":
+        """Of some queries and sequences."""
+        return LayerScores(self.layers, self.values[:, queries, sequences])
 
 
 def asked(
@@ -119,6 +125,44 @@ class _ByLayer(Consumer):
         self.pieces.write(batch.number, {"scores": s})
 
 
+@dataclass(frozen=True, eq=False)
+class Joined(Dataset):
+    """Sequences of several corpora, of one tokenizer, one after the other."""
+
+    parts: tuple[Tokens, ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        part, place = self._at(index)
+        return part[place]
+
+    def source(self, index: int) -> str:
+        """Where a sequence was read."""
+        part, place = self._at(index)
+        return part.source(place)
+
+    @property
+    def tokenizer_fingerprint(self) -> str | None:
+        """Of the tokenizer of all parts."""
+        return self.parts[0].tokenizer_fingerprint
+
+    def _at(self, index: int) -> tuple[Tokens, int]:
+        place = range(len(self))[index]
+        for part in self.parts[:-1]:
+            if place < len(part):
+                return part, place
+            place -= len(part)
+        return self.parts[-1], place
+
+
 def told(records: Sequence[dict[str, Any]]) -> list[str]:
     """Names of questions, as they were given or by their places."""
     return [str(x.get("name") or f"question {n}") for n, x in enumerate(records, 1)]
+
+
+def per_token(prepared: Queries) -> list[float]:
+    """log p of every completion after its prompt, nats a token."""
+    pairs = zip(prepared.measurements.tolist(), prepared.examples, strict=True)
+    return [-value / int((labels >= 0).sum()) for value, (_, labels) in pairs]

@@ -12,7 +12,6 @@ from ..data.examples import Indexable
 from ..errors import DataError
 from ..extras import optional
 from ..report.statistics import NoFit, PowerLaw, ccdf_points, power_law, scanned, top_share
-from ..stages.scores import Scores
 from ..validation.baselines import tfidf
 from .lines import COLOURS, drawing, write_lines
 
@@ -81,18 +80,22 @@ class Tails:
                 panel.set_axis_off()
             for one, (x, p), panel in zip(self.questions, self.points, panels, strict=False):
                 panel.set_title(one.question, fontsize=8)
+                panel.tick_params(labelsize=6)
                 if not len(x):
                     continue
                 panel.loglog(x, p, ".", markersize=3, color=COLOURS[0])
                 if isinstance(one.law, PowerLaw):
                     inside = np.geomspace(one.law.xmin, x[-1], 50)
                     panel.loglog(inside, one.law.ccdf(inside), color=COLOURS[4])
+                # Within a decade every minor tick would be labelled.
+                panel.xaxis.set_minor_formatter("")
+                panel.yaxis.set_minor_formatter("")
                 if one.tenth > 0:
                     panel.axvline(one.tenth, color=COLOURS[6], linewidth=0.8)
 
 
 def tail(
-    scores: Scores,
+    matrix: np.ndarray,
     questions: Indexable,
     data: Indexable,
     names: Sequence[str],
@@ -102,14 +105,9 @@ def tail(
     largest: int | None = None,
     draws: int = 1000,
 ) -> Tails:
-    """`tails` of a folder of scores; `out` gets `tail.jsonl` and `tail.svg`.
-
-    Raises:
-        ArgumentError: the scan kept only the top k.
-        DataError: questions or data are not as many as were scored.
-    """
+    """`tails`, kept: `out` gets `tail.jsonl` and `tail.svg`."""
     out = path("out", out)
-    found = tails(scores.matrix, questions, data, names, candidates=candidates, largest=largest,
+    found = tails(matrix, questions, data, names, candidates=candidates, largest=largest,
                   draws=draws)  # fmt: skip
     write_lines(out / "tail.jsonl", found.rows)
     found.draw(out / "tail.svg")
@@ -136,6 +134,9 @@ def tails(
         candidates: that TF-IDF keeps of a question; None: a tenth of the sequences.
         largest: scores in the tail; None: the top 500, at most a tenth of the positive ones.
         draws: of the Monte-Carlo p-value.
+
+    Raises:
+        DataError: questions, names or data are not as many as were scored.
     """
     Q, N = np.shape(matrix)
     if (len(questions), len(data), len(names)) != (Q, N, Q):
