@@ -305,7 +305,7 @@ def all_studies(
         damping=damping,
     )  # fmt: skip
     for name in found:
-        console.say(f"{out / name}.jsonl, {name}.svg")
+        console.say(f"{out / name / name}.jsonl, {name}.svg")
 
 
 def _counts(words: str) -> list[int]:

@@ -38,7 +38,7 @@ def all_studies(
     """Word order, layers, tail, memorisation, languages and scale, with the texts that ship.
 
     The corpus is scanned once, for the questions of all kinds and the passages together. `out` gets
-    every study's JSON lines and drawing; a rerun continues.
+    a folder a study, with its JSON lines and its drawing; a rerun continues.
 
     Args:
         model, factors, rank, damping, arguments: see `prepare_queries`.
@@ -78,6 +78,10 @@ def all_studies(
     )  # fmt: skip
     results["languages"] = languages(model, tokenizer, factors, out=kept["languages"], **settings)
     for name, result in results.items():
-        write_lines(out / f"{name}.jsonl", result.rows)
-        result.draw(out / f"{name}.svg")
+        write_lines(out / name / f"{name}.jsonl", result.rows)
+        result.draw(out / name / f"{name}.svg")
+    results["scale"] = scale([one], names, out=out / "scale")
+    ask = (model, tokenizer, factors)
+    results["word-order"] = word_order(*ask, out=out / "word-order", **settings)
+    results["languages"] = languages(*ask, out=out / "languages", **settings)
     return results

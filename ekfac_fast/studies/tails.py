@@ -71,27 +71,23 @@ class Tails:
         return [asdict(x) | about for x in self.questions]
 
     def draw(self, file: Path) -> None:
-        """P(X >= x) of the positive scores, with the law and the tenth best by TF-IDF."""
-        columns = min(4, len(self.questions))
-        lines = -(-len(self.questions) // columns)
-        with drawing(file, max(4.0, 2.3 * columns), max(3.0, 1.9 * lines)) as figure:
-            panels = figure.subplots(lines, columns, squeeze=False).ravel()
-            for panel in panels[len(self.questions) :]:
-                panel.set_axis_off()
-            for one, (x, p), panel in zip(self.questions, self.points, panels, strict=False):
-                panel.set_title(one.question, fontsize=8)
-                panel.tick_params(labelsize=6)
+        """P(X >= x) of every question's positive scores, over its law's least; dashed the laws."""
+        with drawing(file, 6.0, 4.0) as figure:
+            panel = figure.subplots()
+            for n, (one, (x, p)) in enumerate(zip(self.questions, self.points, strict=True)):
                 if not len(x):
                     continue
-                panel.loglog(x, p, ".", markersize=3, color=COLOURS[0])
+                fitted = isinstance(one.law, PowerLaw)
+                unit = one.law.xmin if isinstance(one.law, PowerLaw) else x[-1]
+                style = {"color": COLOURS[n % len(COLOURS)], "linewidth": 0.9}
+                panel.loglog(x / unit, p, "-" if fitted else ":", label=one.question, **style)
                 if isinstance(one.law, PowerLaw):
-                    inside = np.geomspace(one.law.xmin, x[-1], 50)
-                    panel.loglog(inside, one.law.ccdf(inside), color=COLOURS[4])
-                # Within a decade every minor tick would be labelled.
-                panel.xaxis.set_minor_formatter("")
-                panel.yaxis.set_minor_formatter("")
-                if one.tenth > 0:
-                    panel.axvline(one.tenth, color=COLOURS[6], linewidth=0.8)
+                    ends = np.array([unit, x[-1]])
+                    panel.loglog(ends / unit, one.law.ccdf(ends), "--", **style)
+            panel.set_xlim(left=0.1)
+            panel.set_xlabel("influence, the least of the tail = 1")
+            panel.set_ylabel("share of sequences with at least so much")
+            panel.legend(ncols=2, fontsize=6)
 
 
 def tail(
