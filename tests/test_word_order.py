@@ -133,3 +133,19 @@ def test_another_reference_and_other_errors(world, tmp_path):
     other = fact_world.trained(tokenizer, fact_world.IDLE, steps=1)
     with pytest.raises(ArgumentError, match="model"):
         word_order(other, tokenizer, Factors(folder / "factors"), out=tmp_path / "q")
+
+
+def test_what_stands_before_is_read_with_every_sequence(world, tmp_path):
+    model, tokenizer, factors, _ = world
+    name = {"fact": "x", "group": "name", "text": "Anna Ames is famous"}
+    rows = [QUESTION, FIRST, name]
+    longer = [QUESTION, *(x | {"text": f"indeed {x['text']}"} for x in rows[1:])]
+    given = (model, tokenizer, factors)
+    plain, before, written = (
+        word_order(*given, out=tmp_path / out, file=fact_world.write(tmp_path / f"{out}.jsonl", x),
+                   before=words)
+        for out, x, words in (("a", rows, ""), ("b", rows, "indeed "), ("c", longer, ""))
+    )  # fmt: skip
+    assert before.scores == written.scores
+    # Nothing predicts the first name at the start of a text.
+    assert before.ratio("x", "name") > 1.5 * plain.ratio("x", "name")

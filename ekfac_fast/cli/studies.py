@@ -67,6 +67,9 @@ def word_order(
     reference: Annotated[str, typer.Option(help="group that others are compared with")] = (
         "prompt first"
     ),
+    before: Annotated[
+        str, typer.Option(help="put before every sequence: nothing predicts a text's first token")
+    ] = "",
     rank: Rank = 32,
     damping: Damping = None,
     dtype: Precision = "float32",
@@ -78,7 +81,7 @@ def word_order(
 
     found = _done(
         study, model, factors, dtype, trust_remote_code, out=out, file=file or FILE,
-        reference=reference, rank=rank or None, damping=damping,
+        reference=reference, before=before, rank=rank or None, damping=damping,
     )  # fmt: skip
     facts = [*dict.fromkeys(x.fact for x in found.groups)]
     console.say(f"mean influence over that of {reference!r}")

@@ -166,6 +166,7 @@ def word_order(
     out: str | Path,
     file: str | Path = FILE,
     reference: str = FIRST,
+    before: str = "",
     rank: int | None = 32,
     damping: float | None = None,
     **arguments: Unpack[RunArguments],
@@ -179,15 +180,20 @@ def word_order(
         model, factors, rank, damping, arguments: see `prepare_queries`.
         tokenizer: the model's.
         file: see `read_facts`.
+        before: put before every sequence. Nothing predicts the first token of a text: a sequence
+            that begins with the completion's first word says nothing about it, unless something
+            stands before, be it a line end.
 
     Raises:
         DataError: see `read_facts`; a text is longer than 512 tokens.
     """
     instance("factors", factors, Factors, "what fit returns, or Factors(folder)")
+    instance("before", before, str, "a text")
     out, facts = path("out", out), read_facts(file, reference)
     lines = [line for group in facts.sequences.values() for line in group]
     questions = tokenize([*facts.questions.values()], tokenizer, CONTEXT, on_long="refuse")
-    data = tokenize(lines, tokenizer, CONTEXT, on_long="refuse")
+    texts = [line | {"text": before + line["text"]} for line in lines]
+    data = tokenize(texts, tokenizer, CONTEXT, on_long="refuse")
     _, found = asked(
         model, factors, questions, data, out, rank=rank, damping=damping, **arguments
     )  # fmt: skip
