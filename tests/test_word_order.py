@@ -126,7 +126,7 @@ def test_another_reference_and_other_errors(world, tmp_path):
     file = fact_world.write(tmp_path / "long.jsonl", [QUESTION, group, long])
     with pytest.raises(DataError, match=r"long\.jsonl, line 3: 600 tokens, but the context is"):
         word_order(model, tokenizer, factors, out=tmp_path / "p", file=file, reference="mine")
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="no such file"):
         word_order(model, tokenizer, factors, out=tmp_path / "q", file=tmp_path / "none.jsonl")
     with pytest.raises(ArgumentError, match="what fit returns"):
         word_order(model, tokenizer, folder, out=tmp_path / "q")

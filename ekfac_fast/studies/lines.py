@@ -25,6 +25,8 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     Raises:
         DataError: no such file, or a line is no object of texts and numbers; names it.
     """
+    if not file.is_file():  # a pipe would be waited for
+        raise DataError(f"{file}: no such file")
     try:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

@@ -79,7 +79,10 @@ class Languages:
                 panel.set_xticks(range(len(self.languages)), self.languages)
                 panel.set_yticks(range(len(self.languages)), self.languages)
                 for (y, x), value in np.ndenumerate(shares):
-                    panel.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=6)
+                    ink = "white" if abs(value) > 0.6 else "black"
+                    panel.text(
+                        x, y, f"{value:.2f}", ha="center", va="center", fontsize=6, color=ink
+                    )  # fmt: skip
                 panel.set_title(title)
                 panel.set_xlabel("language of the paragraph")
             panels[0].set_ylabel("language of the question")

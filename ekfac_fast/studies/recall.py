@@ -64,7 +64,7 @@ class Memory:
             panel.set_yticks(places, named)
             panel.invert_yaxis()
             panel.set_xlabel("influence on the completion, the larger = 1")
-            panel.legend()
+            figure.legend(loc="outside lower center", ncols=2)
 
 
 def memorisation(
