@@ -3,18 +3,15 @@
 Commands import what they need when they run: `--help` waits for nothing.
 """
 
-import sys
-import warnings
-from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..checks import size, whole
-from ..errors import ArgumentError, Error, Notice
+from ..errors import ArgumentError
+from . import studies
 from .group import sharded, shared
 from .options import (
     Adapter,
@@ -40,7 +37,7 @@ from .options import (
     TooLong,
     Trust,
 )
-from .terminal import Terminal
+from .reported import console, reported
 
 if TYPE_CHECKING:
     from ..data.choices import OnLong, Split
@@ -48,31 +45,7 @@ if TYPE_CHECKING:
     from . import inputs
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
-console = Terminal()
-
-
-def reported(command: Callable[..., None]) -> Callable[..., None]:
-    """Errors that say what to do are printed, without a traceback, with exit status 1."""
-
-    @wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        with warnings.catch_warnings():
-            warnings.showwarning = _show
-            try:
-                command(*args, **kwargs)
-            except Error as error:
-                console.say(f"error: {error}", style="red")
-                raise typer.Exit(1) from error
-
-    return run
-
-
-def _show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-    """A notice is a line for the reader; other warnings go where they always go."""
-    if issubclass(category, Notice):
-        console.say(f"note: {message}", style="yellow")
-    else:
-        sys.stderr.write(warnings.formatwarning(message, category, *where[:2]))
+app.add_typer(studies.app, name="study")
 
 
 @app.callback()
@@ -238,7 +211,7 @@ def report(
     from . import runs
 
     whole("top", top)
-    tokenizer, corpus = _scanned(scores, data, trust_remote_code, [by] if by else ())
+    tokenizer, corpus = runs.scanned(scores, data, console, trust_remote_code, [by] if by else ())
     console.say(f"{runs.report_job(scores, corpus, tokenizer, out, top, by=by)}")
 
 
@@ -258,7 +231,7 @@ def table(
     from . import runs
 
     keep = [*dict.fromkeys([*(columns or ()), *([by] if by else ())])]
-    tokenizer, corpus = _scanned(scores, data, trust_remote_code, keep)
+    tokenizer, corpus = runs.scanned(scores, data, console, trust_remote_code, keep)
     runs.table_job(scores, corpus, tokenizer, out, console, columns=keep, by=by)
 
 
@@ -301,22 +274,12 @@ def plan(
     """Print what a run would cost, from shapes alone: no weights are loaded."""
     import torch
 
-    from ..extras import optional
     from ..model.layers import parameter_counts, select_layers
     from ..stages import plan as planning
     from ..stages.budget import token_width
     from . import inputs, plans
 
-    transformers = optional("transformers", "hf")
-    with inputs.loading(model):
-        where, file = inputs.checkpoint(model)
-        config = transformers.AutoConfig.from_pretrained(
-            where, **file, trust_remote_code=trust_remote_code
-        )
-    with torch.device("meta"):
-        shape = transformers.AutoModelForCausalLM.from_config(
-            config, trust_remote_code=trust_remote_code
-        )
+    shape = inputs.shape(model, trust_remote_code)
     selected = select_layers(shape, layers)
     tracked, parameters = parameter_counts(shape, selected)
     costs = planning.plan(
@@ -358,18 +321,6 @@ def demo(
     else:
         chosen = demo_pretrained.pretrained(model)
     run(folder or Path("demo" if model == "small" else f"demo-{Path(model).stem}"), chosen, console)
-
-
-def _scanned(
-    scores: Path, data: Path, trust_remote_code: bool, keep: Sequence[str] = ()
-) -> tuple[Any, "Corpus"]:
-    """The tokenizer and the corpus of a folder of scores, cut as for the scan."""
-    from . import inputs, runs
-
-    run = runs.load_run(scores)
-    cutting = inputs.Cutting(**run["cutting"])
-    tokenizer = inputs.load_tokenizer(run["model"], trust_remote_code, cutting.chat_template)
-    return tokenizer, inputs.read_data(data, tokenizer, cutting, console, keep)
 
 
 def _loaded(

@@ -93,6 +93,21 @@ def load(
     return Source(path, model.to(device).eval(), tokenizer, lowered, adapter)
 
 
+def shape(path: str, trust_remote_code: bool) -> nn.Module:
+    """A model without weights: parameters that know their sizes alone."""
+    transformers = optional("transformers", "hf")
+    with loading(path):
+        where, file = checkpoint(path)
+        config = transformers.AutoConfig.from_pretrained(
+            where, **file, trust_remote_code=trust_remote_code
+        )
+    with torch.device("meta"):
+        made: nn.Module = transformers.AutoModelForCausalLM.from_config(
+            config, trust_remote_code=trust_remote_code
+        )
+    return made
+
+
 def with_adapter(model: nn.Module, adapter: str) -> nn.Module:
     """A model with peft's adapter of a folder or name put into it.
 

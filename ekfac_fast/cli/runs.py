@@ -30,7 +30,7 @@ from ..store.files import load_json, save_json
 from ..store.folder import Store
 from ..store.manifest import MANIFEST
 from ..validation import RetrainingBank, reliability, validate
-from .inputs import Cutting, Source
+from .inputs import Cutting, Source, load_tokenizer, read_data
 from .progress import showing
 from .terminal import Terminal, harmless
 
@@ -170,6 +170,20 @@ def load_run(folder: Path) -> dict[str, Any]:
     if "seconds" in run:
         check_json(run["seconds"], {str: float}, folder / RUN, "Score again")
     return run
+
+
+def scanned(
+    folder: Path,
+    data: Path,
+    console: Terminal,
+    trust_remote_code: bool,
+    keep: Sequence[str] = (),
+) -> tuple[Any, Corpus]:
+    """The tokenizer and the corpus of a folder that `score_job` wrote, cut as for the scan."""
+    run = load_run(folder)
+    cutting = Cutting(**run["cutting"])
+    tokenizer = load_tokenizer(run["model"], trust_remote_code, cutting.chat_template)
+    return tokenizer, read_data(data, tokenizer, cutting, console, keep)
 
 
 def report_job(
