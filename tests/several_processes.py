@@ -71,7 +71,7 @@ def job(
         refined = {"refine": "cg:2", "dataset": data, "refine_examples": 3}
         prepare_queries(network, factors, questions, out=out / "cg", **refined, **settings)
     del settings["rank"]
-    score(network, kept, data, out=out / "scores", per_token=True, **settings)
+    score(network, kept, data, out=out / "scores", attribution=True, **settings)
     score(network, kept, data, out=out / "heap", top_k=3, **settings)
     some = {"candidates": [[0, 1], [2], [examples - 1]]}
     score(network, kept, data, out=out / "some", **some, **settings)
