@@ -11,6 +11,7 @@ import time
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ from ekfac_fast import fit, prepare_queries, score, self_scores
 from ekfac_fast.errors import Error
 from ekfac_fast.stages.processes import Processes
 from ekfac_fast.store import folder
+from ekfac_fast.validation.baselines import gradient_dot
 
 MODELS = {
     "gpt2": gpt2,
@@ -45,7 +47,7 @@ def job(
     changed: "other data", in a process of that number; "broken", an example whose loss is NaN;
     "sharded", the weights over all processes, by blocks.
     """
-    rank = Processes().rank
+    rank = Processes.here().rank
     network, data, questions = MODELS[model]().eval(), corpus(examples), asked(3)
     if "sharded" in changed:
         for block in transformer_blocks(network):
@@ -76,6 +78,8 @@ def job(
     some = {"candidates": [[0, 1], [2], [examples - 1]]}
     score(network, kept, data, out=out / "some", **some, **settings)
     self_scores(network, factors, data, out=out / "self", **settings)
+    # What does not share its work is whole in each.
+    np.save(out / f"dot-{rank}.npy", gradient_dot(network, questions, data, **settings))
     if "sharded" in changed:
         assert all(p.requires_grad and p.grad is None for p in network.parameters())
         with pytest.raises(Error, match="sharded"):  # ProcessError in those that come later

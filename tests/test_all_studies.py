@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from ekfac_fast.cli import app, demo
+from ekfac_fast.cli import app
+from ekfac_fast.cli import demo_small as demo
 from ekfac_fast.data import read, tokenize
 from ekfac_fast.errors import DataError
 from ekfac_fast.stages.scores import Scores

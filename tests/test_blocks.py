@@ -288,7 +288,7 @@ def test_results_say_that_the_basis_is_approximate(tmp_path):
 
 def test_commands(tmp_path):
     """`fit --blocks`, what `score` and `self` say of it, and the report."""
-    from ekfac_fast.cli import demo
+    from ekfac_fast.cli import demo_small as demo
 
     demo_files(demo, tmp_path)
     say, where = CliRunner(), [str(tmp_path / "model")]

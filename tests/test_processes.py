@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from ekfac_fast import Factors, Queries, Scores
+from ekfac_fast.errors import Notice
+from ekfac_fast.stages import processes
 from ekfac_fast.store.files import load_tensors
 
 HERE = Path(__file__).parent
@@ -115,6 +118,8 @@ def same(
         got, want = (Scores(f / name) for f in (folder, whole))
         close(got.matrix, want.matrix, tolerance, name)
     got, want = (Scores(f / "scores") for f in (folder, whole))
+    for path in folder.glob("dot-*.npy"):
+        close(np.load(path), np.load(whole / "dot-0.npy"), tolerance, path.name)
     assert want.unattributed is None
     if got.unattributed is not None:
         assert "sharded over processes" in got.unattributed
@@ -163,6 +168,21 @@ def test_fewer_batches_than_processes(machine, alone):
 
 def told(out: Path, size: int) -> list[str]:
     return [Path(f"{out}.error-{rank}").read_text() for rank in range(size)]
+
+
+def test_who_waits_long_says_so(monkeypatch):
+    """A call that only some processes of a group make."""
+    keys = torch.distributed.HashStore()
+    monkeypatch.setattr(processes, "PATIENCE", 0.05)
+
+    def come_late() -> None:
+        keys.add(f"ekfac_fast/meeting {processes._meetings}", 1)
+
+    late = threading.Timer(0.3, come_late)
+    late.start()
+    with pytest.warns(Notice, match=r"process 0 has waited 0.05 s: 1 of 2 are not here yet"):
+        processes.Processes(0, 2, keys).meet()
+    late.join()
 
 
 def test_other_data_is_found_before_the_first_pass(machine):

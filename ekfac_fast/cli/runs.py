@@ -60,7 +60,7 @@ def fit_job(source: Source, data: Corpus, out: Path, console: Terminal, **settin
         factors = fit(
             source.model, data, out=out, autocast=source.autocast, progress=progress, **settings
         )
-    if Processes().first and not (out / RUN).exists():
+    if Processes.here().first and not (out / RUN).exists():
         save_json(out / RUN, {"model": source.path, "adapter": source.adapter})
     console.say(
         f"factors of {len(factors)} layers from {factors.sequences} sequences, "
@@ -139,7 +139,7 @@ def score_job(
         "damping_rule": DAMPING_RULE if damping is None else "the same in every layer, as given",
         "seconds": {stage: seconds[stage] for stage in Stage if stage in seconds},
     }
-    processes = Processes()
+    processes = Processes.here()
     if processes.first:
         prepared.save(out)
         save_json(out / RUN, run)

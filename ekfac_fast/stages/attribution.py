@@ -22,6 +22,7 @@ from ..model.layers import Layer
 from ..model.tasks import LanguageModelTask, targets
 from ..model.token_influence import Contracted, TokenPass
 from .consumer import Batch, Consumer
+from .processes import Processes
 from .queries import Queries
 from .run import Run, RunArguments, Stage
 
@@ -74,7 +75,7 @@ def attribute_tokens(
             stands for several modules.
         ModelError: the model cannot be differentiated twice.
     """
-    run = Run(model, dataset, {**arguments, "autocast": None})
+    run = Run(model, dataset, {**arguments, "autocast": None}, processes=Processes.here())
     queries.check_run(run.facts(), "attribute_tokens")
     layers = [x.layer for x in queries.layers]
     if (reason := unattributable(run, layers)) is not None:

@@ -46,7 +46,7 @@ from .factors import (
 )
 from .moments import Covariances, Eigenvalues
 from .partitions import ARGUMENTS, part_folder, put_together
-from .processes import dealt
+from .processes import Processes, dealt
 from .run import Kept, Run, RunArguments, Stage, accumulator
 from .sums import Sums
 from .waiting import Waiting
@@ -100,7 +100,7 @@ def fit(
         raise ArgumentError(f"seed is {seed}, but the task has a seed of its own, {own}")
     wanted = layers if layers is not None else task.get_influence_tracked_modules()
     tracked = select_layers(model, wanted, shared=shared_parameters)
-    run = Run(model, dataset, arguments, max_examples=max_examples)
+    run = Run(model, dataset, arguments, max_examples=max_examples, processes=Processes.here())
     facts = run.facts() | {
         "layers": [layer.name for layer in tracked],
         "shared_parameters": shared_parameters,

@@ -17,6 +17,7 @@ from ..model.layers import Layer
 from ..store.folder import Pieces, Store
 from .factors import Factors, check_damping, tell_of_zeros
 from .measured import Gradients, Measuring, Preconditioning, represented
+from .processes import Processes
 from .queries import Queries, layer_from, refinement_from
 from .refine import Refining
 from .run import Run, RunArguments, Stage
@@ -74,7 +75,7 @@ def prepare_queries(
         )
     layers = factors.layers(model)
     choice("on_long", arguments.get("on_long", "refuse"), get_args(OnLongExample))
-    run = Run(model, queries, {**arguments, "on_long": "refuse"})
+    run = Run(model, queries, {**arguments, "on_long": "refuse"}, processes=Processes.here())
     facts = run.facts() | {
         "factors": factors.identity,
         "layers": [layer.name for layer in layers],

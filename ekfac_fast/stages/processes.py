@@ -5,22 +5,26 @@ gets the same results. What they exchange is little: who has done which batches,
 a pass. The first writes what a stage comes to.
 """
 
+import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import Error, ProcessError
+from ..errors import Error, Notice, ProcessError
 from ..store.fingerprint import differences
 
 T = TypeVar("T")
 # Rows of a symmetric matrix that travel at a time, from the diagonal on.
 ROWS = 512
 FAILED = "ekfac_fast/failed"
+# Seconds that a process waits before it says so.
+PATIENCE = 60
 # Meetings of this process so far: the same number in all of them.
 _meetings = 0
 
@@ -32,11 +36,18 @@ class Processes:
     where one of them has failed.
     """
 
-    def __init__(self) -> None:
-        there = dist.is_available() and dist.is_initialized()
-        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if there else (0, 1)
+    def __init__(self, rank: int = 0, size: int = 1, keys: dist.Store | None = None) -> None:
+        self.rank, self.size = rank, size
         # The group's own keys and counters: to ask them waits for nobody.
-        self._keys = dist.distributed_c10d._get_default_store() if self.size > 1 else None
+        self._keys = keys
+
+    @classmethod
+    def here(cls) -> Self:
+        """All processes of the default group, where it is initialised."""
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return cls()
+        keys = dist.distributed_c10d._get_default_store()
+        return cls(dist.get_rank(), dist.get_world_size(), keys)
 
     @property
     def first(self) -> bool:
@@ -59,9 +70,18 @@ class Processes:
         global _meetings
         _meetings += 1
         place, wait = f"ekfac_fast/meeting {_meetings}", 0.001
-        came = self._add(place, 1)
+        came, since = self._add(place, 1), time.monotonic()
         while came < self.size:
             self.check()
+            if time.monotonic() - since > PATIENCE:
+                since = math.inf
+                warnings.warn(
+                    f"process {self.rank} has waited {PATIENCE} s: {self.size - came} of "
+                    f"{self.size} are not here yet. In a process group every process makes the "
+                    "same calls",
+                    Notice,
+                    stacklevel=2,
+                )
             time.sleep(wait)
             came, wait = self._add(place, 0), min(2 * wait, 0.1)
 
@@ -158,6 +178,9 @@ class Processes:
                 x[start:stop, start:] = part
                 x[stop:, start:stop] = part[:, ROWS:].mT
         return x
+
+
+ALONE = Processes()
 
 
 def dealt(costs: Sequence[float], processes: int) -> list[list[int]]:

@@ -39,7 +39,7 @@ from .ahead import Ahead
 from .budget import fitting_tokens
 from .consumer import Batch, Consumer
 from .origin import origin
-from .processes import Processes
+from .processes import ALONE, Processes
 
 Progress = Callable[[str, int, int], None]
 Loss = Callable[["Batch"], Tensor]
@@ -84,7 +84,11 @@ class RunArguments(TypedDict, total=False):
 
 
 class Run:
-    """A model, a data set and settings: the passes of one stage, shared by all `processes`."""
+    """A model, a data set and settings: the passes of one stage.
+
+    They are this process's alone, or those of all `processes` that share the stage: then each must
+    come to it, and what `each` has done is a part.
+    """
 
     def __init__(
         self,
@@ -93,10 +97,11 @@ class Run:
         arguments: RunArguments,
         *,
         max_examples: int | None = None,
+        processes: Processes = ALONE,
     ):
         if unknown := sorted(set(arguments) - RunArguments.__annotations__.keys()):
             raise TypeError(f"unexpected keyword argument {unknown[0]!r}")
-        self.model, self.processes = model, Processes()
+        self.model, self.processes = model, processes
         instance("model", model, nn.Module, "a torch module")
         self.task: Task = checked_task(arguments.get("task")) or LanguageModelTask()
         self.autocast, self.progress = arguments.get("autocast"), arguments.get("progress")

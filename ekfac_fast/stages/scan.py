@@ -34,6 +34,7 @@ from .factors import Factors, bases, check_damping
 from .heap import Heap
 from .kept import Best, Whole
 from .parts import add_scores, add_self_influence
+from .processes import Processes
 from .queries import LayerQueries, Queries
 from .run import Run, RunArguments, Stage, accumulator
 from .scores import Scores
@@ -94,7 +95,7 @@ def score(
     ):  # fmt: skip
         flag(name, value)
     detail = per_token or per_layer or attribution
-    run = Run(model, dataset, arguments)
+    run = Run(model, dataset, arguments, processes=Processes.here())
     ranked = _candidates(candidates, queries, run)
     facts = _facts(run, train_size) | {
         "queries": queries.identity,
@@ -149,7 +150,7 @@ def self_scores(
     out = path("out", out)
     instance("factors", factors, Factors, "what fit returns, or Factors(folder)")
     layers = factors.layers(model)
-    run = Run(model, dataset, arguments)
+    run = Run(model, dataset, arguments, processes=Processes.here())
     facts = _facts(run, train_size) | {
         "factors": factors.identity,
         "layers": [layer.name for layer in layers],

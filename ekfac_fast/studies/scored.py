@@ -19,6 +19,7 @@ from ..stages.consumer import Batch, Consumer
 from ..stages.factors import Factors
 from ..stages.parts import add_scores
 from ..stages.preparation import prepare_queries
+from ..stages.processes import Processes
 from ..stages.queries import Queries
 from ..stages.run import Run, RunArguments, Stage, accumulator
 from ..stages.scan import on_device
@@ -78,7 +79,7 @@ def layer_scores(
 
     Arguments and errors as those of `score`.
     """
-    run = Run(model, data, arguments)
+    run = Run(model, data, arguments, processes=Processes.here())
     layers = [x.layer for x in queries.layers]
     names = [layer.name for layer in layers]
     facts = run.facts() | {"queries": queries.identity, "layers": names}
