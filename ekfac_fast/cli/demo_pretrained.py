@@ -167,6 +167,8 @@ def notes(model: Path, data: Tokens) -> list[str]:
         "millions of tokens: they show what in them would speak for a completion, not where the "
         "model has it from. Nothing was put into them for a question; of what they do not "
         "mention (chemistry, capitals) the best sequence is only the nearest one.",
+        "N is the number of these sequences, as if there had been no others: scores compare, "
+        "their size in nats is far too large for a model that has read so much.",
         f"Asked are the {told['right']} of {told['questions']} questions that the model answers "
         f"rightly by greedy decoding. Of its blocks every {BLOCK}rd is tracked, MLP and "
         f"attention; factors are of {FITTED} sequences, their weights are of 4 bits, widened.",
