@@ -19,7 +19,7 @@ PACKAGE = ROOT / "ekfac_fast"
 # backend stands beside the driver, on the ops and the mathematics.
 FLOORS = (
     "errors", "extras", "lazy", "checks", "ops", "store", "data", "model", "curvature", "stages",
-    "validation", "report", "cli",
+    "validation", "report", "studies", "cli",
 )  # fmt: skip
 BESIDE = {"kronfluence": {"errors", "ops", "curvature", "kronfluence"}}
 # On the ground floor of the mathematics: tensors in, tensors out.

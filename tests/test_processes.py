@@ -228,7 +228,8 @@ def test_torchrun(tmp_path):
     model, corpus = home / "model", home / "corpus.jsonl"
     for size in (1, 2):
         fitted, scored = tmp_path / f"factors-{size}", tmp_path / f"scores-{size}"
-        told = command(size, "fit", model, corpus, "--out", fitted, "--batch-tokens", 256)
+        how = ["--batch-tokens", 256, *(["--shard"] if size > 1 else [])]
+        told = command(size, "fit", model, corpus, "--out", fitted, *how)
         assert told.count("factors of 2 layers") == 1
         told = command(
             size, "score", model, fitted, home / "queries.jsonl", corpus, "--out", scored

@@ -3,18 +3,16 @@
 Commands import what they need when they run: `--help` waits for nothing.
 """
 
-import sys
-import warnings
-from collections.abc import Callable, Sequence
-from functools import wraps
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..checks import whole
-from ..errors import ArgumentError, Error, Notice
-from .group import shared
+from ..checks import size, whole
+from ..errors import ArgumentError
+from . import studies
+from .group import sharded, shared
 from .options import (
     Adapter,
     BatchTokens,
@@ -34,43 +32,20 @@ from .options import (
     Refine,
     RefineExamples,
     RefineSeed,
+    Shard,
     SplitBy,
     TooLong,
     Trust,
 )
-from .terminal import Terminal
+from .reported import console, reported
 
 if TYPE_CHECKING:
     from ..data.choices import OnLong, Split
-    from ..data.tokens import Tokens
+    from ..data.examples import Corpus
     from . import inputs
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
-console = Terminal()
-
-
-def reported(command: Callable[..., None]) -> Callable[..., None]:
-    """Errors that say what to do are printed, without a traceback, with exit status 1."""
-
-    @wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        with warnings.catch_warnings():
-            warnings.showwarning = _show
-            try:
-                command(*args, **kwargs)
-            except Error as error:
-                console.say(f"error: {error}", style="red")
-                raise typer.Exit(1) from error
-
-    return run
-
-
-def _show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-    """A notice is a line for the reader; other warnings go where they always go."""
-    if issubclass(category, Notice):
-        console.say(f"note: {message}", style="yellow")
-    else:
-        sys.stderr.write(warnings.formatwarning(message, category, *where[:2]))
+app.add_typer(studies.app, name="study")
 
 
 @app.callback()
@@ -111,6 +86,7 @@ def fit(
     chat_template: ChatTemplate = None,
     batch_tokens: BatchTokens = None,
     memory: Memory = None,
+    shard: Shard = False,
     blocks: Blocks = 1,
     max_examples: Annotated[int | None, typer.Option(help="use the first so many")] = None,
     seed: Annotated[int, typer.Option(help="of the sampled labels")] = 0,
@@ -122,7 +98,7 @@ def fit(
 
     source, _, corpus = _loaded(
         model, adapter, data, context, split, on_long, fields, chat_template, dtype,
-        trust_remote_code,
+        trust_remote_code, shard,
     )  # fmt: skip
     runs.fit_job(
         source, corpus, out, console, layers=layers, batch_tokens=batch_tokens, memory=memory,
@@ -163,6 +139,7 @@ def score(
     chat_template: ChatTemplate = None,
     batch_tokens: BatchTokens = None,
     memory: Memory = None,
+    shard: Shard = False,
     dtype: Precision = "float32",
     trust_remote_code: Trust = False,
 ) -> None:
@@ -172,7 +149,7 @@ def score(
 
     source, cutting, corpus = _loaded(
         model, adapter, data, context, split, on_long, fields, chat_template, dtype,
-        trust_remote_code,
+        trust_remote_code, shard,
     )  # fmt: skip
     runs.score_job(
         source, Factors(factors), queries, corpus, cutting, out, console, rank=rank or None,
@@ -200,6 +177,7 @@ def self_influence(
     chat_template: ChatTemplate = None,
     batch_tokens: BatchTokens = None,
     memory: Memory = None,
+    shard: Shard = False,
     dtype: Precision = "float32",
     trust_remote_code: Trust = False,
 ) -> None:
@@ -209,7 +187,7 @@ def self_influence(
 
     source, _, corpus = _loaded(
         model, adapter, data, context, split, on_long, fields, chat_template, dtype,
-        trust_remote_code,
+        trust_remote_code, shard,
     )  # fmt: skip
     scores = runs.self_job(
         source, Factors(factors), corpus, out, console, damping=damping,
@@ -233,7 +211,7 @@ def report(
     from . import runs
 
     whole("top", top)
-    tokenizer, corpus = _scanned(scores, data, trust_remote_code, [by] if by else ())
+    tokenizer, corpus = runs.scanned(scores, data, console, trust_remote_code, [by] if by else ())
     console.say(f"{runs.report_job(scores, corpus, tokenizer, out, top, by=by)}")
 
 
@@ -253,7 +231,7 @@ def table(
     from . import runs
 
     keep = [*dict.fromkeys([*(columns or ()), *([by] if by else ())])]
-    tokenizer, corpus = _scanned(scores, data, trust_remote_code, keep)
+    tokenizer, corpus = runs.scanned(scores, data, console, trust_remote_code, keep)
     runs.table_job(scores, corpus, tokenizer, out, console, columns=keep, by=by)
 
 
@@ -284,52 +262,35 @@ def plan(
     rank: Annotated[int, typer.Option(help="0: full rank")] = 32,
     layers: Layers = None,
     blocks: Blocks = 1,
+    memory: Memory = None,
+    processes: Annotated[int, typer.Option(help="that share the run")] = 1,
+    shard: Shard = False,
+    dtype: Precision = "float32",
+    rate: Annotated[
+        float | None, typer.Option(help="TFLOP/s of each process; default: measured here")
+    ] = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Print what a run would cost, from shapes alone: no weights are loaded."""
     import torch
-    from rich.table import Table
 
-    from ..extras import optional
     from ..model.layers import parameter_counts, select_layers
-    from ..report.text import duration
     from ..stages import plan as planning
-    from . import inputs, runs
+    from ..stages.budget import token_width
+    from . import inputs, plans
 
-    transformers = optional("transformers", "hf")
-    with inputs.loading(model):
-        where, file = inputs.checkpoint(model)
-        config = transformers.AutoConfig.from_pretrained(
-            where, **file, trust_remote_code=trust_remote_code
-        )
-    with torch.device("meta"):
-        shape = transformers.AutoModelForCausalLM.from_config(
-            config, trust_remote_code=trust_remote_code
-        )
+    shape = inputs.shape(model, trust_remote_code)
     selected = select_layers(shape, layers)
     tracked, parameters = parameter_counts(shape, selected)
     costs = planning.plan(
         selected, parameters=parameters, sequences=sequences, tokens=tokens,
         fit_sequences=sequences if fit_sequences is None else fit_sequences, queries=queries,
-        rank=rank or None, blocks=blocks,
+        rank=rank or None, blocks=blocks, width=token_width(shape), processes=processes,
+        memory=None if memory is None else size("memory", memory),
+        rate=None if rate is None else rate * 1e12, sharded=shard,
+        dtype=torch.float32 if dtype == "float32" else torch.bfloat16,
     )  # fmt: skip
-    chosen = Table("layer", "I", "O", "bias", "scored by", box=None, pad_edge=False)
-    for x, how in zip(costs.layers, costs.scored_by, strict=True):
-        chosen.add_row(x.name, str(x.I), str(x.O), "yes" if x.bias else "-", how)
-    console.print(chosen)
-    console.say(f"\n{runs.covered(costs.layers, tracked, parameters)}")
-    console.say(
-        f"{parameters / 1e6:.1f}M parameters in all, {4 * parameters / 2**30:.2f} GiB in fp32"
-    )
-    console.say(f"factors on disk  {costs.factor_bytes / 2**30:.2f} GiB")
-    console.say(f"sums in memory   {costs.fitting_bytes / 2**30:.2f} GiB")
-    console.say(f"queries          {costs.query_bytes / 2**30:.2f} GiB")
-    console.say(f"batch_tokens     {costs.batch_tokens} fit beside them in free memory\n")
-    work = Table("stage", "TFLOP", "time", box=None, pad_edge=False)
-    for stage in costs.stages:
-        work.add_row(stage.name, f"{stage.flops / 1e12:.3g}", duration(stage.seconds))
-    console.print(work)
-    console.say(f"at {costs.gemm_rate / 1e9:.0f} GFLOP/s, measured now (fp32 product of 1024^2)")
+    plans.show(costs, console, tracked, parameters, processes, rate is None)
 
 
 @app.command()
@@ -362,18 +323,6 @@ def demo(
     run(folder or Path("demo" if model == "small" else f"demo-{Path(model).stem}"), chosen, console)
 
 
-def _scanned(
-    scores: Path, data: Path, trust_remote_code: bool, keep: Sequence[str] = ()
-) -> tuple[Any, "Tokens"]:
-    """The tokenizer and the corpus of a folder of scores, cut as for the scan."""
-    from . import inputs, runs
-
-    run = runs.load_run(scores)
-    cutting = inputs.Cutting(**run["cutting"])
-    tokenizer = inputs.load_tokenizer(run["model"], trust_remote_code, cutting.chat_template)
-    return tokenizer, inputs.read_data(data, tokenizer, cutting, console, keep)
-
-
 def _loaded(
     model: str,
     adapter: str | None,
@@ -385,12 +334,15 @@ def _loaded(
     chat_template: Path | None,
     dtype: "Dtype",
     trust_remote_code: bool,
-) -> tuple["inputs.Source", "inputs.Cutting", "Tokens"]:
+    shard: bool,
+) -> tuple["inputs.Source", "inputs.Cutting", "Corpus"]:
     """A model, and a corpus cut for it as the command line asks."""
     from . import inputs
 
     mapping, template = inputs.parsed_fields(fields), inputs.read_template(chat_template)
     source = inputs.load(model, trust_remote_code, dtype, adapter=adapter, chat_template=template)
+    if shard:
+        source = replace(source, model=sharded(source.model))
     console.say(f"passes in {'float32' if source.autocast is None else 'bfloat16'}")
     cutting = inputs.Cutting(source.context(context), split, on_long, mapping, template)
     return source, cutting, inputs.read_data(data, source.tokenizer, cutting, console)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ..data.tokens import Tokens
+from ..data.examples import Corpus
 from ..model.layers import select_layers
 from ..report.text import duration
 from ..stages.floor import floor_seconds
@@ -38,7 +38,7 @@ class Demo:
     """
 
     prepare: Callable[[Path, Progress], None]
-    notes: Callable[[Path, Tokens], Sequence[str]]
+    notes: Callable[[Path, Corpus], Sequence[str]]
     context: int
     layers: Callable[[nn.Module], list[str]] | None = None
     fit_sequences: int | None = None

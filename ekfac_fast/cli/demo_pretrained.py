@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data.tokens import Tokens, tokenize
+from ..data.examples import Corpus
+from ..data.tokens import tokenize
 from ..errors import ArgumentError, MissingExtra
 from ..model.layers import linear_layers
 from ..stages.run import Progress
@@ -159,7 +160,7 @@ def some_blocks(model: nn.Module) -> list[str]:
     return [name for block in sorted(found) if (last - block) % BLOCK == 0 for name in found[block]]
 
 
-def notes(model: Path, data: Tokens) -> list[str]:
+def notes(model: Path, data: Corpus) -> list[str]:
     """What this demo cannot show."""
     told = load_json(model / PREPARED)
     return [

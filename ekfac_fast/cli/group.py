@@ -1,16 +1,20 @@
 """A command in several processes: `torchrun --nproc-per-node 4 -m ekfac_fast fit ...`.
 
-All run the same command line; the first speaks and shows progress.
+All run the same command line; the first speaks and shows progress. With `--shard` the weights of
+the model lie in all of them.
 """
 
 import os
 import time
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError, Error, ProcessError
 from .terminal import Terminal
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # Seconds that torchrun has to end a process whose error the first has told already.
 HEARD = 10.0
@@ -62,3 +66,28 @@ def _join() -> int:
     torch.cuda.set_device(local)
     dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", local))
     return dist.get_rank()
+
+
+def sharded(model: "nn.Module") -> "nn.Module":
+    """A model whose weights lie in all processes (FSDP2, block by block); frozen.
+
+    Raises:
+        ArgumentError: there is one process, or the model does not say what its blocks are.
+    """
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    if not dist.is_initialized():
+        raise ArgumentError("--shard: start several processes with torchrun")
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    if not blocks:
+        raise ArgumentError(
+            f"--shard: a {type(model).__name__} does not say what its blocks are "
+            "(_no_split_modules); shard it yourself and use the API"
+        )
+    model.requires_grad_(False)
+    for block in blocks:
+        fully_shard(block)
+    fully_shard(model)
+    return model

@@ -12,8 +12,10 @@ from torch import nn
 from ..checks import listed, whole
 from ..data.batches import positions
 from ..data.choices import OnLong, Split
+from ..data.examples import Corpus
 from ..data.records import read
-from ..data.tokens import Tokens, tokenize
+from ..data.token_files import are_tokens, open_tokens
+from ..data.tokens import tokenize
 from ..errors import ArgumentError, Error
 from ..extras import optional
 from .options import Dtype
@@ -89,6 +91,21 @@ def load(
         model = with_adapter(model, adapter)
     tokenizer = load_tokenizer(path, trust_remote_code, chat_template)
     return Source(path, model.to(device).eval(), tokenizer, lowered, adapter)
+
+
+def shape(path: str, trust_remote_code: bool) -> nn.Module:
+    """A model without weights: parameters that know their sizes alone."""
+    transformers = optional("transformers", "hf")
+    with loading(path):
+        where, file = checkpoint(path)
+        config = transformers.AutoConfig.from_pretrained(
+            where, **file, trust_remote_code=trust_remote_code
+        )
+    with torch.device("meta"):
+        made: nn.Module = transformers.AutoModelForCausalLM.from_config(
+            config, trust_remote_code=trust_remote_code
+        )
+    return made
 
 
 def with_adapter(model: nn.Module, adapter: str) -> nn.Module:
@@ -186,8 +203,14 @@ def read_template(path: Path | None) -> str | None:
 
 def read_data(
     path: Path, tokenizer: Any, cutting: Cutting, console: Terminal, keep: Sequence[str] = ()
-) -> Tokens:
+) -> Corpus:
     """A corpus as examples; says what was cut off or left out."""
+    if cutting.fields is None and are_tokens(path):
+        # Ids of such a vocabulary take more than two bytes.
+        wide = path.suffix.lower() == ".bin" and len(tokenizer) > 1 << 16
+        mapped = open_tokens(path, cutting.context, dtype="uint32" if wide else None, keep=keep)
+        console.say(f"{path}: {len(mapped)} sequences of tokens, mapped")
+        return mapped
     records = read(path, split=cutting.split, fields=cutting.fields, keep=keep)
     data = tokenize(records, tokenizer, cutting.context, on_long=cutting.on_long, on_empty="skip")
     notes = [f"{len(data)} sequences of at most {cutting.context} tokens"]

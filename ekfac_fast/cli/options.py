@@ -10,7 +10,13 @@ from ..data.choices import OnLong, Split
 Dtype = Literal["auto", "float32", "bfloat16"]
 
 Model = Annotated[str, typer.Argument(help="Hugging Face model folder or name, or a .gguf file")]
-Data = Annotated[Path, typer.Argument(help=".jsonl, .json, .txt or .parquet, or a folder of them")]
+Data = Annotated[
+    Path,
+    typer.Argument(
+        help=".jsonl, .json, .txt, .parquet or .arrow, a folder of them, or as datasets saves; "
+        "tokens: .bin, or a column input_ids"
+    ),
+]
 Out = Annotated[Path, typer.Option(help="folder of the results; a run that was killed continues")]
 FactorFolder = Annotated[Path, typer.Argument(help="folder written by fit (or by kronfluence)")]
 Adapter = Annotated[str | None, typer.Option(help="peft adapter to put in: a folder or name")]
@@ -32,6 +38,7 @@ BatchTokens = Annotated[
     int | None, typer.Option(help="tokens a batch; default 4096, on a CPU 1024")
 ]
 Memory = Annotated[str | None, typer.Option(help="to keep to, e.g. 16GiB; default: what is free")]
+Shard = Annotated[bool, typer.Option(help="weights over all processes of torchrun")]
 Damping = Annotated[float | None, typer.Option(help="absolute; default 0.1 x mean eigenvalue")]
 Refine = Annotated[str | None, typer.Option(help="queries further: cg:10, lissa:5000, astra:300")]
 RefineExamples = Annotated[

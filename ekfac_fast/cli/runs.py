@@ -12,7 +12,8 @@ from rich.text import Text
 
 from .. import report
 from ..checks import Whole, check_json
-from ..data.tokens import Tokens, read_queries
+from ..data.examples import Corpus
+from ..data.tokens import read_queries
 from ..model.layers import Layer, parameter_counts, select_layers
 from ..report.collect import check_together, collect, run_facts
 from ..report.contents import StageTime
@@ -29,7 +30,7 @@ from ..store.files import load_json, save_json
 from ..store.folder import Store
 from ..store.manifest import MANIFEST
 from ..validation import RetrainingBank, reliability, validate
-from .inputs import Cutting, Source
+from .inputs import Cutting, Source, load_tokenizer, read_data
 from .progress import showing
 from .terminal import Terminal, harmless
 
@@ -51,7 +52,7 @@ SPOKEN = {
 }
 
 
-def fit_job(source: Source, data: Tokens, out: Path, console: Terminal, **settings: Any) -> Factors:
+def fit_job(source: Source, data: Corpus, out: Path, console: Terminal, **settings: Any) -> Factors:
     """`fit` with progress; `out/run.json` says which model."""
     layers = select_layers(source.model, settings.get("layers"))
     console.say(covered(layers, *parameter_counts(source.model, layers)))
@@ -86,7 +87,7 @@ def score_job(
     source: Source,
     factors: Factors,
     queries: Path,
-    data: Tokens,
+    data: Corpus,
     cutting: Cutting,
     out: Path,
     console: Terminal,
@@ -147,7 +148,7 @@ def score_job(
 
 
 def self_job(
-    source: Source, factors: Factors, data: Tokens, out: Path, console: Terminal, **settings: Any
+    source: Source, factors: Factors, data: Corpus, out: Path, console: Terminal, **settings: Any
 ) -> Scores:
     """`self_scores` with progress."""
     _tell_basis(factors, console)
@@ -171,9 +172,23 @@ def load_run(folder: Path) -> dict[str, Any]:
     return run
 
 
+def scanned(
+    folder: Path,
+    data: Path,
+    console: Terminal,
+    trust_remote_code: bool,
+    keep: Sequence[str] = (),
+) -> tuple[Any, Corpus]:
+    """The tokenizer and the corpus of a folder that `score_job` wrote, cut as for the scan."""
+    run = load_run(folder)
+    cutting = Cutting(**run["cutting"])
+    tokenizer = load_tokenizer(run["model"], trust_remote_code, cutting.chat_template)
+    return tokenizer, read_data(data, tokenizer, cutting, console, keep)
+
+
 def report_job(
     folder: Path,
-    data: Tokens,
+    data: Corpus,
     tokenizer: Any,
     out: Path,
     k: int,
@@ -219,7 +234,7 @@ def report_job(
 
 def table_job(
     folder: Path,
-    data: Tokens,
+    data: Corpus,
     tokenizer: Any,
     out: Path,
     console: Terminal,
@@ -275,7 +290,7 @@ def validate_job(
 
 
 def print_top(
-    console: Terminal, folder: Path, data: Tokens, tokenizer: Any, k: int = 3, width: int = 70
+    console: Terminal, folder: Path, data: Corpus, tokenizer: Any, k: int = 3, width: int = 70
 ) -> None:
     """The first k sequences of every query, in the terminal."""
     run, scores, queries = load_run(folder), Scores(folder), Queries.load(folder)

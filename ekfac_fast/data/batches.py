@@ -5,20 +5,23 @@ What is no example of a language model (`examples`) is batched by torch's defaul
 
 import inspect
 import warnings
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import default_collate
 
 from ..checks import choice, sized, whole
 from ..errors import DataError, Notice
+from ..store.division import Division
 from ..store.fingerprint import Digest
 from .choices import OnLongExample
-from .examples import IGNORED, Example, Indexable, example, named
+from .examples import IGNORED, Example, Indexable, Survey, example, named
 
 # On a CPU activations and logits of more leave the caches: slower, and three times the memory.
 BATCH_TOKENS = {"cpu": 1024}
@@ -31,19 +34,26 @@ def default_tokens(device: torch.device) -> int:
     return BATCH_TOKENS.get(device.type, DEVICE_BATCH_TOKENS)
 
 
-def divided(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+def divided(lengths: ArrayLike, batch_tokens: int) -> Division:
     """Indices of the batches: (longest length) x (size) <= batch_tokens, or one example alone.
 
     From the longest to the shortest, ties in order: little padding, and what does not fit in
     memory shows in the first batch. Every index once; a pure function.
     """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    batches, start = [], 0
-    while start < len(order):
-        size = max(1, batch_tokens // max(1, lengths[order[start]]))
-        batches.append(order[start : start + size])
-        start += size
-    return batches
+    lengths = np.asarray(lengths, dtype=np.int64)
+    longest = int(lengths.max(initial=0))
+    # Of two bytes numpy sorts in linear time.
+    behind = (longest - lengths).astype(np.uint16 if longest < 1 << 16 else np.int64)
+    order = behind.argsort(kind="stable")
+    below, start = behind[order], 0
+    starts = [order[:0]]
+    for end in [*(np.flatnonzero(np.diff(below)) + 1).tolist(), len(order)]:
+        if start < end:
+            # Batches that begin with one of these, which are equally long.
+            size = max(1, batch_tokens // max(1, longest - int(below[end - 1])))
+            starts.append(np.arange(start, end, size))
+            start += size * len(starts[-1])
+    return Division(order, np.diff(np.concatenate(starts), append=len(order)))
 
 
 def collate(
@@ -78,8 +88,9 @@ class Batches:
     may hold several documents (`packed`).
     Mappings for a model with an encoder and a decoder are batched by `batch_size`, every field
     padded to its own longest. Anything else is batched by `batch_size` through torch's default
-    collate. All of the data is read once here: what is wrong with it shows before any pass, and
-    `fingerprint` covers every value.
+    collate. All of the data is read once here, by whole arrays where the data set has a `survey`
+    (`examples.Surveyed`): what is wrong with it shows before any pass, and `fingerprint` covers
+    every value. `lengths` [N] int64: tokens of every example.
 
     Raises:
         DataError: the data set is empty or not indexable, an example is malformed or too long.
@@ -110,57 +121,80 @@ class Batches:
         config = getattr(inner, "config", None)
         self.two_sided = mapping and bool(getattr(config, "is_encoder_decoder", False))
         self.language = not self.two_sided and is_text(first)
-        self.truncated = self.without_targets = 0
-        self.packed = False
-        self.lengths: list[int] = []
-        self._digest = Digest()
-        if self.language:
-            self._survey(on_long)
-        else:
-            self.lengths = [1] * self.size
-            for index in range(self.size):
-                self._digest.add(_plain(dataset[index]))
+        found = self._survey(on_long) if self.language else _unsurveyed(dataset, self.size)
+        self.lengths, self._fingerprint = found.lengths, found.fingerprint
+        self.truncated, self.without_targets = found.truncated, found.without_targets
+        self.packed = found.packed
 
-    def _survey(self, on_long: OnLongExample) -> None:
-        """Read and check every example."""
+    def _survey(self, on_long: OnLongExample) -> Survey:
+        """Check every example."""
+        found = _by_arrays(self.dataset, self.size, self.vocabulary, self.context)
+        found = found or self._one_by_one()
+        if found.longest is not None and on_long == "refuse":
+            one = self.example(found.longest)
+            raise DataError(
+                f"{named(self.dataset, found.longest)}: {len(one) + one.dropped} tokens, the model "
+                f"has {self.context} positions: split it, or let its end be cut off"
+            )
+        if on_long == "truncate" and (found.truncated or found.without_targets):
+            warnings.warn(
+                f"of {self.size} examples {found.truncated} are longer than the model's "
+                f"{self.context} positions and lose their end, {found.without_targets} have "
+                "nothing to predict and no influence",
+                Notice,
+                stacklevel=4,
+            )
+        return found
+
+    def _one_by_one(self) -> Survey:
+        """Every example read."""
+        lengths, digest = array("q"), Digest()
+        truncated = without_targets = 0
+        longest, packed = None, False
         for index in range(self.size):
             one = self.example(index)
-            if one.dropped and on_long == "refuse":
-                raise DataError(
-                    f"{named(self.dataset, index)}: {len(one) + one.dropped} tokens, the model has "
-                    f"{self.context} positions: split it, or let its end be cut off"
-                )
             if refused := [name for name in one.fields if name not in self._takes]:
                 raise DataError(
                     f"{named(self.dataset, index)}: the model takes no {refused[0]!r}; leave it "
                     "out of the examples"
                 )
-            self.truncated += one.dropped > 0
-            self.without_targets += one.targets == 0
-            self.packed |= one.packed
-            self.lengths.append(len(one))
-            self._digest.add(_content(one))
-        if on_long == "truncate" and (self.truncated or self.without_targets):
-            warnings.warn(
-                f"of {self.size} examples {self.truncated} are longer than the model's "
-                f"{self.context} positions and lose their end, {self.without_targets} have nothing "
-                "to predict and no influence",
-                Notice,
-                stacklevel=4,
-            )
+            if one.dropped and longest is None:
+                longest = index
+            truncated += one.dropped > 0
+            without_targets += one.targets == 0
+            packed |= one.packed
+            lengths.append(len(one))
+            digest.add(_content(one))
+        counts = np.frombuffer(lengths, np.int64)
+        return Survey(counts, digest.hex(), truncated, longest, without_targets, packed)
 
-    def divided(self, among: Sequence[int] | None = None) -> list[list[int]]:
+    def divided(self, among: Sequence[int] | None = None) -> Division:
         """Indices of every batch, of all examples or of some; by lengths and budget alone."""
-        every = range(self.size) if among is None else among
+        if self.language and among is None:
+            return divided(self.lengths, self.batch_tokens)
+        every = np.asarray(range(self.size) if among is None else among, dtype=np.int64)
         if self.language:
-            lengths = [self.lengths[i] for i in every]
-            return [[every[i] for i in some] for some in divided(lengths, self.batch_tokens)]
-        size = self.batch_size
-        return [list(every[i : i + size]) for i in range(0, len(every), size)]
+            found = divided(self.lengths[every], self.batch_tokens)
+            return Division(every[found.indices], found.sizes)
+        starts = np.arange(0, len(every), self.batch_size)
+        return Division(every, np.diff(starts, append=len(every)))
 
-    def tokens(self, indices: Sequence[int]) -> int:
+    @property
+    def padded(self) -> bool:
+        """Whether some batch of `divided` is padded."""
+        plan = self.divided()
+        found = self.lengths[plan.indices]
+        return bool((found[plan.starts] != found[plan.ends - 1]).any())
+
+    @property
+    def shortest(self) -> int:
+        """The first of the shortest examples, of those of two tokens or more where there are."""
+        longest = self.lengths.max()
+        return int(np.where(self.lengths < 2, longest + 1, self.lengths).argmin())
+
+    def tokens(self, indices: ArrayLike) -> int:
         """Real tokens (or examples, where there are none) of a batch."""
-        return sum(self.lengths[i] for i in indices)
+        return int(self.lengths[np.asarray(indices, dtype=np.int64)].sum())
 
     def load(self, indices: Sequence[int]) -> Any:
         """The batch of these examples, on the model's device."""
@@ -185,15 +219,35 @@ class Batches:
 
     def fingerprint(self) -> str:
         """Identifies the data: every value of every example."""
-        return self._digest.hex()
+        return self._fingerprint
 
 
 def data_fingerprint(dataset: Indexable) -> str:
     """`Batches.fingerprint` of a data set none of whose examples was cut."""
-    digest, text = Digest(), is_text(dataset[0])
+    if not is_text(dataset[0]):
+        return _unsurveyed(dataset, len(dataset)).fingerprint
+    if found := _by_arrays(dataset, len(dataset)):
+        return found.fingerprint
+    digest = Digest()
     for index in range(len(dataset)):
-        digest.add(_content(example(dataset, index)) if text else _plain(dataset[index]))
+        digest.add(_content(example(dataset, index)))
     return digest.hex()
+
+
+def _by_arrays(
+    dataset: Any, size: int, vocab_size: int | None = None, context: int | None = None
+) -> Survey | None:
+    """The survey of a data set that makes its own."""
+    find = getattr(dataset, "survey", None)
+    return find(size, vocab_size, context) if callable(find) else None
+
+
+def _unsurveyed(dataset: Indexable, size: int) -> Survey:
+    """Of examples that are not of a causal language model: each counts as one token."""
+    digest = Digest()
+    for index in range(size):
+        digest.add(_plain(dataset[index]))
+    return Survey(np.ones(size, dtype=np.int64), digest.hex())
 
 
 def is_text(record: Any) -> bool:

@@ -6,13 +6,14 @@ tensors, arrays or lists (`position_ids`, `token_type_ids`) go to the model as t
 is anything with `__len__` and `__getitem__` that gives such mappings.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Subset
 
@@ -23,10 +24,66 @@ IGNORED = -100
 
 
 class Indexable(Protocol):
-    """A list, a torch data set, a Hugging Face data set."""
+    """A list, a torch data set, a Hugging Face data set.
+
+    One that holds whole arrays may have `survey` besides (`Surveyed`).
+    """
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Any: ...
+
+
+class Corpus(Indexable, Protocol):
+    """Examples that know where they were read, and what else their records hold: `Tokens`,
+    `MappedTokens`.
+    """
+
+    def source(self, index: int, /) -> str:
+        """Where an example was read."""
+        ...
+
+    def column(self, name: str, /) -> Sequence[Any]:
+        """What the record of every example has there."""
+        ...
+
+    def record(self, index: int, /) -> Mapping[str, Any] | None:
+        """What an example was made of; None where it was token ids already."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """What is to be known of all examples before any is passed.
+
+    lengths      [N] int64, tokens that are left of every example
+    fingerprint  covers every value
+    truncated    examples that lose their end; `longest`, the first of them
+    `without_targets` have nothing left to predict; some are `packed` of several documents.
+    """
+
+    lengths: NDArray[np.int64]
+    fingerprint: str
+    truncated: int = 0
+    longest: int | None = None
+    without_targets: int = 0
+    packed: bool = False
+
+
+class Surveyed(Indexable, Protocol):
+    """A data set of whole arrays, looked at many examples at a time: millions in seconds.
+
+    Both methods give None where examples have to be read one by one.
+    """
+
+    def survey(self, size: int, vocab_size: int | None, context: int | None) -> Survey | None:
+        """What `example` would find of the first `size` examples, and raise for the first of them
+        that is wrong.
+        """
+        ...
+
+    def blocks(self, size: int) -> Iterator[Any] | None:
+        """The first `size` examples as `survey.Block`s."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)

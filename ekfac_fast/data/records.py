@@ -28,10 +28,11 @@ from ..checks import choice, listed, require
 from ..checks import path as argument_path
 from ..errors import DataError, Notice
 from ..extras import optional
+from .arrow import mapped_table, saved_files
 from .choices import Split
 from .fields import BESIDE, Columns
 
-SUFFIXES = (".jsonl", ".json", ".txt", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".txt", ".parquet", ".arrow")
 COMPRESSED = (".gz", ".zst")
 BOM = b"\xef\xbb\xbf"
 
@@ -206,6 +207,34 @@ class Rows(Dataset):
         return self.columns.record(row, source)
 
 
+class Cells(Dataset):
+    """The rows of an arrow file, memory-mapped."""
+
+    def __init__(self, path: Path, columns: Columns) -> None:
+        self.path, self.columns = path, columns
+        table = mapped_table(path)
+        names = table.column_names
+        asked = {x for parts in columns.among(names, str(path)).values() for x in parts}
+        wanted = {*asked, *BESIDE, *columns.keep}
+        self.table = table.select([name for name in names if name in wanted])
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def source(self, index: int) -> str:
+        """File and row of a record."""
+        return f"{self.path}, row {index + 1}"
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        index = range(len(self))[index]
+        source = self.source(index)
+        try:
+            (row,) = self.table.slice(index, 1).to_pylist()
+        except ValueError as error:  # not UTF-8
+            raise DataError(f"{source}: cannot be read ({error})") from error
+        return self.columns.record(row, source)
+
+
 class Records(ConcatDataset):
     """The records of several files, one after the other."""
 
@@ -224,7 +253,8 @@ def read(
     fields: Mapping[str, str] | None = None,
     keep: Sequence[str] = (),
 ) -> Records:
-    """The records of a file of JSON lines, JSON, text or parquet, or of all in a folder, by name.
+    """The records of a file of JSON lines, JSON, text, parquet or arrow, or of all in a folder, by
+    name; of a folder that `datasets` saved, of its files in their order.
 
     Endings count in any case, `.gz` and `.zst` may follow (not on parquet), folders may be links;
     files of other kinds in a folder are left out with a `Notice`. `split` says what one record of
@@ -250,7 +280,7 @@ def read_columns(path: str | Path, split: Split, columns: Columns) -> Records:
         raise DataError(f"{path}: a pipe or a device, not a file: it is read more than once")
     supported = ", ".join((*SUFFIXES, *(f".jsonl{ending}" for ending in COMPRESSED)))
     if path.is_dir():
-        every = sorted(_files(path))
+        every = saved_files(path) or sorted(_files(path))
         files = [file for file in every if _kind(file)]
         if not files:
             raise DataError(f"{path}: no file of a kind that can be read ({supported}) in it")
@@ -289,12 +319,14 @@ def _kind(path: Path) -> str | None:
     endings = [suffix.lower() for suffix in path.suffixes[-2:]]
     packed = bool(endings) and endings[-1] in COMPRESSED
     kind = endings[-2] if packed and len(endings) == 2 else endings[-1] if endings else ""
-    return kind if kind in SUFFIXES and not (packed and kind == ".parquet") else None
+    return kind if kind in SUFFIXES and not (packed and kind in (".parquet", ".arrow")) else None
 
 
-def _records(path: Path, split: Split, columns: Columns) -> Lines | Objects | Rows:
+def _records(path: Path, split: Split, columns: Columns) -> Lines | Objects | Rows | Cells:
     """The records of one file."""
     kind = _kind(path)
+    if kind == ".arrow":
+        return Cells(path, columns)
     if kind == ".parquet":
         return Rows(path, columns)
     if kind == ".json" and _begins_an_array_or_spans_lines(path):

@@ -3,7 +3,7 @@
 import tempfile
 from array import array
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -14,12 +14,14 @@ from torch.utils.data import Dataset
 
 from ..checks import choice, require, shown, sized, told, whole
 from ..errors import ArgumentError, DataError
+from ..store.fingerprint import Digest
 from .choices import OnLong
 from .conversations import encode, is_conversation
 from .encoding import PIECE, encoded, tokenizer_fingerprint
-from .examples import IGNORED, Indexable
+from .examples import IGNORED, Indexable, Survey
 from .fields import Columns
 from .records import read_columns
+from .survey import Block, spans, survey
 
 TOKENIZED_AT_ONCE = 256
 
@@ -54,6 +56,33 @@ class Tokens(Dataset):
         ids = torch.where(silent, ~marked, marked)
         return {"input_ids": ids, "labels": marked.masked_fill_(silent, IGNORED)}
 
+    def survey(self, size: int, vocab_size: int | None, context: int | None) -> Survey | None:
+        """By whole arrays, with the fingerprint that the examples have one by one (`Surveyed`)."""
+        if (blocks := self.blocks(size)) is None:
+            return None
+        digest = Digest()
+
+        def add(block: Block, cut: Block) -> None:
+            assert cut.labels is not None
+            digest.add_rows((cut.ids, cut.labels), cut.ends, cut.first)
+
+        found = survey(self, blocks, size, vocab_size, context, add)
+        return replace(found, fingerprint=digest.hex())
+
+    def blocks(self, size: int) -> Iterator[Block] | None:
+        """The first `size` examples, many at a time; None of a class that reads its own."""
+        own = type(self).__getitem__ is Tokens.__getitem__
+        return self._blocks(size) if own else None
+
+    def _blocks(self, size: int) -> Iterator[Block]:
+        ids, ends = np.asarray(self.ids), self.rows[:size, 0]
+        for first, last in spans(ends):
+            start = int(ends[first - 1]) if first else 0
+            marked = ids[start : int(ends[last - 1])].astype(np.int64)
+            silent = marked < 0
+            values, labels = np.where(silent, ~marked, marked), np.where(silent, IGNORED, marked)
+            yield Block(first, values, labels, ends[first:last] - start)
+
     def column(self, name: str) -> list[Any]:
         """What the record of every example has in a column that was kept (`read(keep=...)`).
 
@@ -71,6 +100,10 @@ class Tokens(Dataset):
                 )
             found.append(kept[name])
         return found
+
+    def record(self, index: int) -> Mapping[str, Any]:
+        """What an example was made of."""
+        return self.records[int(self.rows[index, 1])]
 
     def source(self, index: int) -> str:
         """Where example `index` was read: file, line and, from the second on, the chunk of it."""

@@ -1,13 +1,13 @@
 """What tells a model, and a task, from another."""
 
-import sys
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..store.fingerprint import fingerprint
 from .tasks import Task
+from .weights import whole_tensor
 
 # Of a configuration: where it was read, by whom, and what does not change a pass.
 UNTOLD = frozenset(
@@ -29,23 +29,6 @@ def model_fingerprint(model: nn.Module) -> str:
             yield name, whole_tensor(weight).detach()
 
     return fingerprint(parts())
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether the weights lie in several processes: a pass is then one of all of them together."""
-    return any(map(_is_shard, model.parameters()))
-
-
-def whole_tensor(x: Tensor) -> Tensor:
-    """A tensor whose shards lie in several processes, gathered in each; any other as it is."""
-    whole: Any = x
-    return whole.full_tensor() if _is_shard(x) else x
-
-
-def _is_shard(x: Tensor) -> bool:
-    # Its import takes a second, and who has a DTensor has imported it.
-    there = sys.modules.get("torch.distributed.tensor")
-    return there is not None and isinstance(x, there.DTensor)
 
 
 def forward_state(model: nn.Module) -> tuple:

@@ -21,7 +21,7 @@ from .alone import alone, gradients_on
 from .calls import Calls
 from .capture import Capture
 from .head import Hessian
-from .identity import is_sharded
+from .weights import is_sharded
 
 # (y, H): outputs of any shape, and H of a stack of vectors of that shape.
 Outputs = Callable[[], tuple[Tensor, Hessian]]

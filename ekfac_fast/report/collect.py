@@ -9,8 +9,7 @@ import numpy as np
 
 from ..data.batches import data_fingerprint
 from ..data.encoding import tokenizer_fingerprint
-from ..data.examples import IGNORED
-from ..data.tokens import Tokens
+from ..data.examples import IGNORED, Corpus
 from ..errors import StoreError
 from ..stages.factors import Factors
 from ..stages.queries import Queries
@@ -24,7 +23,7 @@ LOW_ENERGY = 0.9  # below this share of its energy a rank does not represent a q
 
 
 def check_together(
-    scores: Scores, factors: Factors, queries: Queries, data: Tokens, tokenizer: Any = None
+    scores: Scores, factors: Factors, queries: Queries, data: Corpus, tokenizer: Any = None
 ) -> None:
     """Refuse a report of things that do not belong together.
 
@@ -53,7 +52,7 @@ def check_together(
 def collect(
     scores: Scores,
     queries: Queries,
-    data: Tokens,
+    data: Corpus,
     tokenizer: Any,
     names: Sequence[str],
     k: int = 10,
@@ -71,7 +70,7 @@ def collect(
 class Shown:
     """What a reader is shown of a corpus: `groups` has one label a sequence, or there are none."""
 
-    data: Tokens
+    data: Corpus
     texts: TokenTexts
     groups: Sequence[Any] | None
 
@@ -167,6 +166,6 @@ def _ranked(detail: Detail, shown: Shown) -> RankedSequence:
         per_target=detail.target,
         per_input=detail.input,
         heads=detail.heads,
-        turns=turns(data.records[int(data.rows[detail.index, 1])], tokens),
+        turns=turns(data.record(detail.index), tokens),
         group="" if groups is None else str(groups[detail.index]),
     )

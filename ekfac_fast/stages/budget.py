@@ -22,15 +22,25 @@ def fitting_tokens(model: nn.Module, memory: int, most: int) -> int:
         ArgumentError: the weights alone need more; says how much.
     """
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    layers = (x for x in linear_layers(model).values() if model.get_submodule(x.module) is not head)
-    each = next(model.parameters()).element_size() * sum(x.share * (x.I + x.O) for x in layers)
+    each = token_width(model) * next(model.parameters()).element_size()
+    check_weights(weights, memory)
+    return max(1, min(most, int(ACTIVATIONS * (memory - weights) / max(1, each))))
+
+
+def check_weights(weights: int, memory: int) -> None:
+    """ArgumentError where the weights leave nothing of the memory."""
     if weights >= memory:
         raise ArgumentError(
             f"memory is {memory:,} bytes, but the model's weights alone are {weights:,}: give "
             f"at least {2 * weights:,}, or load the model in a narrower dtype"
         )
-    return max(1, min(most, int(ACTIVATIONS * (memory - weights) / max(1, each))))
+
+
+def token_width(model: nn.Module) -> int:
+    """Values that a pass keeps of a token: what every matrix but the head's reads and writes."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    layers = (x for x in linear_layers(model).values() if model.get_submodule(x.module) is not head)
+    return round(sum(x.share * (x.I + x.O) for x in layers))
 
 
 def fitting_bytes(layer: Layer, itemsize: int, blocks: int = 1) -> int:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..data.examples import Indexable, example
+from ..data.survey import checked
 from ..errors import ArgumentError, DataError
 from ..extras import optional
 
@@ -35,8 +36,9 @@ def top_candidates(
     """The k best sequences of every query: indices [Q,k], scores [Q,k], best first.
 
     Equal scores: the lower index first. k is at most len(dataset). Memory: one chunk of sequences
-    and the k best. `context` cuts sequences as the scan will. Raises DataError for an empty or
-    invalid query (named by index) or example.
+    and the k best; of a data set of whole arrays (`Surveyed`) a block in place of a chunk.
+    `context` cuts sequences as the scan will. Raises DataError for an empty or invalid query
+    (named by index) or example.
     """
     if k < 1:
         raise ArgumentError(f"top_candidates: k must be at least 1, not {k}")
@@ -57,17 +59,19 @@ def top_candidates(
     Q, start = len(listed), 0
     indices, scores = np.empty((Q, 0), np.int64), np.empty((Q, 0))
     for presence in _presence(dataset, column, len(terms), context, chunk):
-        new = (presence @ weights).T
-        stop = start + new.shape[1]
+        new, stop = (presence @ weights).T, start + presence.shape[0]
+        places = np.arange(start, stop)
+        start = stop
+        if scores.shape[1] == k:
+            # An equal score comes too late: the lower index stays.
+            enters = (new > scores[:, -1:]).any(axis=0)
+            new, places = new[:, enters], places[enters]
         scores = np.concatenate([scores, new], axis=1)
-        indices = np.concatenate(
-            [indices, np.broadcast_to(np.arange(start, stop), new.shape)], axis=1
-        )
+        indices = np.concatenate([indices, np.broadcast_to(places, new.shape)], axis=1)
         # what is kept comes first and has lower indices: a stable sort keeps ties in their order
         best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
         scores = np.take_along_axis(scores, best, axis=1)
         indices = np.take_along_axis(indices, best, axis=1)
-        start = stop
     return indices, scores
 
 
@@ -84,13 +88,28 @@ def _presence(
 ) -> Iterator[Any]:
     """CSR matrices [sequences of a chunk, terms] that are 1 where the sequence holds the term."""
     sparse = optional("scipy.sparse", "analysis")
+    for ids, ends in _chunks(dataset, len(column), context, chunk):
+        found = column[ids]
+        places = np.flatnonzero(found >= 0)
+        # Once a sequence, its terms in order.
+        held = np.unique(ends.searchsorted(places, side="right") * terms + found[places])
+        rows = (held // terms).searchsorted(np.arange(len(ends) + 1))
+        yield sparse.csr_array((np.ones(len(held)), held % terms, rows), shape=(len(ends), terms))
+
+
+def _chunks(
+    dataset: Indexable, vocab_size: int, context: int | None, chunk: int
+) -> Iterator[tuple[NDArray, NDArray[np.int64]]]:
+    """Checked sequences after each other, and where each ends; by whole arrays where the data set
+    gives them.
+    """
+    find = getattr(dataset, "blocks", None)
+    blocks = find(len(dataset)) if callable(find) else None
+    if blocks is not None:
+        for _, cut in checked(dataset, blocks, vocab_size, context):
+            yield cut.ids, cut.ends
+        return
     for first in range(0, len(dataset), chunk):
-        last = min(first + chunk, len(dataset))
-        rows = [
-            np.unique(column[example(dataset, i, len(column), context).input_ids.numpy()])
-            for i in range(first, last)
-        ]
-        rows = [row[row >= 0] for row in rows]
-        ends = np.cumsum([0, *map(len, rows)])
-        ones = np.ones(ends[-1])
-        yield sparse.csr_array((ones, np.concatenate(rows), ends), shape=(last - first, terms))
+        some = range(first, min(first + chunk, len(dataset)))
+        every = [example(dataset, i, vocab_size, context).input_ids.numpy() for i in some]
+        yield np.concatenate(every), np.cumsum([*map(len, every)])

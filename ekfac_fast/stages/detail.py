@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ..curvature.query_gradients import QueryGradients
-from ..data.batches import divided
 from ..errors import ModelError
 from ..model.heads import HeadPart, head_parts
 from ..model.layer_batch import LayerBatch
@@ -99,18 +98,9 @@ def _passed(
     heads: Heads,
 ) -> None:
     """What a pass over the sequences says of layers, tokens and heads, in pieces."""
-    indices, pieces = sorted(wanted), store.pieces(PIECES)
-    if run.batches.language:
-        lengths = [run.batches.lengths[i] for i in indices]
-        batches = divided(lengths, run.batches.batch_tokens)
-    else:
-        size = run.batches.batch_size
-        batches = [
-            list(range(i, min(i + size, len(indices)))) for i in range(0, len(indices), size)
-        ]
-    named = [[indices[i] for i in batch] for batch in batches]
+    pieces, batches = store.pieces(PIECES), run.batches.divided(sorted(wanted))
     consumer = Details(run, layers, gradients, wanted, pieces, heads)
-    run.each(Stage.DETAIL, layers, named, consumer, done=run.processes.told(pieces.done))
+    run.each(Stage.DETAIL, layers, batches, consumer, done=run.processes.told(pieces.done))
 
 
 def _attributed(
@@ -226,7 +216,7 @@ class Details(Consumer):
         piece = {}
         for at, (q, b) in enumerate(self.pairs):
             index = batch.indices[b]
-            T, grid = self.run.batches.lengths[index], batch.grid
+            T, grid = int(self.run.batches.lengths[index]), batch.grid
             piece[f"{q} {index}"] = (
                 torch.stack([by_position(x[at], T, grid) for x in layers])
                 if every is None

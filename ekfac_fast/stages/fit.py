@@ -11,7 +11,7 @@ again and comes out in the same bits.
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard, Unpack
@@ -46,6 +46,7 @@ from .factors import (
 )
 from .moments import Covariances, Eigenvalues
 from .partitions import ARGUMENTS, part_folder, put_together
+from .processes import dealt
 from .run import Kept, Run, RunArguments, Stage, accumulator
 from .sums import Sums
 from .waiting import Waiting
@@ -201,7 +202,11 @@ class _Fit:
         return [x for x in self.layers if x.name in counts]
 
     def _pass(
-        self, stage: Stage, batches: list[list[int]], consumer: Sums, kept: Kept | None = None
+        self,
+        stage: Stage,
+        batches: Sequence[Sequence[int]],
+        consumer: Sums,
+        kept: Kept | None = None,
     ) -> None:
         self.passes.each(
             stage,
@@ -229,7 +234,7 @@ class _Fit:
             return losses[1]
         return losses if self.waiting.takes(batch) else losses[0]
 
-    def _covariances(self, batches: list[list[int]]) -> int:
+    def _covariances(self, batches: Sequence[Sequence[int]]) -> int:
         """The first pass and its files; how many of its labels rounding could flip."""
         consumer = Covariances(self.passes, self.store, self.layers, self.waiting)
         self._pass(Stage.COVARIANCE, batches, consumer)
@@ -282,8 +287,8 @@ class _Fit:
         order = [i for i in largest_first(jobs) if i not in done.done]
         total = sum(len(job.sum) ** 3 for job in jobs)
         before = sum(len(jobs[i].sum) ** 3 for i in done.done)
-        mine = self.processes.shared_out([len(jobs[i].sum) ** 3 for i in order])
-        order = [order[at] for at in mine]
+        costs = [len(jobs[i].sum) ** 3 for i in order]
+        order = [order[at] for at in dealt(costs, self.processes.size)[self.processes.rank]]
         dtype = accumulator(self.passes.model)
         precision = torch.float64 if dtype == torch.float64 else None
         solved = eigendecompositions([jobs[i] for i in order], self.passes.device, precision)

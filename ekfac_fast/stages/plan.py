@@ -1,44 +1,61 @@
-"""What a run will cost, from shapes alone: FLOPs, bytes, memory and time of every stage."""
+"""What a run will cost, from shapes alone: FLOPs, memory, disk and time of every stage."""
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..checks import whole
+from ..checks import is_number, require, whole
 from ..curvature.blocks import block_rows
 from ..curvature.choice import Contraction, contraction
+from ..curvature.eigen import WORKSPACE
 from ..curvature.memory import free_bytes
+from ..data.batches import default_tokens
 from ..model.layers import Layer
 from ..ops.gradients import flops as gradient_flops
 from ..ops.shapes import Card, Shape
+from .budget import ACTIVATIONS, SUMS, check_weights, fitting_bytes, partitions
 from .factors import block_facts
+from .measured import DENSE_BYTES
+from .processes import dealt
 
 # A dense LAPACK eigendecomposition with vectors, and the share of the GEMM rate that it reaches.
 EIGH_FLOPS, EIGH_SHARE = 9, 0.15
+# FLOP/s of one on the largest GPUs, whatever their products reach: half of it is bound by memory.
+EIGH_MOST = 1.3e12
+FP32 = 4
 
 
 @dataclass(frozen=True)
 class StageCost:
-    """One stage's work: FLOPs, and seconds at the measured GEMM rate."""
+    """One stage's work in each process: FLOPs, seconds at the measured GEMM rate, bytes that it
+    takes beside mapped files, and bytes that it sends to the others.
+    """
 
     name: str
     flops: float
     seconds: float
+    memory: int = 0
+    sent: int = 0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Costs of a whole run; sizes in bytes."""
+    """Costs of a whole run; sizes in bytes.
+
+    partitions    parts that the layers are fitted in, each with passes of its own
+    factor_bytes  of the factors on disk; `disk_bytes` at most, while they are fitted
+    """
 
     layers: tuple[Layer, ...]
     scored_by: tuple[Contraction, ...]
     stages: tuple[StageCost, ...]
+    partitions: int
     factor_bytes: int
-    fitting_bytes: int
+    disk_bytes: int
     query_bytes: int
     batch_tokens: int
     gemm_rate: float
@@ -62,6 +79,82 @@ def gemm_rate(
     return 2 * size**3 / min(times[1:])
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What is asked of `plan`."""
+
+    layers: Sequence[Layer]
+    parameters: int
+    width: int
+    sequences: int
+    tokens: int
+    fit_sequences: int
+    queries: int
+    rank: int | None
+    blocks: int
+    processes: int
+    sharded: bool
+    itemsize: int
+    memory: int
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    @property
+    def weights(self) -> int:
+        return self.itemsize * self.parameters // (self.processes if self.sharded else 1)
+
+    @property
+    def batch_tokens(self) -> int:
+        """Whole sequences, at least one, whose activations fit beside the weights."""
+        room = ACTIVATIONS * max(0, self.memory - self.weights) / (self.itemsize * self.width)
+        most = min(default_tokens(self.device), room)
+        return self.tokens * max(1, int(most / self.tokens))
+
+    @property
+    def batch(self) -> int:
+        """Bytes of weights and of a batch's activations."""
+        return self.weights + self.itemsize * self.width * self.batch_tokens
+
+    @property
+    def parts(self) -> list[list[Layer]]:
+        """The layers that are fitted at once."""
+        room = int(SUMS * max(0, self.memory - self.weights))
+        return partitions(self.layers, room, FP32, self.blocks)
+
+    @property
+    def sides(self) -> list[list[int]]:
+        """The rows of every covariance's blocks, the smaller blocks last."""
+        every = (n for x in self.layers for n in (x.J, x.O))
+        return [[len(range(n)[rows]) for rows in block_rows(n, self.blocks)] for n in every]
+
+    def came(self, layer: Layer) -> int:
+        """Tokens of a sequence that a layer sees."""
+        return max(1, round(layer.share * self.tokens))
+
+    def shape(self, x: Layer, B: int = 1, Q: int = 0, K: int = 0) -> Shape:
+        return Shape(B=B, T=self.came(x), I=x.I, O=x.O, Q=Q, K=K, bias=x.bias)
+
+    def passes(self, sequences: int) -> float:
+        """FLOPs of forward and backward, to activations alone, in each process."""
+        # Of experts only those that a token meets run; untracked ones are counted in full.
+        idle = sum((1 - x.share) * x.O * x.J for x in self.layers)
+        return 4 * (self.parameters - idle) * self.tokens * self.each(sequences)
+
+    def each(self, count: int) -> int:
+        """Of so many, those of the process that has the most."""
+        return -(-count // self.processes)
+
+    def rotated(self, card: Card, count: int) -> float:
+        """FLOPs of an op that rotates, whose rotations skip what lies between blocks."""
+        shapes = [self.shape(x) for x in self.layers]
+        saved = (1 - 1 / self.blocks) * sum(
+            gradient_flops(x) - gradient_flops(x, False, False) for x in shapes
+        )
+        return self.each(count) * (sum(card.cost(shape).flops for shape in shapes) - saved)
+
+
 def plan(
     layers: Sequence[Layer],
     *,
@@ -72,6 +165,11 @@ def plan(
     queries: int,
     rank: int | None = 32,
     blocks: int = 1,
+    width: int | None = None,
+    memory: int | None = None,
+    processes: int = 1,
+    sharded: bool = False,
+    dtype: torch.dtype = torch.float32,
     rate: float | None = None,
 ) -> Plan:
     """Cost of `fit`, `prepare_queries` and `score` for sequences of `tokens` tokens.
@@ -81,79 +179,108 @@ def plan(
         parameters: of the whole model: a pass costs 4 FLOPs a parameter and token, forward and
             gradient to activations.
         blocks: diagonal blocks of every covariance, as in `fit`.
-        rate: FLOP/s; measured here if None.
+        width: values that a pass keeps of a token (`token_width`); None for what the layers read
+            and write, twice.
+        memory: the budget of each process; None for what is free here.
+        processes: that share the run; `sharded`: and the weights.
+        dtype: of weights and passes; factors and queries are fp32.
+        rate: FLOP/s of each process; measured here if None.
+
+    Raises:
+        ArgumentError: a layer does not fit into the memory; says what it takes.
     """
     counts = {"sequences": sequences, "tokens": tokens, "fit_sequences": fit_sequences}
-    for name, count in (counts | {"queries": queries, "rank": rank or 1}).items():
+    counts |= {"queries": queries, "rank": rank or 1, "processes": processes}
+    for name, count in counts.items():
         whole(name, count)
     block_facts(blocks, layers)
+    width = width or 2 * round(sum(x.share * (x.I + x.O) for x in layers))
+    job = _Asked(
+        layers, parameters, width, sequences, tokens, fit_sequences, queries, rank, blocks,
+        processes, sharded, dtype.itemsize, 0,
+    )  # fmt: skip
+    job = replace(job, memory=free_bytes(job.device) if memory is None else whole("memory", memory))
+    check_weights(job.weights, job.memory)
+    right = rate is None or (is_number(rate) and rate > 0)
+    require(right, "rate", rate, "FLOP/s, more than 0")
     rate = rate or gemm_rate()
-    # Of experts only those that a token meets run; untracked ones are counted in full.
-    idle = sum((1 - x.share) * x.O * x.J for x in layers)
-    one_pass = 4 * (parameters - idle) * tokens
-    came = {x.name: max(1, round(x.share * tokens)) for x in layers}
-
-    # Of every side, the rows of its blocks.
-    sides = [
-        (x, [len(range(n)[rows]) for rows in block_rows(n, blocks)])
-        for x in layers
-        for n in (x.J, x.O)
-    ]
-
-    def rotated(card: Card, count: int) -> float:
-        shapes = [Shape(B=1, T=came[x.name], I=x.I, O=x.O, bias=x.bias) for x in layers]
-        saved = (1 - 1 / blocks) * sum(
-            gradient_flops(x) - gradient_flops(x, False, False) for x in shapes
-        )
-        return count * (sum(card.cost(shape).flops for shape in shapes) - saved)
-
-    covariances = fit_sequences * sum(
-        ops.covariance.cost(Shape(B=1, T=came[x.name], I=size)).flops
-        for x, sizes in sides
-        for size in sizes
-    )
-    eigh = EIGH_FLOPS * sum(size**3 for _, sizes in sides for size in sizes) / EIGH_SHARE
-    scan = 0.0
-    ways = []
-    for x in layers:
-        T, K = came[x.name], rank or 0
-        shape = Shape(B=sequences, T=T, I=x.I, O=x.O, Q=queries, K=K, bias=x.bias)
-        ways.append(contraction(shape))
-        card = ops.dense_scores if ways[-1] == "dense" else ops.low_rank_scores
-        scan += card.cost(shape).flops
-    work = {
-        "covariance": covariances + fit_sequences * one_pass,
-        "eigendecomposition": eigh,
-        "eigenvalues": rotated(ops.eigenvalues, fit_sequences) + fit_sequences * one_pass,
-        "queries": rotated(ops.precondition, queries) + queries * one_pass,
-        "scan": scan + sequences * one_pass,
-        "scan: forward and backward alone": float(sequences * one_pass),
-    }
-    stages = tuple(StageCost(name, flops, flops / rate) for name, flops in work.items())
-    covariance_bytes = sum(4 * (x.J**2 + x.O**2) for x in layers)
-    lambda_bytes = sum(4 * x.O * x.J for x in layers)
-    query = sum(
-        4 * queries * (x.O * x.J if rank is None else min(rank, x.O, x.J) * (x.O + x.J))
-        for x in layers
-    )
+    covariances = sum(FP32 * (x.J**2 + x.O**2) for x in layers)
+    eigenvalues = sum(FP32 * x.O * x.J for x in layers)
+    ways = tuple(contraction(job.shape(x, sequences, queries, rank or 0)) for x in layers)
+    stages = [*_fitting(job, covariances // blocks, eigenvalues), *_asking(job, ways)]
+    kept = 2 * covariances + eigenvalues
+    largest = max(sum(FP32 * (x.J**2 + x.O**2) for x in some) for some in job.parts)
     return Plan(
         tuple(layers),
-        tuple(ways),
-        stages,
-        factor_bytes=2 * covariance_bytes + lambda_bytes,
-        # Of many batches: a total and a rest.
-        fitting_bytes=2 * (covariance_bytes // blocks + lambda_bytes),
-        query_bytes=query,
-        batch_tokens=_batch_tokens(layers, parameters, tokens, query),
+        ways,
+        tuple(replace(x, seconds=x.flops / _reached(x, rate)) for x in stages),
+        partitions=len(job.parts),
+        factor_bytes=kept,
+        # Eigenvectors are kept matrix by matrix until all are there, files until they are joined.
+        disk_bytes=kept + (largest if len(job.parts) == 1 else covariances),
+        query_bytes=_query_bytes(job),
+        batch_tokens=job.batch_tokens,
         gemm_rate=rate,
     )
 
 
-def _batch_tokens(layers: Sequence[Layer], parameters: int, tokens: int, query_bytes: int) -> int:
-    """Tokens a batch that fit beside the weights: every layer's input and output gradient, and
-    about as much again for what autograd keeps, in whole sequences and at least one.
-    """
-    free = free_bytes(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    per_token = 2 * 4 * sum(x.share * (x.I + x.O) for x in layers)
-    room = max(0, free - 4 * parameters - query_bytes)
-    return tokens * max(1, int(room / 2 / per_token / tokens))
+def _fitting(job: _Asked, covariances: int, eigenvalues: int) -> list[StageCost]:
+    """The stages of `fit`; every part of the layers takes passes of its own."""
+    parts, passes = job.parts, job.passes(job.fit_sequences)
+    held = max(sum(fitting_bytes(x, FP32, job.blocks) for x in some) for some in parts)
+    sums = job.each(job.fit_sequences) * sum(
+        ops.covariance.cost(Shape(B=1, T=job.came(x), I=size)).flops
+        for at, sizes in enumerate(job.sides)
+        for x in [job.layers[at // 2]]
+        for size in sizes
+    )
+    cubes = sorted((size**3 for sizes in job.sides for size in sizes), reverse=True)
+    loads = [sum(cubes[i] for i in own) for own in dealt(cubes, job.processes)]
+    several = job.processes > 1
+    largest = max(size for sizes in job.sides for size in sizes)
+    return [
+        StageCost(
+            "covariance", sums + len(parts) * passes, 0, job.batch + held, several * covariances
+        ),
+        StageCost(
+            "eigendecomposition", EIGH_FLOPS * max(loads), 0,
+            job.weights + WORKSPACE * 8 * largest**2,
+        ),
+        StageCost(
+            "eigenvalues", job.rotated(ops.eigenvalues, job.fit_sequences) + len(parts) * passes, 0,
+            job.batch + held, several * eigenvalues,
+        ),
+    ]  # fmt: skip
+
+
+def _asking(job: _Asked, ways: Sequence[Contraction]) -> list[StageCost]:
+    """The stages of `prepare_queries` and `score`."""
+    scan = 0.0
+    for x, way in zip(job.layers, ways, strict=True):
+        card = ops.dense_scores if way == "dense" else ops.low_rank_scores
+        scan += card.cost(job.shape(x, job.each(job.sequences), job.queries, job.rank or 0)).flops
+    queries, passes = _query_bytes(job), job.passes(job.sequences)
+    dense = max(FP32 * x.O * x.J for x in job.layers)
+    work = job.rotated(ops.precondition, job.queries) + job.passes(job.queries)
+    made = job.batch + queries + min(max(DENSE_BYTES, dense), job.queries * dense)
+    scores = FP32 * job.queries * job.each(job.sequences)
+    return [
+        StageCost("queries", work, 0, made),
+        StageCost("scan", scan + passes, 0, job.batch + queries, (job.processes > 1) * scores),
+        StageCost("scan: forward and backward alone", passes, 0, job.batch),
+    ]
+
+
+def _reached(stage: StageCost, rate: float) -> float:
+    """FLOP/s of a stage."""
+    decomposing = stage.name == "eigendecomposition"
+    return min(EIGH_SHARE * rate, EIGH_MOST) if decomposing else rate
+
+
+def _query_bytes(job: _Asked) -> int:
+    return sum(
+        FP32
+        * job.queries
+        * (x.O * x.J if job.rank is None else min(job.rank, x.O, x.J) * (x.O + x.J))
+        for x in job.layers
+    )

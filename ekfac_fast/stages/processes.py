@@ -52,15 +52,6 @@ class Processes:
         """This process's part: every `size`-th."""
         return items[self.rank :: self.size]
 
-    def shared_out(self, costs: Sequence[float]) -> list[int]:
-        """This process's part of jobs by their costs, in order: each goes to who has least yet."""
-        loads, part = [0.0] * self.size, []
-        for job, cost in enumerate(costs):
-            least = loads.index(min(loads))
-            loads[least] += cost
-            part += [job] if least == self.rank else []
-        return part
-
     def meet(self) -> None:
         """Go on when all are here."""
         if self._keys is None:
@@ -167,3 +158,14 @@ class Processes:
                 x[start:stop, start:] = part
                 x[stop:, start:stop] = part[:, ROWS:].mT
         return x
+
+
+def dealt(costs: Sequence[float], processes: int) -> list[list[int]]:
+    """Jobs by their costs, in order, to processes: each goes to whoever has least yet."""
+    parts: list[list[int]] = [[] for _ in range(processes)]
+    loads = [0.0] * processes
+    for job, cost in enumerate(costs):
+        least = loads.index(min(loads))
+        loads[least] += cost
+        parts[least].append(job)
+    return parts

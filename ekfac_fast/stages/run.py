@@ -26,12 +26,14 @@ from ..data.examples import Indexable, tokenized_by
 from ..errors import ArgumentError, DataError, NotFiniteError
 from ..model.alone import alone
 from ..model.capture import Capture
-from ..model.identity import forward_state, is_sharded, model_fingerprint, task_state
+from ..model.identity import forward_state, model_fingerprint, task_state
 from ..model.layer_batch import LayerBatch
 from ..model.layers import Layer
 from ..model.rows import Grid
 from ..model.tasks import LanguageModelTask, Task, checked_task
+from ..model.weights import check_weights, is_sharded
 from ..ops.shapes import wide
+from ..store.division import Division
 from ..store.folder import Store
 from .ahead import Ahead
 from .budget import fitting_tokens
@@ -101,7 +103,7 @@ class Run:
         lowered = any(self.autocast is x for x in (None, torch.bfloat16, torch.float16))
         require(lowered, "autocast", self.autocast, "torch.bfloat16, torch.float16 or None")
         told("progress", self.progress)
-        _check_weights(model)
+        check_weights(model)
         memory, tokens = arguments.get("memory"), arguments.get("batch_tokens")
         self.memory = None if memory is None else size("memory", memory)
         if self.memory is not None and tokens is None:
@@ -141,10 +143,8 @@ class Run:
         assert isinstance(self.task, LanguageModelTask)
         if not self.batches.takes("input_ids"):
             raise ArgumentError(f"model is a {type(self.model).__name__} that takes no 'input_ids'")
-        lengths = self.batches.lengths
-        shortest = min(range(len(lengths)), key=lambda i: (lengths[i] < 2, lengths[i]))
-        padded = any(len({lengths[i] for i in some}) > 1 for some in self.batches.divided())
-        one = self.batches.load([shortest])
+        padded = self.batches.padded
+        one = self.batches.load([self.batches.shortest])
         key = (type(self.task), str(self.autocast), padded, self.batches.packed, *sorted(one))
         state, found = _checked.get(self.model, (None, {}))
         if state != (now := (self.fingerprint, *forward_state(self.model))):
@@ -195,7 +195,7 @@ class Run:
                 yield store
             processes.meet()
 
-    def planned(self, store: Store) -> list[list[int]]:
+    def planned(self, store: Store) -> Division:
         """The batches of a folder; the first process divides them."""
         if not self.processes.first:
             self.processes.meet()
@@ -261,13 +261,14 @@ class Run:
         """
         loss, done = loss or self.train_loss, set(done)
         capture = capture or Capture(self.model, layers, self.swapped)
-        total = sum(map(self.batches.tokens, batches))
+        total = self.batches.tokens(Division.of(batches).indices)
         before = sum(self.batches.tokens(batches[number]) for number in done)
         count, finished, since = self.processes.counter(stage), set[int](), list[int]()
         mine = self.processes.mine([n for n in range(len(batches)) if n not in done])
-        passing = [batches[n] for n in mine if batches[n] and n not in (kept or {})]
+        held = frozenset(kept or ())
+        passing = [n for n in mine if n not in held and batches[n]]
         most = max(self.processes.gathered(len(passing))) if self.sharded else 0
-        ahead = Ahead(self.batches, passing)
+        ahead = Ahead(self.batches, (batches[n] for n in passing))
         for place, number in enumerate(mine, 1):
             indices = batches[number]
             since.append(number)
@@ -356,12 +357,13 @@ class Run:
 
     def _two_that_differ(self) -> list[int]:
         batches = self.batches
-        order = sorted(range(batches.size), key=lambda i: batches.lengths[i])
-        first = order[0]
+        order = batches.lengths.argsort(kind="stable")
+        first = int(order[0])
         if not batches.language:
-            return [first, order[-1]]
+            return [first, int(order[-1])]
         ids = batches.example(first).input_ids.tolist()
-        other = next((i for i in order[1:] if batches.example(i).input_ids.tolist() != ids), first)
+        rest = map(int, order[1:])
+        other = next((i for i in rest if batches.example(i).input_ids.tolist() != ids), first)
         return [first, other]
 
     def _forward(self, indices: list[int]) -> Tensor:
@@ -386,15 +388,3 @@ class Run:
 def accumulator(model: nn.Module) -> torch.dtype:
     """The dtype of sums and scores of a model: fp32, or fp64 where it computes in that."""
     return wide(next(model.parameters()).dtype)
-
-
-def _check_weights(model: nn.Module) -> None:
-    """Refuse a model without weights, or whose weights are not in memory."""
-    if next(model.parameters(), None) is None:
-        raise ArgumentError(f"model is a {type(model).__name__} without parameters")
-    for name, weight in model.named_parameters():
-        if weight.is_meta:
-            raise ArgumentError(
-                f"weight {name} is on the meta device (offloaded, or never loaded): load the model "
-                "with all of its weights in memory"
-            )

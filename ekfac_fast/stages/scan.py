@@ -238,8 +238,9 @@ def _scan(
     batches = run.planned(store)
     scanned = batches
     if chosen is not None:
-        wanted = set(np.unique(np.concatenate(chosen)).tolist())
-        scanned = [[i for i in indices if i in wanted] for indices in batches]
+        wanted = np.zeros(run.batches.size, dtype=bool)
+        wanted[np.concatenate(chosen)] = True
+        scanned = batches.only(wanted)
     consumer = Scan(run, store, Q, batches, chosen, top_k, add)
     run.each(Stage.SCAN, layers, scanned, consumer, done=consumer.done)
     consumer.collect()
@@ -352,7 +353,7 @@ def on_device(run: Run, queries: Queries) -> dict[str, QueryGradients]:
     free memory; else, where that still pays, for each batch.
     """
     batches = run.batches
-    tokens = round(sum(batches.lengths) / len(batches.lengths)) if batches.language else 1
+    tokens = round(float(batches.lengths.mean()))
 
     def pays(own: LayerQueries) -> bool:
         K = 0 if own.R is None else own.R.shape[1]

@@ -1,29 +1,16 @@
 """Scores as a table: a row for each sequence of the corpus, or for each of a query's best."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..data.examples import Corpus
 from ..errors import ArgumentError
 from ..extras import optional
 
 if TYPE_CHECKING:
     from .scores import Scores
-
-
-class Corpus(Protocol):
-    """What `Tokens` are: examples that know where they were read, and their records' columns."""
-
-    def __len__(self) -> int: ...
-
-    def source(self, index: int, /) -> str:
-        """Where an example was read."""
-        ...
-
-    def column(self, name: str, /) -> Sequence[Any]:
-        """What the record of every example has there."""
-        ...
 
 
 def arrow(

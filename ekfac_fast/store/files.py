@@ -24,6 +24,8 @@ from torch import Tensor, uint8
 from ..errors import StoreError
 
 PARTIAL = ".partial-"
+# Bytes, of torch's own memory on a CPU.
+ALIGNMENT = 64
 CHECKSUM, METADATA = "checksum", "ekfac_fast"
 BROKEN = "truncated, damaged or of another format. Delete it and run the step that writes it again"
 
@@ -146,6 +148,13 @@ def _identity(path: Path) -> tuple[int, int]:
     return found.st_ino, found.st_mtime_ns
 
 
+def _aligned(tensor: Tensor) -> Tensor:
+    """`tensor` where torch would have put it: libraries' sums round by where their memory begins,
+    and a run that is continued goes on in the same bits.
+    """
+    return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
+
+
 def load_tensors(path: str | Path, *, ours: bool = False) -> dict[str, Tensor]:
     """The tensors of a safetensors file, on the CPU; changing them does not change the file.
 
@@ -161,7 +170,7 @@ def load_noted(path: str | Path, *, ours: bool = False) -> tuple[dict[str, Tenso
         # safetensors opens a file twice: between, a run may have put another in its place.
         while before != (before := _identity(path)):
             with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                tensors = {name: _aligned(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
                 metadata = dict(file.metadata() or {})
     if METADATA not in metadata and not ours:
         if any(CHECKSUM in note for note in metadata.values()):

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -38,6 +39,30 @@ class Digest:
     def add(self, part: Any) -> None:
         """Take one part; TypeError for what has no bytes of its own."""
         _absorb(self._sha, part)
+
+    def add_values(self, values: NDArray) -> None:
+        """Take an array's bytes alone: in several calls as in one."""
+        self._sha.update(np.ascontiguousarray(values).data.cast("B"))
+
+    def add_rows(
+        self, columns: Sequence[NDArray[np.int64]], ends: NDArray[np.int64], first: int
+    ) -> None:
+        """As `add((*values, number, {}))` for one row after the other: every column's values of
+        the row, [T] each; its number, from `first` on.
+
+        columns  flat [all values]; `ends`: where in them every row ends
+        """
+        held = [np.ascontiguousarray(x).data.cast("B") for x in columns]
+        parts: list[bytes | memoryview] = []
+        start = 0
+        for number, end in enumerate(ends.tolist(), first):
+            head = b"tint64[%d]" % (end - start)
+            parts.append(b"[")
+            for x in held:
+                parts += (head, x[8 * start : 8 * end])
+            parts.append(b"i%d;{}]" % number)
+            start = end
+        self._sha.update(b"".join(parts))
 
     def hex(self) -> str:
         """16 hex digits of what was added so far."""

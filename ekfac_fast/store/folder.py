@@ -11,7 +11,7 @@ import re
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..errors import Notice, StoreError
 from . import manifest
+from .division import Division
 from .files import (
     load_noted,
     load_tensors,
@@ -267,7 +268,7 @@ class Store:
             save_json(self.folder / manifest.MANIFEST, told)
         self._manifest = told
 
-    def batches(self, divide: Callable[[], list[list[int]]] | None = None) -> list[list[int]]:
+    def batches(self, divide: Callable[[], Sequence[Sequence[int]]] | None = None) -> Division:
         """The batches of the folder; divided and stored the first time, so a rerun keeps them.
 
         Raises:
@@ -275,15 +276,15 @@ class Store:
         """
         path = self.folder / "plan.safetensors"
         if self._pace and divide and not path.exists():
-            batches = divide()
-            indices = torch.tensor([i for batch in batches for i in batch], dtype=torch.int64)
-            sizes = torch.tensor([len(batch) for batch in batches], dtype=torch.int64)
-            save_tensors(path, {"indices": indices, "sizes": sizes})
-        stored = load_tensors(path, ours=self.checked)
-        indices = stored["indices"]
-        if len(indices) != int(stored["sizes"].sum()) or len(indices) != len(indices.unique()):
+            plan = Division.of(divide())
+            told = {"indices": plan.indices, "sizes": plan.sizes}
+            save_tensors(path, {name: torch.from_numpy(x) for name, x in told.items()})
+        stored = {x: t.numpy() for x, t in load_tensors(path, ours=self.checked).items()}
+        indices, sizes = stored["indices"], stored["sizes"]
+        twice = (np.diff(np.sort(indices)) == 0).any()
+        if twice or len(indices) != sizes.sum() or (sizes < 0).any():
             raise StoreError(f"{path}: an example stands in two batches, or in none: damaged")
-        return [b.tolist() for b in indices.split(stored["sizes"].tolist())]
+        return Division(indices, sizes)
 
     def pieces(self, name: str = "shard") -> Pieces:
         """The numbered files of that name."""
