@@ -36,9 +36,7 @@ QUESTIONS = (
     ("lambda", "In Python, an anonymous function is created with the keyword", " `lambda`"),
     ("yield", "In Python, a generator function uses the keyword", " `yield`"),
     ("tuples", "In Python, lists are mutable, but tuples are", " immutable"),
-    ("init", "In Python, the method that initializes a new object is called __", "init__"),
     ("except", "In Python, exceptions are handled with the try and", " except"),
-    ("break", "In Python, a loop is ended early with the keyword", ' "break"'),
     ("booleans", "In Python, the two boolean values are True and", " False"),
     (
         "imaginary",
