@@ -56,7 +56,7 @@ def test_the_whole_job(file, short, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo_pretrained, "DEBIAN", {"dict-elements": str(elements)})
     run(tmp_path / "d", pretrained(str(file)), Terminal())
     said = " ".join(capsys.readouterr().out.split())
-    assert "Asked are the 3 of 12 questions that the model answers rightly" in said
+    assert "Asked are the 3 of 10 questions that the model answers rightly" in said
     asked = [json.loads(line) for line in (tmp_path / "d/queries.jsonl").read_text().splitlines()]
     assert [x["name"] for x in asked] == [name for name, *_ in KNOWN]
     assert "Symbol: Au" in (tmp_path / "d/corpus/dict-elements.txt").read_text()
@@ -83,5 +83,5 @@ def test_what_is_not_there_is_named(file, short, tmp_path, monkeypatch):
         pretrained("smollm2")
     unknown = [x for x in QUESTIONS if x not in KNOWN]
     monkeypatch.setattr(demo_pretrained, "QUESTIONS", unknown)
-    with pytest.raises(ArgumentError, match="answers none of the 9 questions"):
+    with pytest.raises(ArgumentError, match="answers none of the 7 questions"):
         run(tmp_path / "d", pretrained(str(file)), Terminal())

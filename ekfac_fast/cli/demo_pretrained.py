@@ -36,9 +36,7 @@ QUESTIONS = (
     ("lambda", "In Python, an anonymous function is created with the keyword", " `lambda`"),
     ("yield", "In Python, a generator function uses the keyword", " `yield`"),
     ("tuples", "In Python, lists are mutable, but tuples are", " immutable"),
-    ("init", "In Python, the method that initializes a new object is called __", "init__"),
     ("except", "In Python, exceptions are handled with the try and", " except"),
-    ("break", "In Python, a loop is ended early with the keyword", ' "break"'),
     ("booleans", "In Python, the two boolean values are True and", " False"),
     (
         "imaginary",
@@ -168,6 +166,8 @@ def notes(model: Path, data: Corpus) -> list[str]:
         "millions of tokens: they show what in them would speak for a completion, not where the "
         "model has it from. Nothing was put into them for a question; of what they do not "
         "mention (chemistry, capitals) the best sequence is only the nearest one.",
+        "N is the number of these sequences, as if there had been no others: scores compare, "
+        "their size in nats is far too large for a model that has read so much.",
         f"Asked are the {told['right']} of {told['questions']} questions that the model answers "
         f"rightly by greedy decoding. Of its blocks every {BLOCK}rd is tracked, MLP and "
         f"attention; factors are of {FITTED} sequences, their weights are of 4 bits, widened.",
