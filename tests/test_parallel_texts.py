@@ -6,7 +6,7 @@ import fact_world
 import numpy as np
 import pytest
 
-from ekfac_fast.cli.demo import train_tokenizer
+from ekfac_fast.cli.demo_small import train_tokenizer
 from ekfac_fast.errors import DataError
 from ekfac_fast.stages.fit import fit
 from ekfac_fast.stages.queries import Queries

@@ -240,7 +240,8 @@ def test_damaged_runs_are_refused(tmp_path):
     made = bank(tmp_path / "b", subsets=3)
     path = made.folder / "run_000001.safetensors"
     tensors = load_file(path)
-    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(StoreError, match="run_000001"):
         RetrainingBank(made.folder)
     save_file(tensors, path)

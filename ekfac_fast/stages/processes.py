@@ -87,8 +87,12 @@ class Processes:
 
     def check(self) -> None:
         """ProcessError with its message where another process has failed; waits for nobody."""
-        if self._keys is not None and self._keys.check([FAILED]):
-            raise ProcessError(self._keys.get(FAILED).decode())
+        if self._keys is None:
+            return
+        with self._reaching():
+            said = self._keys.get(FAILED).decode() if self._keys.check([FAILED]) else None
+        if said is not None:
+            raise ProcessError(said)
 
     def counter(self, what: str) -> Callable[[int], int]:
         """Adds to a counter of all processes, which begins at 0, and says what it has come to.
@@ -113,8 +117,14 @@ class Processes:
 
     def _add(self, name: str, more: int) -> int:
         assert self._keys is not None
-        try:
+        with self._reaching():
             return self._keys.add(name, more)
+
+    @contextmanager
+    def _reaching(self) -> Iterator[None]:
+        """ProcessError where the others cannot be reached."""
+        try:
+            yield
         except RuntimeError as error:
             raise ProcessError(
                 f"process {self.rank} of {self.size} can no longer reach the others ({error}): one "
@@ -140,7 +150,8 @@ class Processes:
             return [value]
         self.meet()
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
+        with self._reaching():
+            dist.all_gather_object(found, value)
         return found
 
     def told(self, value: T) -> T:
@@ -167,9 +178,14 @@ class Processes:
         if self.size == 1:
             return x
         self.meet()
+        with self._reaching():
+            self._reduce(x, symmetric)
+        return x
+
+    def _reduce(self, x: Tensor, symmetric: bool) -> None:
         if not symmetric:
             dist.reduce(x, 0)
-            return x
+            return
         for start in range(0, len(x), ROWS):
             stop = start + ROWS
             part = x[start:stop, start:].contiguous()
@@ -177,7 +193,6 @@ class Processes:
             if self.first:
                 x[start:stop, start:] = part
                 x[stop:, start:stop] = part[:, ROWS:].mT
-        return x
 
 
 ALONE = Processes()
