@@ -61,9 +61,7 @@ class Sums(Consumer):
         if name not in kept:
             return Sum.zero(*shape, dtype=accumulator(self.run.model), device=device)
         total = kept.pop(TOTAL + name, None)
-        # Aligned as new memory is: a library rounds otherwise where a sum lies otherwise.
-        rest = kept.pop(name).to(device, copy=True)
-        return Sum(rest, None if total is None else total.to(device, copy=True))
+        return Sum(kept.pop(name).to(device), None if total is None else total.to(device))
 
     def end(self, batch: Batch) -> None:
         """After so many batches, whatever was killed and continued between: fold."""

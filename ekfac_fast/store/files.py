@@ -148,7 +148,7 @@ def _identity(path: Path) -> tuple[int, int]:
     return found.st_ino, found.st_mtime_ns
 
 
-def _aligned(tensor: Tensor) -> Tensor:
+def aligned(tensor: Tensor) -> Tensor:
     """`tensor` where torch would have put it: libraries' sums round by where their memory begins,
     and a run that is continued goes on in the same bits.
     """
@@ -156,7 +156,7 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 
 def load_tensors(path: str | Path, *, ours: bool = False) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU; changing them does not change the file.
+    """The tensors of a safetensors file, mapped; changing them does not change the file.
 
     A checksum is compared where there is one; a file that is `ours` must have it.
     """
@@ -170,7 +170,7 @@ def load_noted(path: str | Path, *, ours: bool = False) -> tuple[dict[str, Tenso
         # safetensors opens a file twice: between, a run may have put another in its place.
         while before != (before := _identity(path)):
             with safe_open(path, framework="pt") as file:
-                tensors = {name: _aligned(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 metadata = dict(file.metadata() or {})
     if METADATA not in metadata and not ours:
         if any(CHECKSUM in note for note in metadata.values()):

@@ -25,6 +25,7 @@ from ..errors import Notice, StoreError
 from . import manifest
 from .division import Division
 from .files import (
+    aligned,
     load_noted,
     load_tensors,
     remove_abandoned,
@@ -336,7 +337,7 @@ class Store:
             done = frozenset(range(int(tensors.pop("batches"))))
             return State(tensors, done)
         done = frozenset(tensors.pop("done").tolist())
-        named = {key.removeprefix("sum "): x for key, x in tensors.items()}
+        named = {key.removeprefix("sum "): aligned(x) for key, x in tensors.items()}
         return State(named, done, json.loads(metadata["notes"]))
 
     def states(self, name: str) -> list[int]:
