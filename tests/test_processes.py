@@ -20,8 +20,10 @@ import pytest
 import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
 from ekfac_fast import Factors, Queries, Scores
+from ekfac_fast.cli import app
 from ekfac_fast.errors import Notice
 from ekfac_fast.stages import processes
 from ekfac_fast.store.files import load_tensors
@@ -235,11 +237,13 @@ def test_torchrun(tmp_path):
     home = write_inputs(tmp_path / "inputs")
 
     def command(size: int, *words: object) -> str:
-        start = [sys.executable, "-m"]
-        if size > 1:
-            start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={size}", "-m"]
+        if size == 1:
+            alone = CliRunner().invoke(app, [*map(str, words)])
+            assert alone.exit_code == 0, alone.output
+            return alone.output
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
         done = subprocess.run(
-            [*start, "ekfac_fast", *map(str, words)],
+            [*start, str(size), "-m", "ekfac_fast", *map(str, words)],
             env=environment, cwd=tmp_path, capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
