@@ -63,13 +63,14 @@ def explain(
     attributed = attribution and reason is None
     if attributed:
         try:
-            _attributed(run, layers, gradients, store, wanted, heads)
+            tokens = Attributing(run, layers, gradients, wanted)
+            _pass(run, layers, gradients, store, wanted, heads, tokens)
         except ModelError as error:
             reason = str(error)
         reason = next(filter(None, run.processes.gathered(reason)), None)
         attributed = reason is None
     if not attributed:
-        _passed(run, layers, gradients, store, wanted, heads)
+        _pass(run, layers, gradients, store, wanted, heads, None)
     run.processes.meet()
     if not run.processes.first:
         return
@@ -89,40 +90,30 @@ def remove_pieces(store: Store) -> None:
         store.pieces(name).remove()
 
 
-def _passed(
+def _pass(
     run: Run,
     layers: Sequence[Layer],
     gradients: dict[str, QueryGradients],
     store: Store,
     wanted: Wanted,
     heads: Heads,
+    tokens: Attributing | None,
 ) -> None:
-    """What a pass over the sequences says of layers, tokens and heads, in pieces."""
-    pieces, batches = store.pieces(PIECES), run.batches.divided(sorted(wanted))
-    consumer = Details(run, layers, gradients, wanted, pieces, heads)
-    run.each(Stage.DETAIL, layers, batches, consumer, done=run.processes.told(pieces.done))
-
-
-def _attributed(
-    run: Run,
-    layers: Sequence[Layer],
-    gradients: dict[str, QueryGradients],
-    store: Store,
-    wanted: Wanted,
-    heads: Heads,
-) -> None:
-    """The same with output and input tokens.
+    """What a pass over the sequences says of layers and heads, and of `tokens`, in pieces.
 
     Raises:
-        ModelError: the model cannot be differentiated twice.
+        ModelError: tokens are asked for, and the model cannot be differentiated twice.
     """
-    pieces = store.pieces(ATTRIBUTED)
-    tokens = Attributing(run, layers, gradients, wanted)
-    consumer = Details(run, layers, gradients, wanted, pieces, heads, tokens)
+    pieces = store.pieces(PIECES if tokens is None else ATTRIBUTED)
     run.each(
-        Stage.DETAIL, layers, tokens.batches(), consumer, done=run.processes.told(pieces.done),
-        loss=tokens.loss, capture=tokens.capture,
-    )  # fmt: skip
+        Stage.DETAIL,
+        layers,
+        run.batches.divided(sorted(wanted)) if tokens is None else tokens.batches(),
+        Details(run, layers, gradients, wanted, pieces, heads, tokens),
+        done=run.processes.told(pieces.done),
+        loss=None if tokens is None else tokens.loss,
+        capture=None if tokens is None else tokens.capture,
+    )
 
 
 def _shard(

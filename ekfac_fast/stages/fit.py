@@ -115,12 +115,13 @@ def fit(
 
 def _fit(run: Run, layers: list[Layer], store: Store) -> None:
     """All layers at once where their sums fit into the memory, else in parts."""
-    room = int(SUMS * free_bytes(run.device))
-    itemsize = accumulator(run.model).itemsize
-    parts = partitions(layers, room, itemsize, blocks_of(store.facts))
     # A fit that is continued keeps to the parts that it was begun in.
-    begun = store.state.get("partitions", [[x.name for x in some] for some in parts])
-    names = run.processes.told(begun)
+    names: list[list[str]] | None = store.state.get("partitions")
+    if names is None:
+        room, itemsize = int(SUMS * free_bytes(run.device)), accumulator(run.model).itemsize
+        parts = partitions(layers, room, itemsize, blocks_of(store.facts))
+        names = [[x.name for x in some] for some in parts]
+    names = run.processes.told(names)
     if len(names) == 1:
         _Fit(run, layers, store).run()
         return
@@ -313,7 +314,7 @@ class _Fit:
             for files, part in ((EIGENVECTORS, "vectors"), (EIGENVALUES, "values")):
                 save_tensors(
                     self.folder / files[side],
-                    {name: found[side, o][part].clone() for name, o in owner.items()},
+                    {name: found[side, o][part] for name, o in owner.items()},
                 )
 
     def _arguments(self) -> dict[str, Any]:

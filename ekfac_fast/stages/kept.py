@@ -63,8 +63,9 @@ class Whole:
 
     def collect(self, seconds: float) -> None:
         """What the other processes have left, into the matrix."""
-        left = self.store.pieces(COLUMNS).done if self.processes.size > 1 else ()
-        every = self.processes.gathered(tuple(left))
+        if self.processes.size == 1:
+            return
+        every = self.processes.gathered(tuple(self.store.pieces(COLUMNS).done))
         if self._matrix is not None:
             self._take_in({index for some in every for index in some})
             self.store.commit(scan_seconds=seconds)

@@ -32,8 +32,8 @@ _meetings = 0
 class Processes:
     """This process, `rank` of `size`, and what it does together with the others.
 
-    `meet`, `gathered`, `told`, `same` and `summed` wait for all processes, and raise `ProcessError`
-    where one of them has failed.
+    `meet`, `led`, `gathered`, `told`, `same` and `summed` wait for all processes, and raise
+    `ProcessError` where one of them has failed.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, keys: dist.Store | None = None) -> None:
@@ -84,6 +84,15 @@ class Processes:
                 )
             time.sleep(wait)
             came, wait = self._add(place, 0), min(2 * wait, 0.1)
+
+    @contextmanager
+    def led(self) -> Iterator[None]:
+        """The first process goes through a block before the others."""
+        if not self.first:
+            self.meet()
+        yield
+        if self.first:
+            self.meet()
 
     def check(self) -> None:
         """ProcessError with its message where another process has failed; waits for nobody."""

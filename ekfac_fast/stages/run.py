@@ -9,7 +9,7 @@ processes slice it here, and partitions pass it some of the layers.
 import time
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from enum import StrEnum
 from functools import cached_property, partial
 from pathlib import Path
@@ -192,22 +192,16 @@ class Run:
         rank = {"process": processes.rank, "processes": processes.size}
         with processes.together(), budget(limit):
             processes.same(facts, f"{out}")
-            if not processes.first:
-                processes.meet()
-            with Store.open(out, kind=kind, facts=facts, **rank) as store:
-                if processes.first:
-                    processes.meet()
+            with ExitStack() as held:
+                with processes.led():
+                    store = held.enter_context(Store.open(out, kind=kind, facts=facts, **rank))
                 yield store
             processes.meet()
 
     def planned(self, store: Store) -> Division:
         """The batches of a folder; the first process divides them."""
-        if not self.processes.first:
-            self.processes.meet()
-        batches = store.batches(self.batches.divided)
-        if self.processes.first:
-            self.processes.meet()
-        return batches
+        with self.processes.led():
+            return store.batches(self.batches.divided)
 
     def settings(self) -> AbstractContextManager:
         """The model's passes run under these: autocast, or nothing."""

@@ -32,7 +32,9 @@ class Sums(Consumer):
         self.state: State = store.load_state(self.name)
         left = [n for n in store.states(self.name) if n >= run.processes.size]
         self._left = [n for n in left if n % run.processes.size == run.processes.rank]
-        mine = self.state.done.union(*(store.load_state(self.name, n).done for n in self._left))
+        others = [store.load_state(self.name, n) for n in self._left]
+        mine = self.state.done.union(*(x.done for x in others))
+        self._left_edges = sum(x.notes.get("edge_draws", 0) for x in others)
         # Of all processes.
         self.done: frozenset[int] = frozenset().union(*run.processes.gathered(mine))
         self._batches = len(self.state.done)
@@ -108,9 +110,7 @@ class Sums(Consumer):
     @property
     def edge_draws(self) -> int:
         """Labels of this pass, in all processes, that rounding could flip."""
-        notes = (self.store.load_state(self.name, n).notes for n in self._left)
-        mine = self._drawn + sum(x.get("edge_draws", 0) for x in notes)
-        return sum(self.run.processes.gathered(mine))
+        return sum(self.run.processes.gathered(self._drawn + self._left_edges))
 
     @property
     def _drawn(self) -> int:

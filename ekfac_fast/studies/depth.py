@@ -10,17 +10,15 @@ from torch import nn
 
 from ..checks import instance, path, whole
 from ..data.examples import Corpus
-from ..data.tokens import tokenize
 from ..errors import ArgumentError, DataError
 from ..report.statistics import GROUPS, centre_of_mass, layer_groups, layer_shares
 from ..stages.factors import Factors
 from ..stages.run import RunArguments
-from .lines import COLOURS, SHIPPED, drawing, read_lines, texts_of, write_lines
+from .lines import COLOURS, SHIPPED, drawing, read_lines, texts_of, write_result
 from .overlap import overlaps
-from .scored import LayerScores, asked, told
+from .scored import LayerScores, asked, told, uncut
 
 FILE = SHIPPED / "questions.jsonl"
-CONTEXT = 512
 # Sequences that a question's profile is the mean of, and those whose tokens are compared.
 TOP, BEST = 50, 10
 THIRDS = ("lower", "middle", "upper")
@@ -112,14 +110,13 @@ def layers(
     out, lines = path("out", out), read_questions(file)
     if len(data) < whole("top", top):
         raise DataError(f"the corpus has {len(data)} sequences, fewer than the top {top}")
-    questions = tokenize(lines, tokenizer, CONTEXT, on_long="refuse")
+    questions = uncut(lines, tokenizer)
     _, found = asked(
         model, factors, questions, data, out, rank=rank, damping=damping, **arguments
     )  # fmt: skip
     kinds = [line["kind"] for line in lines]
     result = profiles(found, questions, data, told(lines), kinds, top)
-    write_lines(out / "layers.jsonl", result.rows)
-    result.draw(out / "layers.svg")
+    write_result(out, "layers", result)
     return result
 
 

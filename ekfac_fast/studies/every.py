@@ -7,15 +7,14 @@ from torch import nn
 
 from ..checks import instance, path
 from ..data.examples import Corpus
-from ..data.tokens import tokenize
 from ..stages.factors import Factors
 from ..stages.run import RunArguments
-from .depth import CONTEXT, TOP, Layers, profiles, read_questions
-from .lines import write_lines
+from .depth import TOP, Layers, profiles, read_questions
+from .lines import write_result
 from .ordering import WordOrder, word_order
 from .parallel import Languages, languages
 from .recall import Memory, read_passages, recalled, tokenized
-from .scored import Joined, asked, per_token, told
+from .scored import Joined, asked, per_token, told, uncut
 from .sizes import Scan, Sizes, scale
 from .tails import Tails, tails
 
@@ -52,7 +51,7 @@ def all_studies(
     out = path("out", out)
     asks, passages = read_questions(), read_passages()
     recalling, texts = tokenized(passages, tokenizer)
-    questions = tokenize(asks, tokenizer, CONTEXT, on_long="refuse")
+    questions = uncut(asks, tokenizer)
     prepared, found = asked(
         model, factors, Joined((questions, recalling)), Joined((data, texts)), out / "scan",
         rank=rank, damping=damping, **arguments,
@@ -72,15 +71,8 @@ def all_studies(
         "tail": tails(total[:Q, :N], questions, data, names, largest=largest, draws=draws),
         "memorisation": recalled(total[Q:], per_token(prepared)[Q:], passages, data, tokenizer),
     }  # fmt: skip
-    results["scale"] = scale([one], names, out=out)
-    kept = {name: out / name for name in ("word-order", "languages")}
-    results["word-order"] = word_order(
-        model, tokenizer, factors, out=kept["word-order"], **settings
-    )  # fmt: skip
-    results["languages"] = languages(model, tokenizer, factors, out=kept["languages"], **settings)
     for name, result in results.items():
-        write_lines(out / name / f"{name}.jsonl", result.rows)
-        result.draw(out / name / f"{name}.svg")
+        write_result(out / name, name, result)
     results["scale"] = scale([one], names, out=out / "scale")
     ask = (model, tokenizer, factors)
     results["word-order"] = word_order(*ask, out=out / "word-order", **settings)

@@ -71,6 +71,12 @@ def write_lines(file: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     return file
 
 
+def write_result(out: Path, name: str, result: Any) -> None:
+    """`name`.jsonl and `name`.svg of what a study has found."""
+    write_lines(out / f"{name}.jsonl", result.rows)
+    result.draw(out / f"{name}.svg")
+
+
 def _short(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None

@@ -13,19 +13,17 @@ import numpy as np
 from torch import nn
 
 from ..checks import instance, listed, path
-from ..data.tokens import tokenize
 from ..errors import DataError
 from ..stages.factors import Factors
 from ..stages.run import RunArguments
-from .lines import COLOURS, SHIPPED, drawing, is_question, read_lines, texts_of, write_lines
-from .scored import asked
+from .lines import COLOURS, SHIPPED, drawing, is_question, read_lines, texts_of, write_result
+from .scored import asked, uncut
 
 FIRST, REMOVED, CHANGED, IRRELEVANT, FLIPPED, FLIPPED_ALONE = GROUPS = (
     "prompt first", "completion removed", "meaning changed", "irrelevant", "order flipped",
     "flipped, prompt removed",
 )  # fmt: skip
 FILE = SHIPPED / "word_order.jsonl"
-CONTEXT = 512
 
 
 @dataclass(frozen=True)
@@ -191,15 +189,14 @@ def word_order(
     instance("before", before, str, "a text")
     out, facts = path("out", out), read_facts(file, reference)
     lines = [line for group in facts.sequences.values() for line in group]
-    questions = tokenize([*facts.questions.values()], tokenizer, CONTEXT, on_long="refuse")
+    questions = uncut([*facts.questions.values()], tokenizer)
     texts = [line | {"text": before + line["text"]} for line in lines]
-    data = tokenize(texts, tokenizer, CONTEXT, on_long="refuse")
+    data = uncut(texts, tokenizer)
     _, found = asked(
         model, factors, questions, data, out, rank=rank, damping=damping, **arguments
     )  # fmt: skip
     result = _grouped(facts, found.total, reference)
-    write_lines(out / "word-order.jsonl", result.rows)
-    result.draw(out / "word-order.svg")
+    write_result(out, "word-order", result)
     return result
 
 

@@ -12,15 +12,14 @@ import numpy as np
 from torch import nn
 
 from ..checks import instance, path
-from ..data.tokens import Tokens, tokenize
+from ..data.tokens import Tokens
 from ..errors import DataError
 from ..stages.factors import Factors
 from ..stages.run import RunArguments
-from .lines import SHIPPED, drawing, is_question, read_lines, texts_of, write_lines
-from .scored import asked
+from .lines import SHIPPED, drawing, is_question, read_lines, texts_of, write_result
+from .scored import asked, uncut
 
 FILE = SHIPPED / "languages.jsonl"
-CONTEXT = 512
 # What a tokenizer with byte tokens calls them.
 BYTE = "<0x"
 
@@ -111,8 +110,8 @@ def languages(
     instance("factors", factors, Factors, "what fit returns, or Factors(folder)")
     out = path("out", out)
     topics, names, asks, texts = read_parallel(file)
-    questions = tokenize(asks, tokenizer, CONTEXT, on_long="refuse")
-    data = tokenize(texts, tokenizer, CONTEXT, on_long="refuse")
+    questions = uncut(asks, tokenizer)
+    data = uncut(texts, tokenizer)
     prepared, found = asked(
         model, factors, questions, data, out, rank=rank, damping=damping, **arguments
     )  # fmt: skip
@@ -129,8 +128,7 @@ def languages(
         {name: broken(data, range(at, P * M, M), tokenizer) for at, name in enumerate(names)},
         {name: -float(measured[at]) for at, name in enumerate(names)},
     )
-    write_lines(out / "languages.jsonl", result.rows)
-    result.draw(out / "languages.svg")
+    write_result(out, "languages", result)
     return result
 
 

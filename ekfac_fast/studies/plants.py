@@ -18,7 +18,7 @@ from ..model.tasks import LanguageModelTask
 from ..stages.fit import fit
 from ..stages.run import RunArguments
 from ..validation.measure import measurements
-from .lines import COLOURS, SHIPPED, drawing, write_lines
+from .lines import COLOURS, SHIPPED, drawing, write_result
 from .recall import read_passages, tokenized
 from .scored import asked, per_token
 
@@ -139,8 +139,7 @@ def planted(
         tuned, factors, questions, rows, out, rank=rank, damping=damping, **arguments
     )  # fmt: skip
     result = _shares(found.total, copies, examples, sentences, before, per_token(prepared))
-    write_lines(out / "planted.jsonl", result.rows)
-    result.draw(out / "planted.svg")
+    write_result(out, "planted", result)
     return result
 
 

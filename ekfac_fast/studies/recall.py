@@ -10,15 +10,14 @@ from torch import nn
 
 from ..checks import instance, path
 from ..data.examples import Corpus
-from ..data.tokens import Tokens, tokenize
+from ..data.tokens import Tokens
 from ..errors import DataError
 from ..stages.factors import Factors
 from ..stages.run import RunArguments
-from .lines import COLOURS, SHIPPED, drawing, read_lines, texts_of, write_lines
-from .scored import Joined, asked, per_token, told
+from .lines import COLOURS, SHIPPED, drawing, read_lines, texts_of, write_result
+from .scored import Joined, asked, per_token, told, uncut
 
 FILE = SHIPPED / "passages.jsonl"
-CONTEXT = 512
 
 
 @dataclass(frozen=True)
@@ -102,8 +101,7 @@ def memorisation(
         **arguments,
     )  # fmt: skip
     result = recalled(found.total, per_token(prepared), passages, data, tokenizer)
-    write_lines(out / "memorisation.jsonl", result.rows)
-    result.draw(out / "memorisation.svg")
+    write_result(out, "memorisation", result)
     return result
 
 
@@ -121,8 +119,8 @@ def tokenized(passages: Sequence[dict[str, Any]], tokenizer: Any) -> tuple[Token
     """What is asked of passages, and they themselves."""
     asks = [{name: x for name, x in line.items() if name != "text"} for line in passages]
     texts = [{"text": line["text"], "source": line["source"]} for line in passages]
-    questions = tokenize(asks, tokenizer, CONTEXT, on_long="refuse")
-    return questions, tokenize(texts, tokenizer, CONTEXT, on_long="refuse")
+    questions = uncut(asks, tokenizer)
+    return questions, uncut(texts, tokenizer)
 
 
 def recalled(

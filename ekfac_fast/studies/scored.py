@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from ..checks import path
 from ..data.examples import Corpus, Indexable, tokenized_by
+from ..data.tokens import Tokens, tokenize
 from ..errors import NotFiniteError
 from ..model.layer_batch import LayerBatch
 from ..model.layers import Layer
@@ -26,6 +27,8 @@ from ..stages.scan import on_device
 from ..store.folder import Pieces
 
 KIND = "scores by layer"
+# Tokens of a study's own texts, at most.
+CONTEXT = 512
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,11 @@ class Joined(Dataset):
                 return part, place
             place -= len(part)
         return self.parts[-1], place
+
+
+def uncut(lines: Sequence[dict[str, Any]], tokenizer: Any) -> Tokens:
+    """A study's own questions or texts; DataError names one that is too long to be whole."""
+    return tokenize(lines, tokenizer, CONTEXT, on_long="refuse")
 
 
 def told(records: Sequence[dict[str, Any]]) -> list[str]:

@@ -10,7 +10,7 @@ import numpy as np
 from ..checks import path, whole
 from ..data.examples import Indexable
 from ..errors import DataError
-from .lines import COLOURS, drawing, write_lines
+from .lines import COLOURS, drawing, write_result
 from .overlap import overlaps
 
 TOP = 10
@@ -102,6 +102,5 @@ def scale(scans: Sequence[Scan], names: Sequence[str], *, out: str | Path, top: 
         each = dict(zip(names, own.tolist(), strict=True))
         found.append(Size(one.model, one.parameters, float(own.mean()), float(shared.mean()), each))
     result = Sizes(tuple(found))
-    write_lines(out / "scale.jsonl", result.rows)
-    result.draw(out / "scale.svg")
+    write_result(out, "scale", result)
     return result

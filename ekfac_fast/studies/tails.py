@@ -13,7 +13,7 @@ from ..errors import DataError
 from ..extras import optional
 from ..report.statistics import NoFit, PowerLaw, ccdf_points, power_law, scanned, top_share
 from ..validation.baselines import tfidf
-from .lines import COLOURS, drawing, write_lines
+from .lines import COLOURS, drawing, write_result
 
 Density = Callable[[np.ndarray], np.ndarray]
 Starts = tuple[tuple[float, ...], ...]
@@ -105,8 +105,7 @@ def tail(
     out = path("out", out)
     found = tails(matrix, questions, data, names, candidates=candidates, largest=largest,
                   draws=draws)  # fmt: skip
-    write_lines(out / "tail.jsonl", found.rows)
-    found.draw(out / "tail.svg")
+    write_result(out, "tail", found)
     return found
 
 
