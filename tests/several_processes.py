@@ -99,7 +99,9 @@ def process(rank: int, size: int, meeting: str, out: str, arguments: dict) -> No
     except BaseException as error:
         known = isinstance(error, Error)
         told = f"{'' if known else 'unexpected: '}{type(error).__name__}: {error}"
-        Path(f"{out}.error-{rank}").write_text(told)
+        part = Path(f"{out}.part-{rank}")  # a whole message or none, also where it is killed here
+        part.write_text(told)
+        part.rename(f"{out}.error-{rank}")
         os._exit(1)
 
 
