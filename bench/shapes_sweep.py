@@ -1,6 +1,7 @@
 """Every op on a few hundred shapes drawn from a seed, beside the best way in plain torch.
 
     python bench/shapes_sweep.py --threads 2 --out bench/results/shapes_sweep.jsonl --plot sweep.svg
+    python bench/shapes_sweep.py --threads 1 --again EARLIER.jsonl      # only what lost there
 
 A row is checked (ours against plain torch), then both are timed in turn and their best times
 compared: of many samples the best is what other programs on the machine disturb least. With one
@@ -14,7 +15,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ BF16_PRODUCTS = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 MOST_FLOPS = {"float32": 5e9, "bfloat16": 5e9 if BF16_PRODUCTS else 2e8, "float16": 2e8}
 MOST_ELEMENTS = 1 << 25  # of what plain torch writes, and of P
 BUDGET_SECONDS = 0.1  # of a row
+LEAST = 0.95  # a ratio below it is a loss
 SHORT_SECONDS = 1e-4  # below, microseconds count and not the ratio
 DAMPING = 0.1
 
@@ -107,6 +109,13 @@ def draw(count: int, seed: int) -> list[Case]:
         cases += fitting
         shapes += len(fitting) >= 3
     return cases
+
+
+def lost(file: Path) -> list[Case]:
+    """The rows of an earlier sweep below LEAST."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()[1:]]
+    names = [field.name for field in fields(Case)]
+    return [Case(**{name: row[name] for name in names}) for row in rows if row["ratio"] < LEAST]
 
 
 def with_ones(x: Tensor, bias: bool) -> Tensor:
@@ -271,7 +280,7 @@ def summary(rows: list[dict]) -> str:
         found = sorted(row["ratio"] for row in rows if row["op"] == op)
         long = [r for r in rows if r["op"] == op and r["seconds"] >= SHORT_SECONDS]
         least = min((r["ratio"] for r in long), default=math.nan)
-        lost = sum(r["ratio"] < 0.95 for r in long)
+        losers = sum(r["ratio"] < LEAST for r in long)
         late = max(
             (r["seconds"] - r["plain_seconds"] for r in rows if r["op"] == op and r not in long),
             default=0.0,
@@ -281,7 +290,7 @@ def summary(rows: list[dict]) -> str:
             f"{op:16} {len(found):4} rows: worst {found[0]:.2f}x, "
             f"tenth {found[len(found) // 10]:.2f}x, median {statistics.median(found):.2f}x, "
             f"best {found[-1]:.1f}x | from 100 us on: "
-            f"worst {least:.2f}x, {lost} of {len(long)} below 0.95x | shorter: at most "
+            f"worst {least:.2f}x, {losers} of {len(long)} below {LEAST}x | shorter: at most "
             f"{late * 1e6:.0f} us over | of roof, > 1 GFLOP: "
             + (f"worst {min(roof):.0%}, median {statistics.median(roof):.0%}" if roof else "none")
         )
@@ -335,6 +344,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop after so many")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--again", type=Path, help="only the rows that lost in this file")
     parser.add_argument("--op", nargs="+", choices=[ops.stem(card) for card in ops.ALL])
     parser.add_argument("--out", type=Path, help="JSON lines")
     parser.add_argument("--plot", type=Path, help="SVG")
@@ -347,7 +357,7 @@ def main(words: list[str] | None = None) -> None:
     facts = environment(torch.device("cpu")) | {"gemm_rates": gemm}
     rows: list[dict] = []
     start = time.monotonic()
-    for case in draw(chosen.shapes, chosen.seed):
+    for case in lost(chosen.again) if chosen.again else draw(chosen.shapes, chosen.seed):
         if time.monotonic() - start > chosen.seconds:
             break
         if not chosen.op or case.op in chosen.op:
