@@ -79,3 +79,15 @@ def test_what_is_no_such_file_is_named(tmp_path):
     (tmp_path / "cut.gguf").write_bytes(b"GGUF\x03\x00\x00\x00" + bytes(9))
     with pytest.raises(ArgumentError, match=r"cut\.gguf' cannot be loaded"):
         load(str(tmp_path / "cut.gguf"), False)
+
+
+def test_an_architecture_that_transformers_cannot_read_is_named(tmp_path):
+    file = gguf.GGUFWriter(tmp_path / "other.gguf", "mystery")
+    file.add_block_count(1)
+    file.add_tensor("token_embd.weight", torch.zeros(4, 8).numpy())
+    file.write_header_to_file()
+    file.write_kv_data_to_file()
+    file.write_tensors_to_file()
+    file.close()
+    with pytest.raises(ArgumentError, match=r"other\.gguf' cannot be loaded: .* mystery is not"):
+        load(str(tmp_path / "other.gguf"), False)
