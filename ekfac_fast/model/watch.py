@@ -32,9 +32,9 @@ class Pass:
     be those of the summed loss.
     """
 
-    def __init__(self, inputs: Mapping[str, Any]) -> None:
-        self.inputs, self.grid = inputs, _grid(inputs)
-        self.running = True
+    def __init__(self, number: int, inputs: Mapping[str, Any]) -> None:
+        self.number, self.inputs, self.grid = number, inputs, _grid(inputs)
+        self.running, self.over = True, False
         self.factor: Tensor | float | None = None
         # Its loss's divisor, until the gradient of the loss arrives.
         self.divisor: Tensor | float | None = None
@@ -90,6 +90,7 @@ class Watch:
         self.model, self.layers, self.apart = model, {x.name: x for x in layers}, apart
         self._consume, self._settled, self._scale = consume, settled, scale
         self._current: Pass | None = None
+        self._passes = 0
         # Held by the hooks of their graphs: a pass whose loss is dropped is dropped with it.
         self._open: weakref.WeakSet[Pass] = weakref.WeakSet()
         self._arriving: list[Pass] = []
@@ -100,12 +101,7 @@ class Watch:
         self._anchor = torch.zeros((), requires_grad=True)
 
     def start(self) -> None:
-        """Put the hooks in.
-
-        Raises:
-            ModelError: the model is compiled.
-        """
-        _refuse_compiled(self.model)
+        """Put the hooks in."""
         for layer in self.layers.values():
             module = self.model.get_submodule(layer.name)
             hook = partial(self._ran, layer, module)
@@ -131,7 +127,9 @@ class Watch:
             ModelError: a layer did not run in one of them.
         """
         passes, self._arriving = self._arriving, []
-        for one in passes:
+        for one in sorted(passes, key=lambda one: one.number):
+            if not one.arrived:
+                self._scaled(one)
             for name, layer in self.layers.items():
                 if name in one.arrived:
                     continue
@@ -148,6 +146,7 @@ class Watch:
                     stacklevel=2,
                 )
                 self._hand_on(one, layer, one.read[name][1])
+            one.over = True
             self._settled(one)
 
     def _begin(self, _: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -155,7 +154,8 @@ class Watch:
         if not torch.is_grad_enabled() or _in_backward():
             return
         self.settle()
-        self._current = Pass(_by_name(self.model, args, kwargs))
+        self._passes += 1
+        self._current = Pass(self._passes, _by_name(self.model, args, kwargs))
         self._open.add(self._current)
 
     def _end(self, _: nn.Module, __: tuple, output: Any) -> None:
@@ -170,10 +170,15 @@ class Watch:
                 check_own_loss(one.inputs, output, *found)
                 self._checked = True
             self._hook(one, loss, partial(_divided, one))
-        outputs = [output] if isinstance(output, Tensor) else tensors_of(output)
-        for x in outputs:
+        parts = vars(output) if hasattr(output, "__dict__") else output
+        for x in [output] if isinstance(output, Tensor) else tensors_of(parts):
             if x.requires_grad:
-                self._hook(one, x, partial(_held, one))
+                self._hook(one, x, partial(self._returns, one))
+
+    def _returns(self, one: Pass, _: Tensor) -> None:
+        """The backward pass of a pass begins; whose outputs are never gone back from is dropped."""
+        if one not in self._arriving and not one.over:
+            self._arriving.append(one)
 
     def _hook(self, one: Pass, x: Tensor, hook: Callable[[Tensor], None]) -> None:
         one.handles.append(x.register_hook(hook))
@@ -263,14 +268,18 @@ class Watch:
                 f"layer {name}: two backward passes through one forward pass; add the losses up, "
                 "and go back once"
             )
-        if one.factor is None:
-            one.factor = self._scale()
+        if not one.arrived:
+            self._scaled(one)
+        self._returns(one, g)
+        self._hand_on(one, layer, g)
+
+    def _scaled(self, one: Pass) -> None:
+        """The factor of a pass whose first gradient comes."""
+        if (scale := self._scale()) is not None:
+            one.factor = scale
         if one.factor is None:
             why = "has no loss of its labels" if one.divisor is None else "lost its own loss"
             raise ModelError(f"the output of the model {why} in this loop: {ASK}")
-        if not one.arrived:
-            self._arriving.append(one)
-        self._hand_on(one, layer, g)
 
     @torch.no_grad()
     def _hand_on(self, one: Pass, layer: Layer, g: Tensor) -> None:
@@ -317,10 +326,6 @@ def _divided(one: Pass, c: Tensor) -> None:
     one.factor = one.divisor / c.detach()
 
 
-def _held(one: Pass, g: Tensor) -> None:
-    """Nothing: a pass lives as long as the graph of its outputs."""
-
-
 def _in_backward() -> bool:
     """Whether this is called in a backward pass: a checkpoint computes again."""
     return torch._C._current_graph_task_id() != -1
@@ -353,7 +358,7 @@ def _grid(inputs: Mapping[str, Any]) -> Grid:
     return Grid(len(x), x.shape[1] if positions else None)
 
 
-def _refuse_compiled(model: nn.Module) -> None:
+def refuse_compiled(model: nn.Module) -> None:
     """Refuse what torch.compile has made: its layers do not run as modules."""
     compiled = type(model).__name__ == "OptimizedModule"
     for name, module in model.named_modules():

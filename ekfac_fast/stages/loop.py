@@ -25,7 +25,7 @@ from ..errors import ArgumentError, ModelError, NotFiniteError, Notice
 from ..model.identity import model_fingerprint
 from ..model.layer_batch import LayerBatch
 from ..model.layers import Layer, linear_layers, select_layers
-from ..model.watch import Pass, Watch
+from ..model.watch import Pass, Watch, refuse_compiled
 from ..ops.shapes import wide
 from ..store.fingerprint import fingerprint
 from .parts import add_scores
@@ -249,11 +249,11 @@ def capture(
     wanted = queries is None if covariances is None else covariances
     if queries is None and not wanted:
         raise ArgumentError("capture: give queries to score against, or covariances=True")
+    refuse_compiled(model)
     captured = Captured(model, _layers(model, layers, queries), queries, wanted, scale)
     captured._watch.start()
     try:
         yield captured
-        captured._watch.settle()
     finally:
         captured._watch.stop()
 
