@@ -2,36 +2,22 @@
 
 import gc
 import weakref
-from contextlib import contextmanager
 
 import peft
 import pytest
 import torch
-from dense_ekfac import asked, close, corpus, gpt2, llama, weight_gradient
+from dense_ekfac import asked, close, gpt2, llama, weight_gradient
+from loops import DATA, batch, body, checkpointed, count, hooks, loss_of, made, mean
 from small_networks import Net
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import GPT2LMHeadModel
 
 from ekfac_fast import capture, fit, prepare_queries, score
-from ekfac_fast.errors import ArgumentError, ModelError, Notice
+from ekfac_fast.errors import ModelError, Notice
 from ekfac_fast.model.layers import select_layers
 from ekfac_fast.store.fingerprint import fingerprint
-
-DATA = [example | {"id": i} for i, example in enumerate(corpus(6))]
-
-
-def batch(examples):
-    """Padded on the right, as a collator makes it."""
-    ids = [torch.tensor(x["input_ids"]) for x in examples]
-    ones = [torch.ones_like(x) for x in ids]
-    return {
-        "input_ids": pad_sequence(ids, batch_first=True),
-        "labels": pad_sequence(ids, batch_first=True, padding_value=-100),
-        "attention_mask": pad_sequence(ones, batch_first=True),
-    }
 
 
 def tolerance(model):
@@ -39,34 +25,15 @@ def tolerance(model):
     return 1e-10 if isinstance(model, GPT2LMHeadModel) else 1e-6
 
 
-def count(b):
-    return (b["labels"][:, 1:] >= 0).sum()
-
-
-def mean(model, b):
-    """A loop's own mean loss, in the model's dtype."""
-    logits = model(input_ids=b["input_ids"], attention_mask=b["attention_mask"]).logits
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), b["labels"][:, 1:].flatten())
-
-
 @pytest.fixture(scope="module", params=[llama, gpt2], ids=["llama", "gpt2"])
 def world(request, tmp_path_factory):
-    """A model in fp64, queries prepared on it, and what `score` says of all of the data."""
-    out, model = tmp_path_factory.mktemp("loop"), request.param(torch.float64)
-    factors = fit(model, DATA, out=out / "f")
-    queries = prepare_queries(model, factors, asked(2), rank=None)
-    found = score(model, queries, DATA, out=out / "s").matrix
-    return model, queries, torch.tensor(found)
+    return made(request.param(torch.float64), tmp_path_factory.mktemp("loop"))
 
 
 def gradients(model):
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return found
-
-
-def hooks(model):
-    return [(*m._forward_hooks, *m._forward_pre_hooks) for m in model.modules()]
 
 
 def captured(model, loop, **how):
@@ -129,20 +96,6 @@ def test_scores_are_those_of_score(world, loop, kind):
     with checkpointed(model, kind):
         found, _ = captured(model, loop(model), queries=queries)
     close(found, expected, tolerance(model))
-
-
-@contextmanager
-def checkpointed(model, kind):
-    if kind:
-        how = {"use_reentrant": kind == "reentrant"}
-        model.train()
-        model.enable_input_require_grads()
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
-    yield
-    if kind:
-        model.activation_checkpointing_disable()
-        model.disable_input_require_grads()
-        model.eval()
 
 
 def test_passes_that_share_a_backward_pass(world):
@@ -292,112 +245,6 @@ def test_a_pass_without_a_backward_pass_is_forgotten(world):
         finally:
             gc.enable()
         assert found.take_scores() == []
-
-
-def body(net, x):
-    return net.b(torch.relu(net.a(x)))
-
-
-def loss_of(net, b):
-    return F.cross_entropy(net(b["input_ids"]).logits[:, :-1].mT, b["labels"][:, 1:])
-
-
-@pytest.mark.parametrize(
-    ("inside", "layers", "message"),
-    [
-        pytest.param(lambda n, x: n.a(n.a(x)), "a", "layer a ran twice", id="twice"),
-        pytest.param(lambda n, x: n.a(x), "b", "layer b did not run", id="never"),
-        pytest.param(
-            lambda n, x: n.b(n.a(x).transpose(0, 1)).transpose(0, 1), "b",
-            "which rows belong to which sequence", id="positions first",
-        ),
-        pytest.param(
-            lambda n, x: n.b(x) + n.a(n.b.weight[:1, :1].detach().new_zeros(2, 16)).sum() * 0, "a",
-            "which rows belong to which sequence", id="no rows of sequences",
-        ),
-        pytest.param(
-            lambda n, x: n.a(x) + torch.no_grad()(n.b)(x), "b", "with gradients on", id="no grad"
-        ),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_right_is_refused(inside, layers, message):
-    net = Net(inside)
-
-    def loop():
-        with capture(net, layers, scale=1.0) as found:
-            found._watch.apart = True  # as with queries
-            loss_of(net, batch(DATA)).backward()
-            found.take_covariances()
-
-    with pytest.raises(ModelError, match=message):
-        loop()
-    assert not any(one for one in hooks(net))
-
-
-def test_loops_that_cannot_be_right_are_refused(world):
-    model, queries, _ = world
-    b = batch(DATA)
-
-    def refused(message, loop, **how):
-        own = hooks(model)
-        with pytest.raises(ModelError, match=message), capture(model, queries=queries, **how):
-            loop()
-        model.zero_grad()
-        assert hooks(model) == own
-
-    refused(
-        "has no loss of its labels in this loop: say by `scale`", lambda: mean(model, b).backward()
-    )
-
-    def twice():
-        loss = mean(model, b)
-        loss.backward(retain_graph=True)
-        loss.backward()
-
-    refused("two backward passes", twice, scale=1.0)
-    block = model.get_submodule(queries.layers[0].layer.name)
-    I = queries.layers[0].layer.I
-    refused("ran outside of a pass", lambda: block(torch.ones(1, 1, I).double()), scale=1.0)
-
-    def smoothed(logits, labels, **kwargs):
-        return logits.square().mean()
-
-    model.loss_function = smoothed
-    refused("it is another loss than their mean", lambda: model(**b).loss.backward())
-    del model._loss_function
-
-    def lost():
-        model(**b).logits.sum().backward()
-
-    refused("lost its own loss", lost)
-    with checkpointed(model, "reentrant"):
-        both = lambda: (mean(model, b) + mean(model, b)).backward()  # noqa: E731
-        refused("use_reentrant=False", both, scale=1.0)
-    block._compiled_call_impl = block.forward  # as `Module.compile` leaves it
-    refused("mlp.* is compiled", lambda: None)
-    block._compiled_call_impl = None
-
-
-def test_arguments_that_cannot_be_right_are_refused(world):
-    model, queries, _ = world
-    own = [x.layer.name for x in queries.layers]
-
-    def refused(message, *layers, **how):
-        with pytest.raises(ArgumentError, match=message), capture(model, *layers, **how):
-            pass
-
-    refused("is not among the layers to capture", own[:1], queries=queries)
-    refused(
-        "is none of the queries'", "all", queries=queries
-    ) if model.config.model_type != "gpt2" else None
-    refused("covariances=True", covariances=False)
-    refused("scale is 'mean'", scale="mean")
-    refused("queries is 3", queries=3)
-    with (
-        pytest.raises(ArgumentError, match="capture was given no queries"),
-        capture(model) as found,
-    ):
-        found.take_scores()
 
 
 def test_a_frozen_layer_that_nothing_trains_before_is_refused():

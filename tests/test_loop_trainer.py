@@ -87,8 +87,8 @@ def test_what_cannot_be_right_is_refused(prepared, tmp_path):
     callback.close()
     with pytest.raises(ArgumentError, match="torch_compile"):
         callback.on_train_begin(SimpleNamespace(torch_compile=True), None, None, model=None)
+    devices = SimpleNamespace(torch_compile=False, n_gpu=2)
     with pytest.raises(ArgumentError, match="2 devices"):
-        devices = SimpleNamespace(torch_compile=False, n_gpu=2)
         callback.on_train_begin(devices, None, None, model=None)
     with pytest.raises(ArgumentError, match="give queries, too"):
         CaptureCallback(on_step=print)
