@@ -23,6 +23,7 @@ from .layers import Layer, is_plain, is_product
 from .outputs import tensors_of
 from .own_loss import ASK, check_own_loss, own_loss
 from .rows import Grid, Layout, Rows, trusted
+from .weights import is_packed
 
 
 class Pass:
@@ -251,7 +252,7 @@ class Watch:
             return
         self._looked_at.add(name)
         weight = module.weight
-        if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.is_meta:
+        if not isinstance(weight, Tensor) or is_packed(weight) or weight.is_meta:
             return  # packed: a product all the same, of a weight that is not at hand
         rows = (t.detach().reshape(-1, t.shape[-1])[:1] for t in (x, y))
         if (x.shape[-1], y.shape[-1]) != (layer.I, layer.O) or not is_product(module, *rows):

@@ -25,6 +25,7 @@ from ..errors import ArgumentError, ModelError, NotFiniteError, Notice
 from ..model.identity import model_fingerprint
 from ..model.layer_batch import LayerBatch
 from ..model.layers import Layer, linear_layers, select_layers
+from ..model.packed import tell_of_packed
 from ..model.watch import Pass, Watch, refuse_compiled
 from ..ops.shapes import wide
 from ..store.fingerprint import fingerprint
@@ -286,6 +287,7 @@ def _layers(
                 f"layer {x.name} is captured in passes of our own alone (`fit`, `score`): leave "
                 "routed experts, and what is no linear layer, out of `layers`"
             )
+    tell_of_packed(model, chosen)
     return chosen
 
 
