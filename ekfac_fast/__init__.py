@@ -19,12 +19,15 @@ if TYPE_CHECKING:
     from .stages.attribution import attribute_tokens
     from .stages.factors import Factors, LayerFactors
     from .stages.fit import fit
+    from .stages.loop import capture
     from .stages.preparation import prepare_queries
     from .stages.queries import Queries
     from .stages.scan import score, self_scores
     from .stages.scores import Scores
+    from .stages.trainer import CaptureCallback
 
 __all__ = [
+    "CaptureCallback",
     "Error",
     "Factors",
     "LanguageModelTask",
@@ -35,6 +38,7 @@ __all__ = [
     "Task",
     "__version__",
     "attribute_tokens",
+    "capture",
     "data",
     "fit",
     "ops",
@@ -47,6 +51,7 @@ __all__ = [
 __getattr__ = loader(
     __name__,
     {
+        "CaptureCallback": "stages.trainer",
         "Factors": "stages.factors",
         "LanguageModelTask": "model.tasks",
         "LayerFactors": "stages.factors",
@@ -54,6 +59,7 @@ __getattr__ = loader(
         "Scores": "stages.scores",
         "Task": "model.tasks",
         "attribute_tokens": "stages.attribution",
+        "capture": "stages.loop",
         "fit": "stages.fit",
         "prepare_queries": "stages.preparation",
         "score": "stages.scan",

@@ -70,10 +70,7 @@ def pretrained(name: str) -> Demo:
         ArgumentError: there is no such model.
     """
     if name == "smollm2":
-        found = find_spec(PACKAGE)
-        if found is None or find_spec("gguf") is None:
-            raise MissingExtra(f"SmolLM2 is not here: {INSTALL}")
-        (file,) = Path((found.submodule_search_locations or [""])[0]).glob("*.gguf")
+        file = packaged()
     elif name.lower().endswith(".gguf"):
         file = Path(name)
     else:
@@ -86,6 +83,15 @@ def pretrained(name: str) -> Demo:
         fit_sequences=FITTED,
         batch_tokens=BATCH_TOKENS,
     )
+
+
+def packaged() -> Path:
+    """The file of SmolLM2-135M; MissingExtra where its package is not installed."""
+    found = find_spec(PACKAGE)
+    if found is None or find_spec("gguf") is None:
+        raise MissingExtra(f"SmolLM2 is not here: {INSTALL}")
+    (file,) = Path((found.submodule_search_locations or [""])[0]).glob("*.gguf")
+    return file
 
 
 def prepare(folder: Path, file: Path, progress: Progress) -> None:

@@ -11,6 +11,7 @@ from ..errors import ModelError
 from .experts import Routing
 from .layers import Layer, is_plain, is_product
 from .rows import Grid
+from .weights import is_packed
 
 
 class Calls:
@@ -49,7 +50,7 @@ class Calls:
         if module in self._looked_at or is_plain(module) or not x.numel():
             return
         self._looked_at.add(module)
-        if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.is_meta:
+        if not isinstance(weight, Tensor) or is_packed(weight) or weight.is_meta:
             return  # packed or elsewhere: a product all the same, of a weight that is not at hand
         rows = [t.detach().reshape(-1, t.shape[-1])[:1] for t in (x, output)]
         computes = torch.tensor(False)

@@ -15,6 +15,7 @@ from ..checks import flag, instance, require
 from ..errors import ArgumentError, Notice
 from . import experts
 from .adapters import adapter_layers
+from .weights import is_packed
 
 # A component of an MLP's name, below a numbered block: GPT-2, GPT-NeoX, Llama, Qwen, Mistral,
 # OLMo, Gemma say `mlp`; OPT and BERT have its matrices in the block itself, XLM a list of MLPs.
@@ -131,7 +132,12 @@ def select_layers(
 
 def parameter_counts(model: nn.Module, layers: Sequence[Layer]) -> tuple[int, int]:
     """How many parameters these layers have, and how many the model has."""
-    return sum(x.O * x.J for x in layers), sum(p.numel() for p in model.parameters())
+    sizes = {id(p): p.numel() for p in model.parameters()}
+    for x in linear_layers(model).values():
+        # Two numbers of four bits are one of what lies in memory.
+        if x.expert is None and is_packed(W := model.get_submodule(x.name).weight):
+            sizes[id(W)] = x.O * x.I
+    return sum(x.O * x.J for x in layers), sum(sizes.values())
 
 
 def _no_layer(pattern: str, names: list[str]) -> str:

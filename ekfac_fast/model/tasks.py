@@ -44,6 +44,7 @@ from .head import (
     token_losses,
 )
 from .sampling import inverted, uniforms
+from .weights import computes_in
 
 # Tokens on which a model is tried out before a run.
 PROBED = 16
@@ -224,7 +225,7 @@ class LanguageModelTask:
                     for name, x in one.items()
                 }
                 behind = self.logits(longer, model)[0, : last + 1].float()
-        eps, size = torch.finfo(next(model.parameters()).dtype).eps, logits.abs().max()
+        eps, size = torch.finfo(computes_in(model)).eps, logits.abs().max()
         tolerance = min(1000 * eps, 0.02)
         # Another length is another rounding, and in few bits perhaps another expert.
         if (behind - logits).abs().max() > (1e-4 if eps < 1e-6 else 0.1) * size:

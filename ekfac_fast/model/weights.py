@@ -3,6 +3,7 @@
 import sys
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
@@ -25,18 +26,36 @@ def check_weights(model: nn.Module) -> None:
         )
 
 
+def computes_in(model: nn.Module) -> torch.dtype:
+    """The dtype of a model's passes: of its first weight that is not packed into integers."""
+    dtypes = [p.dtype for p in model.parameters()]
+    return next((x for x in dtypes if x.is_floating_point), torch.float32)
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether the weights lie in several processes: a pass is then one of all of them together."""
-    return any(map(_is_shard, model.parameters()))
+    return any(map(is_shard, model.parameters()))
 
 
 def whole_tensor(x: Tensor) -> Tensor:
     """A tensor whose shards lie in several processes, gathered in each; any other as it is."""
     whole: Any = x
-    return whole.full_tensor() if _is_shard(x) else x
+    return whole.full_tensor() if is_shard(x) else x
 
 
-def _is_shard(x: Tensor) -> bool:
+def is_shard(x: Tensor) -> bool:
+    """Whether a tensor is a part of one that lies in several processes."""
     # Its import takes a second, and who has a DTensor has imported it.
     there = sys.modules.get("torch.distributed.tensor")
     return there is not None and isinstance(x, there.DTensor)
+
+
+def is_packed(weight: Any) -> bool:
+    """Whether a weight is no matrix of numbers: of integers (bitsandbytes), or a tensor that holds
+    others (torchao).
+    """
+    if not isinstance(weight, Tensor):
+        return False
+    wraps = hasattr(weight, "__tensor_flatten__") and not is_shard(weight)
+    packed = getattr(weight, "quant_state", None) is not None
+    return packed or wraps or not weight.is_floating_point()

@@ -11,6 +11,7 @@ from ..errors import ArgumentError
 from ..model import experts
 from ..model.alone import alone, restored
 from ..model.layers import Layer, is_conv1d
+from ..model.packed import refuse_packed
 
 
 def as_parameters(model: nn.Module, layers: Mapping[Layer, Tensor]) -> dict[str, Tensor]:
@@ -19,11 +20,12 @@ def as_parameters(model: nn.Module, layers: Mapping[Layer, Tensor]) -> dict[str,
     Of experts that are not among the layers the slices are zero.
 
     Raises:
-        ArgumentError: the model has no such layer, or one of another size.
+        ArgumentError: the model has no such layer, one of another size, or a quantised one.
     """
     held = dict(model.named_parameters(remove_duplicate=False))
     # A parameter of several modules goes by one name in a checkpoint, the first.
     first = {id(p): name for name, p in model.named_parameters()}
+    refuse_packed(model, [*layers], "parameters")
     found: dict[str, Tensor] = {}
     for layer, matrix in layers.items():
         try:

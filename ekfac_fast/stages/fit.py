@@ -27,6 +27,7 @@ from ..curvature.memory import free_bytes
 from ..data.examples import Indexable
 from ..errors import ArgumentError, Notice
 from ..model.layers import Layer, parameter_counts, select_layers
+from ..model.packed import tell_of_packed
 from ..model.tasks import LanguageModelTask, Task, checked_task
 from ..store.files import load_tensors, save_json, save_tensors
 from ..store.folder import Store
@@ -100,6 +101,7 @@ def fit(
         raise ArgumentError(f"seed is {seed}, but the task has a seed of its own, {own}")
     wanted = layers if layers is not None else task.get_influence_tracked_modules()
     tracked = select_layers(model, wanted, shared=shared_parameters)
+    tell_of_packed(model, tracked)
     run = Run(model, dataset, arguments, max_examples=max_examples, processes=Processes.here())
     facts = run.facts() | {
         "layers": [layer.name for layer in tracked],

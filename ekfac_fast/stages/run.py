@@ -31,7 +31,7 @@ from ..model.layer_batch import LayerBatch
 from ..model.layers import Layer
 from ..model.rows import Grid
 from ..model.tasks import LanguageModelTask, Task, checked_task
-from ..model.weights import check_weights, is_sharded
+from ..model.weights import check_weights, computes_in, is_sharded
 from ..ops.shapes import wide
 from ..store.division import Division
 from ..store.folder import Store
@@ -126,7 +126,7 @@ class Run:
         # Whether each pass is one of all processes together.
         self.sharded = is_sharded(model)
         # Of a layer's output, so of g: what bases and queries are kept in.
-        self.dtype = self.autocast or next(model.parameters()).dtype
+        self.dtype = self.autocast or computes_in(model)
         self.seconds: dict[str, float] = {}
         # Which of how many parts of the layers this is.
         self.part = (0, 1)
@@ -386,4 +386,4 @@ class Run:
 
 def accumulator(model: nn.Module) -> torch.dtype:
     """The dtype of sums and scores of a model: fp32, or fp64 where it computes in that."""
-    return wide(next(model.parameters()).dtype)
+    return wide(computes_in(model))

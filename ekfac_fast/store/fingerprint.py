@@ -86,6 +86,10 @@ def _absorb(digest: Any, part: Any) -> None:
     match part:
         case None | bool():
             digest.update(f"{part};".encode())
+        case Tensor() if hasattr(part, "__tensor_flatten__"):
+            # A tensor that holds others (torchao's): they say what it is.
+            inside = {name: getattr(part, name) for name in part.__tensor_flatten__()[0]}
+            _absorb(digest, (type(part).__name__, str(part.dtype), list(part.shape), inside))
         case Tensor():
             digest.update(f"t{str(part.dtype).removeprefix('torch.')}{list(part.shape)}".encode())
             flat = part.detach().contiguous().reshape(-1).view(torch.uint8)

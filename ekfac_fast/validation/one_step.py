@@ -11,6 +11,7 @@ from ..data.batches import Batches
 from ..data.examples import Indexable
 from ..model.alone import restored
 from ..model.layers import parameters_of, select_layers
+from ..model.packed import refuse_packed
 from ..model.tasks import LanguageModelTask
 from ..stages.queries import Queries
 from ..stages.scores import Scores
@@ -50,6 +51,7 @@ def step_check(
     asked = [{"input_ids": ids, "labels": labels} for ids, labels in queries.examples]
     every = Batches(data, model)
     layers = select_layers(model, scores.layers)
+    refuse_packed(model, layers, "a step")
     # Experts are parts of one parameter.
     weights = [*{id(w): w for w in (parameters_of(model, x)[0] for x in layers)}.values()]
     changes = []

@@ -27,6 +27,7 @@ from ..data.examples import IGNORED, Indexable
 from ..errors import ArgumentError, NotFiniteError, Notice
 from ..model.alone import restored
 from ..model.layers import parameters_of, select_layers
+from ..model.packed import refuse_packed
 from ..model.tasks import LanguageModelTask, Task
 from ..stages.run import checked_task
 from .measure import measurements
@@ -108,6 +109,7 @@ class _Proximal:
                     "routed experts out of `layers`"
                 )
             each = damping[layer.name] if isinstance(damping, Mapping) else damping
+            refuse_packed(model, [layer], "a response")
             own = parameters_of(model, layer)
             self.weights += own
             self.dampings += [float(each)] * len(own)
