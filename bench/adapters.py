@@ -54,7 +54,7 @@ def measured(name: str, count: int, asked: int, turns: int) -> list[str]:
     """A row of the table."""
     torch.manual_seed(0)
     model, tokenizer = conversations.smollm2()
-    model = adapted(model, TARGETS[name])
+    model = adapted(model, TARGETS[name], begun=True)
     told, questions = conversations.invented(asked)
     records = [*told, *conversations.reference(count - asked)]
     data = conversations.tokens(records, tokenizer)

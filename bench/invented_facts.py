@@ -28,9 +28,11 @@ from ways import conversations
 RANK = 16
 
 
-def adapted(model: nn.Module, targets: str | list[str] = "all-linear") -> nn.Module:
-    """The same model under a LoRA whose B is not zero, so that A has a gradient."""
-    config = peft.LoraConfig(r=RANK, target_modules=targets, init_lora_weights="gaussian")
+def adapted(
+    model: nn.Module, targets: str | list[str] = "all-linear", begun: bool = False
+) -> nn.Module:
+    """The same model under a LoRA: new, or as if training had begun, B no longer zero."""
+    config = peft.LoraConfig(r=RANK, target_modules=targets, init_lora_weights=not begun)
     return peft.get_peft_model(model, config)
 
 

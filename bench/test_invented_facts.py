@@ -10,6 +10,9 @@ import adapters
 import invented_facts
 from ways import conversations
 
+# peft asks transformers for what that calls deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+
 
 @pytest.fixture
 def small(monkeypatch):
