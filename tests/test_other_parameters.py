@@ -23,14 +23,14 @@ from ekfac_fast.model.layers import select_layers
 from ekfac_fast.store.files import load_tensors
 
 
-def gradients(model, layers, loss):
+def gradients(model, layers, loss, **more):
     """[O,J] of every layer, by autograd."""
     parameters = [
         [p for n, p in model.get_submodule(x.module).named_parameters(recurse=False)
          if x.parameter in (None, n)]
         for x in layers
     ]  # fmt: skip
-    flat = iter(torch.autograd.grad(loss, [p for own in parameters for p in own]))
+    flat = iter(torch.autograd.grad(loss, [p for own in parameters for p in own], **more))
     found = {}
     for x, own in zip(layers, parameters, strict=True):
         W, *b = (next(flat).double() for _ in own)

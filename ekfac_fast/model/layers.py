@@ -301,7 +301,9 @@ def _distinct(model: nn.Module, chosen: list[Layer], shared: bool, everything: b
                 else is_embedding(model.get_submodule(u))
                 for u in others
             ):
-                raise ArgumentError(_tied(layer.name, others, "cannot be tracked together with it"))
+                both = [u for u in others if u in linear] if layer.kind == "embedding" else []
+                what = f"name {both[0]}, which is both" if both else "cannot be tracked together"
+                raise ArgumentError(_tied(layer.name, others, what))
             result[layer.name] = replace(layer, also=tuple(others))
         elif everything and not names & {*others}:
             warnings.warn(
