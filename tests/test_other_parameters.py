@@ -7,6 +7,7 @@ import pytest
 import torch
 from dense_ekfac import asked, batch_of, close, corpus, gpt2, llama
 from plain_tasks import Plain
+from small_networks import WIDTH, Net
 from test_model_families import made
 from torch import nn
 from torch.nn import functional as F
@@ -17,6 +18,7 @@ from transformers import (
     WhisperConfig,
     WhisperForAudioClassification,
 )
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
 
 from ekfac_fast import LanguageModelTask, fit, prepare_queries, score, self_scores
 from ekfac_fast.model.layers import select_layers
@@ -94,7 +96,7 @@ def text(example, index, draw=0):
 def check(model, names, folder, *, data=None, queries=None, alone=text, task=None,
           tolerance=1e-10, shared=False, **more):  # fmt: skip
     """`alone(example, index, draw)` is a batch of one. Returns names and folder."""
-    data, queries = data or corpus(8), queries or asked(2)
+    data, queries = data or corpus(6), queries or asked(2)
     task = task or LanguageModelTask()
     layers, more = select_layers(model, names, shared=shared), {"batch_tokens": 60} | more
     if task is not None and not isinstance(task, LanguageModelTask):
@@ -180,6 +182,14 @@ def test_language_models(make, names, count, tolerance, tmp_path):
     assert len(check(model, names, tmp_path, tolerance=tolerance)) == count
 
 
+def test_a_norm_with_a_gate_between_layers_that_share_their_input(tmp_path):
+    net = Net(lambda net, x: net.norm(net.a(x), gate=net.b(x)))
+    net.norm = Qwen3NextRMSNormGated(WIDTH).double()
+    torch.nn.init.normal_(net.norm.weight)
+    names = ["norm.weight:dense", "a", "b:diagonal", "head.bias", "emb"]
+    assert len(check(net, names, tmp_path, tolerance=1e-6)) == 5
+
+
 class Classes(Plain):
     """Cross entropy of (input, class); the classes sampled by example and draw."""
 
@@ -232,7 +242,7 @@ def test_convolutions(make, names, size, count, tmp_path):
     model = make().double().eval()
     if make is net:
         model(torch.zeros(1, *size).double())
-    data = [(torch.randn(size).double(), i % 4, i) for i in range(7)]
+    data = [(torch.randn(size).double(), i % 4, i) for i in range(5)]
 
     def alone(example, index, draw=0):
         return default_collate([(*example[:2], index)])

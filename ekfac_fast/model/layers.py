@@ -19,6 +19,7 @@ from ..checks import flag, instance, require
 from ..errors import ArgumentError, Notice
 from . import experts
 from .adapters import adapter_layers
+from .weights import is_sharded
 
 # A component of an MLP's name, below a numbered block: GPT-2, GPT-NeoX, Llama, Qwen, Mistral,
 # OLMo, Gemma say `mlp`; OPT and BERT have its matrices in the block itself, XLM a list of MLPs.
@@ -199,8 +200,15 @@ def select_layers(
 
 
 def _check_kinds(model: nn.Module, chosen: list[Layer]) -> None:
-    """Refuse what could be no layer of its own: blocks of a matrix, a part of another layer."""
+    """Refuse what is no layer of its own: blocks of a matrix, a part of another layer; and what is
+    not linear in a sharded model.
+    """
     whole = {x.name for x in chosen if x.kind != "vector"}
+    if others := [x for x in chosen if x.kind != "linear"] if is_sharded(model) else []:
+        raise ArgumentError(
+            f"layer {others[0].name} ({others[0].kind}) is no linear layer, and the model is "
+            "sharded over processes, where no others are tracked; leave it out of `layers`"
+        )
     for layer in chosen:
         module = model.get_submodule(layer.module)
         if layer.kind == "convolution" and module.groups != 1:

@@ -91,8 +91,8 @@ class Covariances(Sums):
         count[name] += real
         own = cov[name].rest
         if are_ids(x):
-            ids = x.flatten() if mask is None else x.flatten()[mask.bool()]
-            own += torch.bincount(ids, minlength=J)
+            ids = x.flatten()
+            own.index_add_(0, ids, (torch.ones_like(ids) if mask is None else mask).to(own.dtype))
         elif not whole:
             own += x.to(own.dtype).square().sum(0)
         else:
