@@ -32,7 +32,8 @@ ZAMBA = {
 
 def made(family, attention="eager", **more):
     """A model in fp64, weights drawn so that no path is nearly zero."""
-    kind = {"Llama4": "Llama4TextConfig"}.get(family, f"{family}Config")
+    text = ("Llama4", "Gemma3")
+    kind = f"{family}TextConfig" if family in text else f"{family}Config"
     config = getattr(transformers, kind)(**SIZES | more)
     head = {"Roberta": "RobertaForCausalLM"}.get(family, f"{family}ForCausalLM")
     torch.manual_seed(0)

@@ -30,7 +30,10 @@ Fields = Annotated[
 ChatTemplate = Annotated[
     Path | None, typer.Option(help="file; for messages, in place of the tokenizer's")
 ]
-Layers = Annotated[list[str] | None, typer.Option(help="layer names or globs; default: MLPs")]
+Layers = Annotated[
+    list[str] | None,
+    typer.Option(help="layer names or globs, :diagonal behind them; default: MLPs"),
+]
 Blocks = Annotated[
     int, typer.Option(help="diagonal blocks of each covariance: cheaper, approximate")
 ]

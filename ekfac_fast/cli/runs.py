@@ -25,7 +25,7 @@ from ..stages.queries import Queries
 from ..stages.run import RunArguments, Stage
 from ..stages.scan import score, self_scores
 from ..stages.scores import Scores
-from ..stages.trust import basis_of, note_validation
+from ..stages.trust import basis_of, diagonal_in, note_validation
 from ..store.files import load_json, save_json
 from ..store.folder import Store
 from ..store.manifest import MANIFEST
@@ -73,6 +73,8 @@ def fit_job(source: Source, data: Corpus, out: Path, console: Terminal, **settin
 def _tell_basis(factors: Factors, console: Terminal) -> None:
     if factors.blocks > 1:
         console.say(basis_of(factors.blocks))
+    if factors.diagonal:
+        console.say(diagonal_in(len(factors.diagonal)))
 
 
 def covered(layers: Sequence[Layer], tracked: int, parameters: int) -> str:

@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from ..ops.gradients import cheapest_order
 from ..ops.shapes import Shape, wide
 from .blocks import BlockDiagonal, Matrix, blocks_in, rotate
+from .lookups import Lookups, are_ids
 
 # A tenth of the mean eigenvalue: the damping of the paper and of kronfluence. Its least value is
 # kronfluence's, so that a layer whose gradient is always zero takes part as zero.
@@ -36,7 +37,10 @@ def with_ones(a: Tensor, bias: bool) -> Tensor:
 
 @dataclass(frozen=True)
 class Eigenvectors:
-    """`Qg` [O,O] and `Qa` [J,J], eigenvectors in columns; None where a side is not rotated."""
+    """`Qg` [O,O] and `Qa` [J,J], eigenvectors in columns; None where a side is not rotated.
+
+    Inputs `a` [B,T,I], or ids [B,T,1] where they are rows of one 1 (`lookups`): their Qa is None.
+    """
 
     Qg: Matrix | None
     Qa: Matrix | None
@@ -63,14 +67,22 @@ class Eigenvectors:
 
     def add_eigenvalues(self, lam_sum: Tensor, g: Tensor, a: Tensor, bias: bool) -> None:
         """lam_sum [O,J] += sum_b (Qg^T G_b Qa)^2."""
+        if are_ids(a):
+            self._lookups(g, a).add_squares(lam_sum)
+            return
         for rows, columns, operands, ones in self._for(g, a, bias):
             torch.ops.ekfac_fast.eigenvalues(lam_sum[rows, columns], *operands, ones)
 
     def rotate_back(self, P: Tensor) -> Tensor:
         """P [B,O,J] from the eigenbasis to weight space: Qg P Qa^T."""
-        if self.Qg is None or self.Qa is None:
-            return P
-        return self.Qg.to(P.dtype) @ P @ self.Qa.to(P.dtype).mT
+        if self.Qg is not None:
+            P = self.Qg.to(P.dtype) @ P
+        return P if self.Qa is None else P @ self.Qa.to(P.dtype).mT
+
+    def _lookups(self, g: Tensor, ids: Tensor) -> Lookups:
+        """Qg^T G_b of an embedding."""
+        assert self.Qg is None or isinstance(self.Qg, Tensor)  # diagonal sides have no blocks
+        return Lookups.of(g, ids, self.Qg)
 
     def _for(
         self, g: Tensor, a: Tensor, bias: bool
@@ -104,6 +116,8 @@ class Basis(Eigenvectors):
     def precondition(self, g: Tensor, a: Tensor, bias: bool) -> Tensor:
         """P [B,O,J] of every sequence, in the eigenbasis."""
         lam, P = self.lam.to(wide(g.dtype)), None
+        if are_ids(a):
+            return self._lookups(g, a).quotients(lam, self.damping)
         for rows, columns, operands, ones in self._for(g, a, bias):
             own = lam[rows, columns]
             part = torch.ops.ekfac_fast.precondition(*operands, own, self.damping, ones)
@@ -117,14 +131,19 @@ class Basis(Eigenvectors):
     def add_self_influence(self, s: Tensor, g: Tensor, a: Tensor, bias: bool) -> None:
         """s [B] += sum (Qg^T G_b Qa)^2 / (lam + damping)."""
         lam = self.lam.to(wide(g.dtype))
+        if are_ids(a):
+            self._lookups(g, a).add_quotients(s, lam, self.damping)
+            return
         for rows, columns, operands, ones in self._for(g, a, bias):
             own = lam[rows, columns]
             torch.ops.ekfac_fast.self_influence(s, *operands, own, self.damping, ones)
 
     def precondition_gradient(self, G: Tensor) -> Tensor:
         """P of gradients that exist already (sums over a data set): G [B,O,J] -> [B,O,J]."""
-        if self.Qg is not None and self.Qa is not None:
-            G = self.Qg.mT @ G.to(self.Qg.dtype) @ self.Qa
+        if self.Qg is not None:
+            G = self.Qg.mT @ G.to(self.Qg.dtype)
+        if self.Qa is not None:
+            G = G.to(self.Qa.dtype) @ self.Qa
         return G.to(self.lam.dtype) / (self.lam + self.damping)
 
     def rotation(self, dtype: torch.dtype) -> "Basis":

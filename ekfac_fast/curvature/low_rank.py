@@ -71,12 +71,18 @@ def captured_energy(P: Tensor, L: Tensor, R: Tensor) -> Tensor:
     return torch.where(total > 0, kept / total, 1.0)
 
 
-def rotate_back(L: Tensor, R: Tensor, Qg: Matrix, Qa: Matrix) -> tuple[Tensor, Tensor]:
-    """Thin factors from the eigenbasis to weight space: Qg L [Q,O,K] and R Qa^T [Q,K,J]."""
-    # All queries side by side: `Qg @ L` would read Qg once a query.
-    Q, O, K = L.shape
-    left = Qg @ L.permute(1, 0, 2).reshape(O, Q * K)
-    return left.view(-1, Q, K).permute(1, 0, 2).contiguous(), R @ Qa.mT
+def rotate_back(
+    L: Tensor, R: Tensor, Qg: Matrix | None, Qa: Matrix | None
+) -> tuple[Tensor, Tensor]:
+    """Thin factors from the eigenbasis to weight space: Qg L [Q,O,K] and R Qa^T [Q,K,J]; None where
+    a side is not rotated.
+    """
+    if Qg is not None:
+        # All queries side by side: `Qg @ L` would read Qg once a query.
+        Q, O, K = L.shape
+        left = Qg @ L.permute(1, 0, 2).reshape(O, Q * K)
+        L = left.view(-1, Q, K).permute(1, 0, 2).contiguous()
+    return L, R if Qa is None else R @ Qa.mT
 
 
 @lru_cache(maxsize=16)

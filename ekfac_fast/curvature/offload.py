@@ -84,19 +84,30 @@ class Mapped(Generic[E]):
         return self.make().at(device)
 
 
-def fits(sizes: tuple[int, int], dtype: torch.dtype, device: torch.device, blocks: int = 1) -> bool:
+def fits(
+    sizes: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    blocks: int = 1,
+    turned: tuple[int, int] | None = None,
+) -> bool:
     """Whether the basis of a layer [O,J] may stay on `device` and leave enough to everything else.
 
     Those that would not wait in CPU memory, as kronfluence's always do, and travel at each use.
+    `turned`: rows of the eigenvectors, where a side has none: 0 there.
     """
     if device.type != "cuda":
         return True
-    O, J = sizes
-    needed = (O * O + J * J) // blocks * dtype.itemsize + O * J * wide(dtype).itemsize
+    (O, J), (rows, columns) = sizes, turned or sizes
+    vectors = (rows**2 + columns**2) // blocks
+    needed = vectors * dtype.itemsize + O * J * wide(dtype).itemsize
     return free_bytes(device) - needed > RESERVED_SHARE * torch.cuda.mem_get_info(device)[1]
 
 
 def placed(basis: E, sizes: tuple[int, int], device: torch.device) -> E | Travelling[E]:
     """The basis on `device` for good where it fits, else travelling; `at` asks for either."""
-    dtype = basis.Qg.dtype if basis.Qg is not None else torch.float32
-    return basis.at(device) if fits(sizes, dtype, device, basis.blocks) else Travelling(basis)
+    Qg, Qa = basis.Qg, basis.Qa
+    dtype = next((x.dtype for x in (Qg, Qa) if x is not None), torch.float32)
+    turned = 0 if Qg is None else sizes[0], 0 if Qa is None else sizes[1]
+    fitting = fits(sizes, dtype, device, basis.blocks, turned)
+    return basis.at(device) if fitting else Travelling(basis)

@@ -20,7 +20,7 @@ class Calls:
     def __init__(
         self, consume: Callable[[Any], None], grid: Grid | None, layers: Mapping[str, Layer]
     ) -> None:
-        self._layers = layers
+        self.layers = layers
         self.consume, self.grid, self.backward = consume, grid, False
         self.loss, self.losses = 0, 1
         self._late: set[str] = set()
@@ -28,6 +28,7 @@ class Calls:
         self.turned: set[tuple[str, int]] = set()
         self._looked_at: set[nn.Module] = set()
         self.inputs: dict[str, list[Tensor]] = {}
+        self.modules: dict[str, nn.Module] = {}
         self.gradients: dict[str, dict[int, Tensor]] = {}
         # Calls of modules of experts, and for each use of an expert its call.
         self.routes: dict[str, list[Routing]] = {}
@@ -87,16 +88,19 @@ class Calls:
     ) -> None:
         """Note one use of a layer."""
         name = layer.name
+        self.modules[name] = module
         if routing is not None:
             self.routed.setdefault(name, []).append(routing)
-        if isinstance(module, nn.Embedding):
+        if layer.kind == "linear" and isinstance(module, nn.Embedding):
             self.turned.add((name, len(self.inputs.get(name, ()))))
         self._versions.setdefault(name, []).append((x, x._version))
         self.inputs.setdefault(name, []).append(x.detach().clone() if copy else x.detach())
         # One number stands for the whole output until a zero gradient is asked for.
         self._products.setdefault(name, []).append(output.new_zeros(()).expand(output.shape))
         # Tensors in `_versions` stay alive until the pass ends, so ids are unique.
-        first = self._first.setdefault((id(x), x._version, layer.bias), name)
+        key = id(x), x._version, layer.bias
+        # Others read a tensor each in a way of its own.
+        first = self._first.setdefault(key, name) if layer.kind == "linear" else name
         self._shared[name] = name if copy else first
         self._groups = None
 
@@ -138,7 +142,7 @@ class Calls:
         for name in self._late:
             for seen in (self.inputs, self._products, self._shared, self.routed):
                 seen.pop(name, None)
-            self.routes.pop(self._layers[name].module, None)
+            self.routes.pop(self.layers[name].module, None)
         self._groups = None
         self._first = {k: name for k, name in self._first.items() if name not in self._late}
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError, Notice
-from . import experts
+from . import experts, kinds
 from .alone import alone, gradients_on
 from .calls import Calls, inputs_of, read_by
 from .graph import backward, copied, reshaped, started
@@ -141,8 +141,11 @@ class Capture:
         for name in late - self._layouts.keys():
             unknown[name] = []  # to run in the backward pass only: nothing is known of it
         # The last use: DoRA's matrices run on an identity first, for their norm.
-        shapes = {name: uses[-1].shape for name, uses in calls.inputs.items()}
-        shapes = {name: x for name, x in shapes.items() if self.layers[name].expert is None}
+        shapes = {
+            name: kinds.as_rows(self.layers[name], uses[-1]).shape
+            for name, uses in calls.inputs.items()
+            if self.layers[name].expert is None
+        }
         # Of experts it is the rows that they share out.
         shapes |= {name: routes[0].shape for name, routes in calls.routes.items()}
         for name, size in shapes.items():
@@ -162,21 +165,30 @@ class Capture:
                 f"layer {first}: its input is {shape} for {grid.sequences} sequences of "
                 f"{grid.positions} positions; which rows belong to which sequence cannot be told"
             )
-        one, other = (inputs_of(self.model, list(unknown), run) for run in self._swap())
+        # Experts are known by their module's name.
+        of = {n: self.layers[n].module if n in self.layers else n for n in unknown}
+        one, other = (inputs_of(self.model, [*of.values()], run) for run in self._swap())
         for name, shape in unknown.items():
-            there, back = one.get(name), other.get(name)
+            there, back = one.get(of[name]), other.get(of[name])
             if name in self._experts and there is not None and back is not None:
                 module = self.model.get_submodule(name)
                 there, back = (experts.tokens_of(module, x) for x in (there, back))
+            elif there is not None and back is not None:
+                there, back = (kinds.as_rows(self.layers[name], x) for x in (there, back))
             self._layouts[name] = probed(name, there, back, shape)
 
     @contextmanager
     def _hooked(self, calls: "Calls") -> Iterator[None]:
         def forward_hook(layer: Layer) -> Callable:
             def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-                return self._ran(
-                    calls, layer, module, read_by(module, args, kwargs, output), output
-                )
+                if layer.kind == "linear":
+                    x = read_by(module, args, kwargs, output)
+                else:
+                    x = kinds.read(layer, module, args, kwargs, output)
+                    if layer.name not in self._verified:
+                        kinds.verify(layer, module, args, kwargs, output)
+                        self._verified.add(layer.name)
+                return self._ran(calls, layer, module, x, output)
 
             return hook
 
@@ -190,7 +202,7 @@ class Capture:
             )
             for layer in self.layers.values()
             if layer.expert is None
-            for name in (layer.name, *layer.also)
+            for name in (layer.module, *layer.also)
         ]
         handles += [
             self.model.get_submodule(name).register_forward_pre_hook(start, with_kwargs=True)
@@ -264,7 +276,7 @@ class Capture:
         if calls.backward and name in calls.inputs and name not in calls.without_grad:
             # A checkpoint computes again what was seen: the same graph, and nothing else.
             return started(output, self._anchor)
-        if routing is None:
+        if routing is None and layer.kind == "linear":
             calls.check(layer, module, x, output)
         calls.saw(layer, module, x, output, copy=name in self._copied, routing=routing)
         # A copy, and no leaf: the model may go on to change it in place.
@@ -314,13 +326,13 @@ class Capture:
         for use, (x, zero) in enumerate(zip(inputs, calls.outputs(name), strict=True)):
             if gradients and use not in gradients:
                 continue  # for something that no loss depends on
-            a, g = x, gradients.get(use, zero)
+            a, g = kinds.operands(layer, calls.modules[name], x, gradients.get(use, zero))
             if (name, use) in calls.turned:
                 # Rows that no loss reaches (padding) count for nothing on either side.
                 a, g = g, a * (g != 0).any(-1, keepdim=True)
             uses.append(
                 (
-                    self._by_sequence(calls, a, layer.I, name),
+                    self._by_sequence(calls, a, layer.read, name),
                     self._by_sequence(calls, g, layer.O, name),
                 )
             )
@@ -328,7 +340,7 @@ class Capture:
         if len(uses) > 1:
             # Under autocast a head's output is narrower than an embedding's.
             g = torch.cat([g.to(uses[-1][1].dtype) for _, g in uses], 1)
-            a = torch.cat([a.to(g.dtype) for a, _ in uses], 1)
+            a = torch.cat([_like(a, g) for a, _ in uses], 1)
         before = calls.grid.before if calls.grid else 0
         rows = Rows(a.shape[0], uses[0][0].shape[1], len(uses), before)
         if a.shape[1] != rows.positions * rows.uses:
@@ -336,7 +348,7 @@ class Capture:
         calls.release(name)
         shared, readers = calls.owner(name)
         # Under autocast a layer multiplies its input in the dtype of its output.
-        calls.consume(LayerBatch(layer, shared, readers, a.to(g.dtype), g, rows, calls.loss))
+        calls.consume(LayerBatch(layer, shared, readers, _like(a, g), g, rows, calls.loss))
 
     def _complete_expert(self, calls: "Calls", layer: Layer) -> None:
         """Hand an expert to the consumer, its rows by sequence; without any, one row of zeros."""
@@ -379,3 +391,8 @@ class Capture:
                 f"of {grid.positions} positions; which rows belong to which sequence cannot be told"
             )
         return layout.by_sequence(x, grid.sequences)
+
+
+def _like(a: Tensor, g: Tensor) -> Tensor:
+    """`a` in the dtype of `g`; where rows of one 1 have it, as it is."""
+    return a.to(g.dtype) if a.is_floating_point() else a

@@ -62,7 +62,8 @@ def head_parts(model: nn.Module, layers: Sequence[Layer]) -> dict[str, list[Head
     kv = shared if isinstance(shared, int) else heads
     found = {}
     for layer in layers:
-        if layer.expert is None and (own := _parts(model, config, layer, heads, kv)):
+        own_matrix = layer.expert is None and layer.kind == "linear"
+        if own_matrix and (own := _parts(model, config, layer, heads, kv)):
             found[layer.name] = own
     return found
 

@@ -1,12 +1,16 @@
-"""Which layers: the linear layers of a model, and those that a user or a default selects."""
+"""Which layers: a model's linear layers, other parameters that can be tracked, and those of them
+that a user or a default selects.
+"""
 
 import difflib
 import fnmatch
+import math
 import re
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +19,7 @@ from ..checks import flag, instance, require
 from ..errors import ArgumentError, Notice
 from . import experts
 from .adapters import adapter_layers
-from .weights import is_packed
+from .weights import is_packed, is_sharded
 
 # A component of an MLP's name, below a numbered block: GPT-2, GPT-NeoX, Llama, Qwen, Mistral,
 # OLMo, Gemma say `mlp`; OPT and BERT have its matrices in the block itself, XLM a list of MLPs.
@@ -27,11 +31,19 @@ MLP = re.compile(
 ROUTER = re.compile(r"(?:^|\.)(?:gate|router|wg|shared_expert_gate|router\.\w+|gate\.\w+)$")
 TOWER = re.compile(r"(?:^|[._])(?:vision|visual|image|audio|speech)(?:[._]|$)")
 EXPERTS = re.compile(r"(?:^|\.)experts\.")
+Kind = Literal["linear", "convolution", "embedding", "vector"]
+# What may follow a pattern: how the covariance of output gradients is taken, whole or its diagonal.
+SIDES = {"dense": False, "diagonal": True}
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A tracked linear layer: y = W x (+ b) with W [O,I].
+    """A tracked layer: y = W x (+ b) with W [O,I].
+
+    `kind`: of others than linear layers, what x is. A convolution reads patches, an embedding [V,d]
+    rows of one 1 (I = V, O = d); a vector, the scale or bias of a norm or the bias of a linear
+    layer, is an [O,1] that reads a constant 1, and its name is `<module>.<parameter>`.
+    `diagonal`: the covariance of output gradients is its diagonal.
 
     `also`: further modules with the very same parameters, whose gradients are added to its own:
     linear layers, and embeddings, whose rows are those of W (a tied head).
@@ -46,21 +58,43 @@ class Layer:
     also: tuple[str, ...] = ()
     expert: int | None = None
     share: float = 1.0
+    kind: Kind = "linear"
+    diagonal: bool = False
 
     @property
     def module(self) -> str:
         """The module that computes it."""
+        if self.kind == "vector":
+            return self.name.rpartition(".")[0]
         return self.name if self.expert is None else self.name.rsplit(".", 2)[0]
 
     @property
     def parameter(self) -> str | None:
-        """Of an expert, the parameter of its module that holds its matrix."""
+        """Of an expert, the parameter of its module that holds its matrix; of a vector, itself."""
+        if self.kind == "vector":
+            return self.name.rpartition(".")[2]
         return None if self.expert is None else self.name.rsplit(".", 2)[1]
 
     @property
     def J(self) -> int:
         """Inputs with the constant 1 of a bias."""
         return self.I + self.bias
+
+    @property
+    def read(self) -> int:
+        """Numbers that hold a row of inputs: of an embedding, where its one 1 stands."""
+        return 1 if self.kind == "embedding" else self.I
+
+    @property
+    def turned(self) -> tuple[int, int]:
+        """Inputs and outputs that eigenvectors turn; 0 where a covariance is diagonal."""
+        return 0 if self.kind == "embedding" else self.J, 0 if self.diagonal else self.O
+
+    @property
+    def covariance_sizes(self) -> tuple[int, int]:
+        """Numbers in the covariances of inputs and of output gradients."""
+        J, O = self.turned
+        return J * J or self.J, O * O or self.O
 
 
 def linear_layers(model: nn.Module) -> dict[str, Layer]:
@@ -85,6 +119,27 @@ def linear_layers(model: nn.Module) -> dict[str, Layer]:
     return found
 
 
+def other_layers(model: nn.Module) -> dict[str, Layer]:
+    """What can be tracked beside linear layers, by name: convolutions (`nn.Conv1d`, `nn.Conv2d`),
+    embeddings, and vectors: parameters [d] of modules without children, biases of linear layers.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv1d | nn.Conv2d):
+            O, *patch = module.weight.shape
+            I = math.prod(patch)
+            found[name] = Layer(name, I, O, module.bias is not None, kind="convolution")
+        elif isinstance(module, nn.Embedding):
+            V, d = module.weight.shape
+            found[name] = Layer(name, V, d, False, kind="embedding")
+        elif next(module.children(), None) is None:
+            for parameter, p in module.named_parameters(recurse=False):
+                if p.ndim == 1 and p.is_floating_point():
+                    of = f"{name}.{parameter}" if name else parameter
+                    found[of] = Layer(of, 1, len(p), False, kind="vector", diagonal=True)
+    return found
+
+
 def select_layers(
     model: nn.Module, patterns: str | Sequence[str] | None = None, *, shared: bool = False
 ) -> list[Layer]:
@@ -95,7 +150,10 @@ def select_layers(
         patterns: None or "mlp" for the MLP matrices of every block (the paper's choice; of a model
             of which only a part trains, those that train; of an adapter, all that it is made of);
             "all" for every linear layer; else
-            names or globs, e.g. "*.attn.c_attn". A layer of exactly that name comes first.
+            names or globs, e.g. "*.attn.c_attn". A layer of exactly that name comes first. A glob
+            that matches no linear layer is one of `other_layers`. With ":diagonal" behind it, the
+            covariance of output gradients is taken as its diagonal; with ":dense" as a whole, of
+            vectors too.
         shared: take modules with the very same parameters as one layer.
 
     Raises:
@@ -104,7 +162,7 @@ def select_layers(
     """
     instance("model", model, nn.Module, "a torch module")
     flag("shared", shared)
-    layers = linear_layers(model)
+    layers, others = linear_layers(model), other_layers(model)
     if isinstance(patterns, str):
         patterns = [patterns]
     named = isinstance(patterns, list | tuple) and all(isinstance(x, str) for x in patterns)
@@ -113,21 +171,56 @@ def select_layers(
         raise ArgumentError(
             "layers: the list is empty; give names or globs, or None for the MLPs of every block"
         )
-    names: set[str] = set()
-    for pattern in ["mlp"] if patterns is None else patterns:
-        if pattern in layers:
+    sides: dict[str, bool | None] = {}
+    for given in ["mlp"] if patterns is None else patterns:
+        pattern, _, side = given.rpartition(":")
+        if side not in SIDES:
+            pattern, side = given, ""
+        if pattern in layers or pattern in others:
             matched = {pattern}
         elif pattern == "all":
             matched = set(layers)
         elif pattern == "mlp":
             matched = _mlps(model, layers)
         else:
-            matched = set(fnmatch.filter(layers, pattern))
+            matched = {*(fnmatch.filter(layers, pattern) or fnmatch.filter(others, pattern))}
         if not matched:
-            raise ArgumentError(_no_layer(pattern, list(layers)))
-        names |= matched
-    chosen = [layer for name, layer in layers.items() if name in names]
+            raise ArgumentError(_no_layer(pattern, list(layers), list(others)))
+        for name in matched:
+            sides[name] = SIDES.get(side, sides.get(name))
+    every, order = layers | others, {name: at for at, (name, _) in enumerate(model.named_modules())}
+    chosen = [
+        layer if sides[name] is None else replace(layer, diagonal=bool(sides[name]))
+        for name, layer in every.items()
+        if name in sides
+    ]
+    chosen.sort(key=lambda x: order[x.module])
+    _check_kinds(model, chosen)
     return _distinct(model, chosen, shared, everything=patterns is not None and "all" in patterns)
+
+
+def _check_kinds(model: nn.Module, chosen: list[Layer]) -> None:
+    """Refuse what is no layer of its own: blocks of a matrix, a part of another layer; and what is
+    not linear in a sharded model.
+    """
+    whole = {x.name for x in chosen if x.kind != "vector"}
+    if others := [x for x in chosen if x.kind != "linear"] if is_sharded(model) else []:
+        raise ArgumentError(
+            f"layer {others[0].name} ({others[0].kind}) is no linear layer, and the model is "
+            "sharded over processes, where no others are tracked; leave it out of `layers`"
+        )
+    for layer in chosen:
+        module = model.get_submodule(layer.module)
+        if layer.kind == "convolution" and module.groups != 1:
+            raise ArgumentError(
+                f"layer {layer.name} is a convolution in {module.groups} groups: its weight is so "
+                "many matrices, which are not tracked; leave it out of `layers`"
+            )
+        if layer.kind == "vector" and layer.module in whole:
+            raise ArgumentError(
+                f"layer {layer.name} is a part of layer {layer.module}, which is tracked as a "
+                "whole: leave one of them out of `layers`"
+            )
 
 
 def parameter_counts(model: nn.Module, layers: Sequence[Layer]) -> tuple[int, int]:
@@ -140,17 +233,18 @@ def parameter_counts(model: nn.Module, layers: Sequence[Layer]) -> tuple[int, in
     return sum(x.O * x.J for x in layers), sum(sizes.values())
 
 
-def _no_layer(pattern: str, names: list[str]) -> str:
+def _no_layer(pattern: str, names: list[str], others: list[str]) -> str:
     """What to say where nothing matches."""
     if not names:
-        return f"layers: no linear layer matches {pattern!r}; the model has none at all"
+        other = f": {', '.join(others[:3])} can be named" if others else ""
+        return f"layers: no linear layer matches {pattern!r}; the model has none at all{other}"
     if pattern == "mlp":
         return (
             "layers: no linear layer of this model has a name of an MLP's matrices, which are the "
             f"default. Name the layers you want, e.g. {', '.join(names[:3])}"
         )
-    near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
-    return f"layers: no linear layer matches {pattern!r}; the nearest are {', '.join(near)}"
+    near = difflib.get_close_matches(pattern, names + others, n=3, cutoff=0.3) or names[:3]
+    return f"layers: no layer matches {pattern!r}; the nearest are {', '.join(near)}"
 
 
 def _mlps(model: nn.Module, layers: dict[str, Layer]) -> set[str]:
@@ -186,6 +280,8 @@ def _mlps(model: nn.Module, layers: dict[str, Layer]) -> set[str]:
 def parameters_of(model: nn.Module, layer: Layer) -> list[nn.Parameter]:
     """The parameters that a layer is, or is a part of: W, and b if it has one."""
     module = model.get_submodule(layer.module)
+    if layer.kind == "vector":
+        return [module.get_parameter(str(layer.parameter))]
     if layer.parameter is not None:
         return experts.parameters(module, layer.parameter)
     return list(module.parameters(recurse=False))
@@ -212,14 +308,16 @@ def _distinct(model: nn.Module, chosen: list[Layer], shared: bool, everything: b
             continue
         elif shared and layer.expert is None and _equal(model, own, others):
             linear = linear_layers(model)
-            if not all(
+            if layer.kind != "linear" or not all(
                 (linear[u].I, linear[u].O) == (layer.I, layer.O)
                 if u in linear
                 else is_embedding(model.get_submodule(u))
                 for u in others
             ):
-                raise ArgumentError(_tied(layer.name, others, "cannot be tracked together with it"))
-            result[layer.name] = Layer(layer.name, layer.I, layer.O, layer.bias, tuple(others))
+                both = [u for u in others if u in linear] if layer.kind == "embedding" else []
+                what = f"name {both[0]}, which is both" if both else "cannot be tracked together"
+                raise ArgumentError(_tied(layer.name, others, what))
+            result[layer.name] = replace(layer, also=tuple(others))
         elif everything and not names & {*others}:
             warnings.warn(
                 f"layer {layer.name} has the parameters of {', '.join(others)} and is left out",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import ModelError
+from . import kinds
 from .alone import alone, gradients_on
 from .calls import Calls
 from .capture import Capture
@@ -134,7 +135,10 @@ def _forwards(
 @torch.no_grad()
 def _product(calls: Calls, name: str, use: int, dW: Tensor, like: Tensor) -> Tensor:
     """dW (a, 1) of one use: [...,I] and [O,J] -> the shape and dtype of the layer's output."""
-    a, dW = calls.inputs[name][use].to(like.dtype), dW.to(like.dtype)
+    a, dW = calls.inputs[name][use], dW.to(like.dtype)
+    if (layer := calls.layers[name]).kind != "linear":
+        return kinds.product(layer, calls.modules[name], a, dW).to(like.dtype).reshape(like.shape)
+    a = a.to(like.dtype)
     if (name, use) in calls.turned:
         dW = dW.mT
     # Not by `linear`: oneDNN takes seconds for rows that lie J apart.
@@ -150,10 +154,14 @@ def _add_gradients(
 ) -> None:
     """sums[l] [O,J] += sum over rows of g (a, 1)^T."""
     for name, uses in found.items():
-        G = sums[name]
+        G, layer, module = sums[name], calls.layers[name], calls.modules[name]
         for use, g in uses.items():
-            a = calls.inputs[name][use].flatten(0, -2).to(G.dtype)
-            g = g.flatten(0, -2).to(G.dtype)
+            a, g = kinds.operands(layer, module, calls.inputs[name][use], g)
+            a, g = a.flatten(0, -2), g.flatten(0, -2).to(G.dtype)
+            if not a.is_floating_point():
+                G.index_add_(1, a.squeeze(-1), g.mT)
+                continue
+            a = a.to(G.dtype)
             if (name, use) in calls.turned:
                 a, g = g, a
             I = a.shape[-1]

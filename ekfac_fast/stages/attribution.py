@@ -110,6 +110,8 @@ def unattributable(run: Run, layers: Sequence[Layer]) -> str | None:
         return (
             "the model is sharded over processes: it lets go of its weights after one backward pass"
         )
+    if other := next((x for x in layers if x.kind != "linear"), None):
+        return f"layer {other.name} is no linear layer ({other.kind}): leave it out"
     doubled = next((x.name for x in layers if x.also), None)
     return None if doubled is None else f"layer {doubled} stands for several modules: leave it out"
 

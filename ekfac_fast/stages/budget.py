@@ -49,8 +49,7 @@ def fitting_bytes(layer: Layer, itemsize: int, blocks: int = 1) -> int:
 
     Of many batches a sum is two tensors, a total and a rest.
     """
-    O, J = layer.O, layer.J
-    return 2 * itemsize * max((O * O + J * J) // blocks, O * J)
+    return 2 * itemsize * max(sum(layer.covariance_sizes) // blocks, layer.O * layer.J)
 
 
 def partitions(

@@ -33,9 +33,11 @@ def as_parameters(model: nn.Module, layers: Mapping[Layer, Tensor]) -> dict[str,
         except AttributeError as error:
             raise ArgumentError(f"model has no layer {layer.name}: it is another model") from error
         W, b = matrix[:, : layer.I], matrix[:, layer.I] if layer.bias else None
-        if layer.expert is None:
+        if layer.kind == "vector":
+            names, turned, W = (layer.name, ""), False, W[:, 0]
+        elif layer.expert is None:
             names = f"{layer.name}.weight", f"{layer.name}.bias"
-            turned = is_conv1d(module)
+            turned = is_conv1d(module) or layer.kind == "embedding"
         else:
             names = (stem := f"{layer.module}.{layer.parameter}"), f"{stem}_bias"
             turned = experts.transposed(module)
@@ -46,6 +48,8 @@ def as_parameters(model: nn.Module, layers: Mapping[Layer, Tensor]) -> dict[str,
                 raise ArgumentError(f"model has no parameter {name}: it is another model")
             name = first[id(held[name])]
             like = held[name] if layer.expert is None else held[name][layer.expert]
+            if layer.kind == "convolution" and part.numel() == like.numel():
+                part = part.reshape(like.shape)
             if part.shape != like.shape:
                 raise ArgumentError(
                     f"{layer.name} is {list(like.shape)} in the model, {list(part.shape)} in the "

@@ -6,7 +6,7 @@ Files have kronfluence's names and layout, so factors travel both ways.
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..checks import Whole, check_json, is_number, listed, path, require, whole
 from ..curvature.basis import Basis, heuristic_damping
-from ..curvature.blocks import block_rows, in_blocks
+from ..curvature.blocks import Matrix, block_rows, in_blocks
 from ..curvature.memory import free_bytes
 from ..curvature.offload import Mapped, Travelling, placed
 from ..errors import ArgumentError, NotFiniteError, Notice, StoreError
@@ -58,8 +58,13 @@ def block_facts(blocks: int, layers: Sequence[Layer]) -> dict[str, int]:
     """What `blocks_of` reads; a `Notice` says how a side is cut that they do not divide.
 
     Raises:
-        ArgumentError: no whole number, or a side has fewer rows; names the layer and the side.
+        ArgumentError: no whole number, or a side has fewer rows or is diagonal; names the layer.
     """
+    if whole("blocks", blocks) > 1 and (odd := [x.name for x in layers if 0 in x.turned]):
+        raise ArgumentError(
+            f"blocks is {blocks}, but {listed(odd, 3)} have a side that is diagonal already: fit "
+            "them apart"
+        )
     sides = [(x, what, n) for x in layers for what, n in (("inputs", x.J), ("outputs", x.O))]
     for layer, what, n in sides:
         if whole("blocks", blocks) > n:
@@ -82,11 +87,23 @@ def block_facts(blocks: int, layers: Sequence[Layer]) -> dict[str, int]:
     return {"blocks": blocks} if blocks > 1 else {}
 
 
+def diagonal_facts(layers: Sequence[Layer]) -> dict[str, list[str]]:
+    """Layers of which output gradients are covaried by a diagonal alone, where there are any."""
+    names = [x.name for x in layers if x.diagonal]
+    return {"diagonal": names} if names else {}
+
+
+def turning(Q: Tensor, blocks: int, *where: Any) -> Matrix | None:
+    """Eigenvectors that were kept, as a basis has them: None of a diagonal [n], the identity's."""
+    return None if Q.ndim == 1 else in_blocks(Q, blocks).to(*where)
+
+
 @dataclass(frozen=True)
 class LayerFactors:
     """Qa [J,J], Qg [O,O] with eigenvectors in columns, and lam [O,J], the mean over sequences.
 
-    Qa and Qg are zero outside of so many `blocks` on their diagonal. Read from a folder they are
+    Qa and Qg are zero outside of so many `blocks` on their diagonal; that of a covariance that is
+    diagonal is the identity's, [J] or [O]. Read from a folder they are
     the mapped files: only `lam` is memory, while it is used.
 
     Args:
@@ -111,7 +128,7 @@ class LayerFactors:
 
     def __post_init__(self) -> None:
         (O, J), a, g = self.squares.shape, tuple(self.Qa.shape), tuple(self.Qg.shape)
-        if a != (J, J) or g != (O, O):
+        if a not in ((J, J), (J,)) or g not in ((O, O), (O,)):
             raise StoreError(
                 f"layer {self.name}: lam is [{O},{J}] but Qa is {list(a)} and Qg is {list(g)}; "
                 "expected lam [O,J], Qa [J,J], Qg [O,O]"
@@ -141,7 +158,7 @@ class LayerFactors:
 
     def basis(self, damping: float, dtype: torch.dtype) -> Basis:
         """What preconditions gradients of `dtype`."""
-        Qg, Qa = (in_blocks(x, self.blocks).to(dtype) for x in (self.Qg, self.Qa))
+        Qg, Qa = (turning(x, self.blocks, dtype) for x in (self.Qg, self.Qa))
         return Basis(Qg, Qa, self.lam.to(wide(dtype)), damping)
 
 
@@ -209,6 +226,11 @@ class Factors(Mapping[str, LayerFactors]):
         return blocks_of(self.facts)
 
     @property
+    def diagonal(self) -> list[str]:
+        """Layers of which output gradients are covaried by a diagonal alone."""
+        return list((self.facts or {}).get("diagonal", []))
+
+    @property
     def seconds(self) -> dict[str, float]:
         """What every stage of the fit took; empty where that is not known."""
         return self._store.state["seconds"] if self._store and self._store.checked else {}
@@ -234,6 +256,7 @@ class Factors(Mapping[str, LayerFactors]):
         """
         shared = bool(self.facts and self.facts["shared_parameters"])
         layers = select_layers(model, list(self._counts), shared=shared)
+        layers = [replace(x, diagonal=self[x.name].Qg.ndim == 1) for x in layers]
         for layer in layers:
             sizes = self[layer.name].squares.shape
             if tuple(sizes) != (layer.O, layer.J):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..checks import flag, instance, listed, path, whole
 from ..curvature.basis import Eigenvectors
-from ..curvature.blocks import dense, in_blocks
+from ..curvature.blocks import dense
 from ..curvature.eigen import FP32_FROM, Job, eigendecompositions, largest_first, united
 from ..curvature.memory import free_bytes
 from ..data.examples import Indexable
@@ -42,8 +42,10 @@ from .factors import (
     Factors,
     block_facts,
     blocks_of,
+    diagonal_facts,
     kronfluence_arguments,
     tell_of_zeros,
+    turning,
 )
 from .moments import Covariances, Eigenvalues
 from .partitions import ARGUMENTS, part_folder, put_together
@@ -73,7 +75,8 @@ def fit(
     begun.
 
     Args:
-        model: any module with `nn.Linear` (or Hugging Face `Conv1D`) layers.
+        model: any module with `nn.Linear` (or Hugging Face `Conv1D`) layers, or others that are
+            named (`docs/models.md`).
         dataset: indexable examples; see `Batches`.
         out: the factor folder; kronfluence reads it as `factors_<name>`.
         layers: names, globs, "mlp", "all"; None for the task's list, else "mlp".
@@ -107,6 +110,7 @@ def fit(
         "layers": [layer.name for layer in tracked],
         "shared_parameters": shared_parameters,
         **block_facts(blocks, tracked),
+        **diagonal_facts(tracked),
     }
     with run.opened(out, "factors", facts) as store:
         if not store.finished:
@@ -277,6 +281,7 @@ class _Fit:
         done.done = self.processes.told(done.done)
         keys: list[tuple[str, str]] = []
         jobs: list[Job] = []
+        diagonal: dict[tuple[str, str], Mapping[str, Tensor]] = {}
         for side in EIGENVECTORS:
             sums = load_tensors(self.folder / f"{side}_covariance.safetensors", ours=True)
             counts = load_tensors(
@@ -284,9 +289,14 @@ class _Fit:
             )
             for name, matrix in sums.items():
                 if side == "gradient" or shared[name] == name:
+                    job = Job(matrix, counts[name], f"the {side} covariance of {name}")
+                    if matrix.ndim == 1:
+                        job.check()
+                        mean, ones = matrix / counts[name], torch.ones_like(matrix)
+                        diagonal[side, name] = {"values": mean, "vectors": ones}
+                        continue
                     keys.append((side, name))
-                    label = f"the {side} covariance of {name}"
-                    jobs += Job(matrix, counts[name], label).in_blocks(self.blocks)
+                    jobs += job.in_blocks(self.blocks)
         order = [i for i in largest_first(jobs) if i not in done.done]
         total = sum(len(job.sum) ** 3 for job in jobs)
         before = sum(len(jobs[i].sum) ** 3 for i in done.done)
@@ -304,7 +314,7 @@ class _Fit:
         self.processes.meet()
         if self.processes.first:
             solutions = united(map(done.read, range(len(jobs))), self.blocks)
-            self._write_eigenvectors(dict(zip(keys, solutions, strict=True)))
+            self._write_eigenvectors(dict(zip(keys, solutions, strict=True)) | diagonal)
         self.processes.meet()
 
     def _write_eigenvectors(self, found: Mapping[tuple[str, str], Mapping[str, Tensor]]) -> None:
@@ -321,7 +331,7 @@ class _Fit:
 
     def _arguments(self) -> dict[str, Any]:
         """`factor_arguments.json`; the largest eigendecompositions say in which dtype they are."""
-        largest = max(-(-max(x.O, x.J) // self.blocks) for x in self.layers)
+        largest = max(-(-max(x.turned) // self.blocks) for x in self.layers)
         fp32 = accumulator(self.passes.model) == torch.float32 and largest >= FP32_FROM
         return kronfluence_arguments(torch.float32 if fp32 else torch.float64)
 
@@ -330,9 +340,9 @@ class _Fit:
         Qa, Qg = (load_tensors(self.folder / name, ours=True) for name in EIGENVECTORS.values())
         owners, dtype = self.store.state["shared"], self.passes.dtype
         read = {owners[x.name] for x in self.layers}
-        own = {o: in_blocks(Qa[o], self.blocks).to(self.passes.device, dtype) for o in read}
+        own = {o: turning(Qa[o], self.blocks, self.passes.device, dtype) for o in read}
         return {
-            x.name: Eigenvectors(in_blocks(Qg[x.name], self.blocks).to(dtype), own[owners[x.name]])
+            x.name: Eigenvectors(turning(Qg[x.name], self.blocks, dtype), own[owners[x.name]])
             for x in self.layers
         }
 

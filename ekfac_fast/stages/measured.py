@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..curvature.basis import Eigenvectors, SharedRotation
+from ..curvature.lookups import Lookups, are_ids
 from ..curvature.low_rank import captured_energy, rotate_back, truncate
 from ..errors import NotFiniteError
 from ..model.layer_batch import LayerBatch
@@ -74,9 +75,12 @@ class Gradients(Measuring):
 
     def add(self, seen: LayerBatch, batch: Batch) -> None:
         """One layer of a batch of queries."""
-        dtype = wide(seen.g.dtype)
-        G = gradients(seen.g.to(dtype), seen.a.to(dtype), seen.layer.bias)
-        self.found[seen.layer.name] = G
+        g, a, layer = seen.g.to(wide(seen.g.dtype)), seen.a, seen.layer
+        self.found[layer.name] = (
+            Lookups.of(g, a).whole(layer.I)
+            if are_ids(a)
+            else gradients(g, a.to(g.dtype), layer.bias)
+        )
 
 
 class Preconditioning(Measuring):
@@ -123,6 +127,6 @@ def represented(P: Tensor, vectors: Eigenvectors, rank: int | None) -> dict[str,
         return {"P": vectors.rotate_back(P), "energy": torch.ones(len(P))}
     L, R = truncate(P, rank)
     energy = captured_energy(P, L, R).float()
-    if vectors.Qg is not None and vectors.Qa is not None:
-        L, R = rotate_back(L, R, vectors.Qg.to(P.dtype), vectors.Qa.to(P.dtype))
+    Qg, Qa = (x if x is None else x.to(P.dtype) for x in (vectors.Qg, vectors.Qa))
+    L, R = rotate_back(L, R, Qg, Qa)
     return {"L": L, "R": R, "energy": energy}

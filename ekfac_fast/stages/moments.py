@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..curvature.basis import Eigenvectors, SharedRotation
 from ..curvature.blocks import on_diagonal
+from ..curvature.lookups import are_ids
 from ..curvature.offload import placed
 from ..curvature.sums import Sum
 from ..errors import ModelError
@@ -27,7 +28,8 @@ class Covariances(Sums):
 
     Layers that read the same tensor (with a bias alike) share the sum of `a`. As in kronfluence,
     padding is left out of the inputs; gradients are zero there, and counted like inputs. A sum is
-    [J, ceil(J / blocks)], as `on_diagonal` reads it.
+    [J, ceil(J / blocks)], as `on_diagonal` reads it; of a side that is diagonal, [J]. A vector has
+    a Fisher of its own, over sequences: its rows are their gradients.
     """
 
     symmetric = True
@@ -57,7 +59,14 @@ class Covariances(Sums):
         if seen.loss:
             self.waiting.keep(seen, batch)
             return
-        layer, (mask, real) = seen.layer, self._mask(seen)
+        layer = seen.layer
+        if layer.kind == "vector":
+            B = len(seen.g)
+            self.owners[layer.name] = layer.name
+            self._add("activation", layer, seen.a[:, 0], None, B)
+            self._add("gradient", layer, seen.g.sum(1), None, B)
+            return
+        mask, real = self._mask(seen)
         # Which layers share an input is the same in every batch.
         if layer.name not in self.owners:
             self.owners[layer.name] = seen.shared
@@ -65,20 +74,31 @@ class Covariances(Sums):
                 self.store.update(shared=self.owners)
         if self.owners[layer.name] == layer.name:
             there = mask if mask is None or seen.filled is None else mask[seen.filled]
-            self._add("activation", layer.name, seen.tokens(seen.a), there, layer.bias, real)
-        self._add("gradient", layer.name, seen.tokens(seen.g), None, False, real)
+            self._add("activation", layer, seen.tokens(seen.a), there, real)
+        self._add("gradient", layer, seen.tokens(seen.g), None, real)
 
     def _add(
-        self, side: str, name: str, x: Tensor, mask: Tensor | None, bias: bool, real: Tensor | int
+        self, side: str, layer: Layer, x: Tensor, mask: Tensor | None, real: Tensor | int
     ) -> None:
-        cov, count = self.cov[side], self.count[side]
-        J = x.shape[1] + bias
+        cov, count, name = self.cov[side], self.count[side], layer.name
+        of_inputs = side == "activation"
+        bias, J = of_inputs and layer.bias, layer.J if of_inputs else layer.O
+        whole = bool(layer.turned[0 if of_inputs else 1])
         if name not in cov:
-            cov[name] = self.found(f"{side} covariance {name}", J, -(-J // self.blocks))
+            sizes = (J, -(-J // self.blocks)) if whole else (J,)
+            cov[name] = self.found(f"{side} covariance {name}", *sizes)
             count[name] = torch.zeros((), dtype=torch.int64, device=x.device)
-        for columns, own in on_diagonal(cov[name].rest, self.blocks):
-            torch.ops.ekfac_fast.covariance(own, x[:, columns], mask, bias and columns.stop == J)
         count[name] += real
+        own = cov[name].rest
+        if are_ids(x):
+            ids = x.flatten()
+            own.index_add_(0, ids, (torch.ones_like(ids) if mask is None else mask).to(own.dtype))
+        elif not whole:
+            own += x.to(own.dtype).square().sum(0)
+        else:
+            for columns, block in on_diagonal(own, self.blocks):
+                ones = bias and columns.stop == J
+                torch.ops.ekfac_fast.covariance(block, x[:, columns], mask, ones)
 
     def _mask(self, seen: LayerBatch) -> tuple[Tensor | None, Tensor | int]:
         """Real positions of a layer's rows, flat, or None where every row is real; and how many.

@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+import torch
+
 from ..data.examples import named
 from ..model.capture import Capture
 from ..model.layer_batch import LayerBatch
@@ -30,7 +32,8 @@ def origin(run: "Run", capture: Capture, loss: "Loss", batches: Iterable["Batch"
             for found, x in ((inputs, seen.a), (gradients, seen.g)):
                 bad = (~x.isfinite().all(-1) & used).any(-1).nonzero().flatten().tolist()
                 found.extend((name, indices[b]) for b in bad[:1])
-            a, g = (x.double().flatten(1).norm(dim=1) for x in (seen.a, seen.g))
+            inputs_there = seen.a if seen.a.is_floating_point() else torch.ones_like(seen.a)
+            a, g = (x.double().flatten(1).norm(dim=1) for x in (inputs_there, seen.g))
             size, b = (x.item() for x in (a * g).max(0))
             largest = max(largest, (size, name, indices[int(b)]))
 

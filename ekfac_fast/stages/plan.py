@@ -14,6 +14,7 @@ from ..curvature.choice import Contraction, contraction
 from ..curvature.eigen import WORKSPACE
 from ..curvature.memory import free_bytes
 from ..data.batches import default_tokens
+from ..errors import ArgumentError
 from ..model.layers import Layer
 from ..ops.gradients import flops as gradient_flops
 from ..ops.shapes import Card, Shape
@@ -125,8 +126,8 @@ class _Asked:
 
     @property
     def sides(self) -> list[list[int]]:
-        """The rows of every covariance's blocks, the smaller blocks last."""
-        every = (n for x in self.layers for n in (x.J, x.O))
+        """The rows of every covariance's blocks, the smaller blocks last; 0 of a diagonal one."""
+        every = (n for x in self.layers for n in x.turned)
         return [[len(range(n)[rows]) for rows in block_rows(n, self.blocks)] for n in every]
 
     def came(self, layer: Layer) -> int:
@@ -134,7 +135,7 @@ class _Asked:
         return max(1, round(layer.share * self.tokens))
 
     def shape(self, x: Layer, B: int = 1, Q: int = 0, K: int = 0) -> Shape:
-        return Shape(B=B, T=self.came(x), I=x.I, O=x.O, Q=Q, K=K, bias=x.bias)
+        return Shape(B=B, T=self.came(x), I=x.read, O=x.O, Q=Q, K=K, bias=x.bias)
 
     def passes(self, sequences: int) -> float:
         """FLOPs of forward and backward, to activations alone, in each process."""
@@ -152,7 +153,15 @@ class _Asked:
         saved = (1 - 1 / self.blocks) * sum(
             gradient_flops(x) - gradient_flops(x, False, False) for x in shapes
         )
+        for x, shape in zip(self.layers, shapes, strict=True):
+            saved += gradient_flops(shape) - gradient_flops(shape, *map(bool, x.turned[::-1]))
         return self.each(count) * (sum(card.cost(shape).flops for shape in shapes) - saved)
+
+    def way(self, x: Layer) -> Contraction:
+        """How a layer is scored; with an embedding's queries tokens are looked up, as they are."""
+        if x.kind == "embedding":
+            return "low_rank" if self.rank else "dense"
+        return contraction(self.shape(x, self.sequences, self.queries, self.rank or 0))
 
 
 def plan(
@@ -187,14 +196,20 @@ def plan(
         rate: FLOP/s of each process; measured here if None.
 
     Raises:
-        ArgumentError: a layer does not fit into the memory; says what it takes.
+        ArgumentError: a layer does not fit into the memory; says what it takes. Of a convolution it
+            is not known how many positions it sees.
     """
+    if unknown := [x.name for x in layers if x.kind == "convolution"]:
+        raise ArgumentError(
+            f"plan: how many positions {unknown[0]} sees is not known from tokens: leave "
+            "convolutions out"
+        )
     counts = {"sequences": sequences, "tokens": tokens, "fit_sequences": fit_sequences}
     counts |= {"queries": queries, "rank": rank or 1, "processes": processes}
     for name, count in counts.items():
         whole(name, count)
     block_facts(blocks, layers)
-    width = width or 2 * round(sum(x.share * (x.I + x.O) for x in layers))
+    width = width or 2 * round(sum(x.share * (x.read + x.O) for x in layers))
     job = _Asked(
         layers, parameters, width, sequences, tokens, fit_sequences, queries, rank, blocks,
         processes, sharded, dtype.itemsize, 0,
@@ -204,12 +219,12 @@ def plan(
     right = rate is None or (is_number(rate) and rate > 0)
     require(right, "rate", rate, "FLOP/s, more than 0")
     rate = rate or gemm_rate()
-    covariances = sum(FP32 * (x.J**2 + x.O**2) for x in layers)
+    covariances = sum(FP32 * sum(x.covariance_sizes) for x in layers)
     eigenvalues = sum(FP32 * x.O * x.J for x in layers)
-    ways = tuple(contraction(job.shape(x, sequences, queries, rank or 0)) for x in layers)
+    ways = tuple(map(job.way, layers))
     stages = [*_fitting(job, covariances // blocks, eigenvalues), *_asking(job, ways)]
     kept = 2 * covariances + eigenvalues
-    largest = max(sum(FP32 * (x.J**2 + x.O**2) for x in some) for some in job.parts)
+    largest = max(sum(FP32 * sum(x.covariance_sizes) for x in some) for some in job.parts)
     return Plan(
         tuple(layers),
         ways,

@@ -15,7 +15,7 @@ from ..data.examples import Indexable, tokenized_by
 from ..errors import ArgumentError, DataError
 from ..model.layers import Layer
 from ..store.folder import Pieces, Store
-from .factors import Factors, check_damping, tell_of_zeros
+from .factors import Factors, check_damping, diagonal_facts, tell_of_zeros
 from .measured import Gradients, Measuring, Preconditioning, represented
 from .processes import Processes
 from .queries import Queries, layer_from, refinement_from
@@ -82,6 +82,7 @@ def prepare_queries(
         "rank": rank,
         "damping": damping,
         **({"blocks": factors.blocks} if factors.blocks > 1 else {}),
+        **diagonal_facts(layers),
     }
     factors.check_run(facts, "prepare_queries")
     _check_targets(run)

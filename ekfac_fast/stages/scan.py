@@ -367,7 +367,7 @@ def on_device(run: Run, queries: Queries) -> dict[str, QueryGradients]:
             K=K,
             bias=own.layer.bias,
         )
-        return bool(K) and contraction(shape) == "dense"
+        return bool(K) and own.layer.kind != "embedding" and contraction(shape) == "dense"
 
     gains = {own.layer.name for own in queries.layers if pays(own)}
     size = sum(x.layer.O * x.layer.J for x in queries.layers if x.layer.name in gains)

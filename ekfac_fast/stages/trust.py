@@ -36,6 +36,7 @@ class Trust:
     rank, energy     of the queries; the least share of a gradient's energy that is kept
     damping          from least to most over layers
     blocks           on the diagonal of each covariance; beyond 1 the basis is approximate
+    diagonal         layers of which output gradients are covaried by a diagonal alone
     refined          how queries were refined, and the largest relative residual that is left
     sparse           share of the top sequences that one or two tokens carry; None without details
     validation       what they were held against, and how well they predicted it
@@ -50,6 +51,7 @@ class Trust:
     sparse: float | None = None
     validation: str | None = None
     blocks: int = 1
+    diagonal: int = 0
 
     @property
     def line(self) -> str:
@@ -59,6 +61,8 @@ class Trust:
         ]  # fmt: skip
         if self.blocks > 1:
             said.append(basis_of(self.blocks))
+        if self.diagonal:
+            said.append(diagonal_in(self.diagonal))
         said.append(f"damping {self.least_damping:.2g} to {self.most_damping:.2g}")
         said.append(
             "not refined"
@@ -76,10 +80,17 @@ def basis_of(blocks: int) -> str:
     return f"basis of covariances in {blocks} diagonal blocks, approximate beside the exact one"
 
 
+def diagonal_in(layers: int) -> str:
+    """Layers with a diagonal side, in words."""
+    return f"output gradients of {layers} layers as if uncorrelated (a diagonal)"
+
+
 def trust_in(queries: "Queries") -> dict[str, Any]:
     """What queries say of the scores that they will give, as JSON."""
     refinement, blocks = queries.refinement, blocks_of(queries.facts)
-    return ({"blocks": blocks} if blocks > 1 else {}) | {
+    diagonal = len((queries.facts or {}).get("diagonal", []))
+    approximate = {"blocks": blocks if blocks > 1 else 0, "diagonal": diagonal}
+    return {name: count for name, count in approximate.items() if count} | {
         "rank": queries.rank,
         "energy": min(
             (float(x.energy.min()) for x in queries.layers if len(x.energy)), default=1.0

@@ -24,7 +24,7 @@ class Waiting(dict[int, list[LayerBatch]]):
         self._room = 0 if run.sharded else int(SHARE * free_bytes(run.device))
         self._taken: set[int] = set()
         # Rows of experts wait with as many that are none.
-        each = (min(1.0, 2 * x.share) * (x.I + x.O) for x in layers)
+        each = (min(1.0, 2 * x.share) * (x.read + x.O) for x in layers)
         self._token = run.dtype.itemsize * math.ceil(sum(each))
 
     def takes(self, batch: Batch) -> bool:

@@ -22,7 +22,7 @@ from ..curvature.basis import Eigenvectors
 from ..curvature.eigen import eigendecomposition
 from ..curvature.sums import Sum
 from ..data.examples import Indexable
-from ..errors import StoreError
+from ..errors import ArgumentError, StoreError
 from ..model.layer_batch import LayerBatch
 from ..model.layers import Layer, select_layers
 from ..ops.gradients import gradients
@@ -105,8 +105,16 @@ def shampoo_factors(
     """Shampoo's eigenvectors (Gupta et al. 2018) of every sequence's gradient, corrected.
 
     A sequence's own, not a batch's: the result does not depend on the batch size.
+
+    Raises:
+        ArgumentError: a layer is an embedding.
     """
     tracked, run = select_layers(model, layers), Run(model, dataset, arguments)
+    if tables := [x.name for x in tracked if x.kind == "embedding"]:
+        raise ArgumentError(
+            f"layer {tables[0]} is an embedding: G^T G would be one number for every two words of "
+            "its vocabulary; leave it out of `layers`"
+        )
 
     def of_products(store: Store) -> Vectors:
         consumer = GradientProducts(run, store, tracked)
