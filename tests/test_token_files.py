@@ -1,5 +1,6 @@
 """What `datasets` saves, parquet of token ids, and the commands on them and on a .bin."""
 
+import gzip
 import json
 
 import numpy as np
@@ -146,7 +147,9 @@ def test_folders_that_are_none_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"not a complete \.arrow file"):
         open_tokens(tmp_path / "cut")
     (tmp_path / "a.txt").write_text("text")
-    with pytest.raises(DataError, match=r"no tokens: a \.bin, or arrow or parquet with a column"):
+    with pytest.raises(
+        DataError, match=r"no tokens: a \.bin, or arrow, parquet or JSON lines with"
+    ):
         open_tokens(tmp_path / "a.txt")
     for path in (tmp_path / "a.txt", tmp_path / "nothing", tmp_path):
         assert token_files(path) is None
@@ -233,3 +236,48 @@ def test_text_beside_tokens_is_read_as_text(tmp_path):
     assert read(both)[4]["text"] == "e"
     assert rows_of(open_tokens(both)) == ROWS
     assert are_tokens(saved(tmp_path / "alone", columns()))
+
+
+def test_json_lines_are_read_as_columns_are(tmp_path):
+    table = columns(pa.int64(), labels=pa.array(LABELS), set=pa.array(["a", "b", "a", "b", "a"]))
+    pa.parquet.write_table(table, tmp_path / "a.parquet")
+    lines = [
+        json.dumps({"input_ids": x, "labels": y, "set": s, "beside": {"x": []}})
+        for x, y, s in zip(ROWS, LABELS, "ababa", strict=True)
+    ]
+    text = "\n".join(["", *lines[:2], "", *lines[2:]]).encode()
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + text)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(text))
+    (folder := tmp_path / "folder").mkdir()
+    (folder / "1.jsonl").write_text("\n".join(lines[:3]))
+    (folder / "2.jsonl").write_text("\n".join(lines[3:]))
+    expected = open_tokens(tmp_path / "a.parquet", 4, keep=["set"])
+    for path in (tmp_path / "a.jsonl", tmp_path / "a.jsonl.gz", folder):
+        assert are_tokens(path)
+        found = open_tokens(path, 4, keep=["set"])
+        assert rows_of(found) == ROWS
+        assert [*found.column("set")] == [*expected.column("set")]
+        assert data_fingerprint(found) == data_fingerprint(expected)
+    assert found.source(3) == f"{folder / '2.jsonl'}, sequence 1"
+    (tmp_path / "text.jsonl").write_text('{"text": "a", "input_ids": [1]}')
+    assert not are_tokens(tmp_path / "text.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        pytest.param('{"input_ids": [1, 2.5]}', "to int64", id="no whole number"),
+        pytest.param('{"input_ids": [1]}\n{"labels": [1]}', "sequence 2: has no", id="gap"),
+        pytest.param('{"input_ids": [1]}\n{"input_ids": [1', "JSON parse error", id="cut off"),
+        pytest.param('{"input_ids": 3}', "JSON lines of token ids", id="no list"),
+        pytest.param('{"input_ids": [1], "labels": [1, 2]}', "labels and input_ids", id="lengths"),
+        pytest.param('{"input_ids": [1, null]}', "a value of input_ids is null", id="null"),
+        pytest.param('{"input_ids": [1], "set": []}', "only texts and numbers", id="a list kept"),
+    ],
+)
+def test_json_lines_that_are_no_tokens_are_refused(lines, message, tmp_path):
+    (path := tmp_path / "a.jsonl").write_text(lines)
+    keep = ["set"] if "set" in lines else []
+    with pytest.raises(DataError, match=message) as told:
+        open_tokens(path, keep=keep)
+    assert str(path) in str(told.value)

@@ -1,4 +1,4 @@
-"""Files of token ids as data sets: `.bin` of nanoGPT and llm.c, what `datasets` saves, parquet."""
+"""Files of token ids as data sets: `.bin` of nanoGPT and llm.c, arrow, parquet, JSON lines."""
 
 import mmap
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from ..checks import path as argument_path
 from ..errors import ArgumentError, DataError
 from .arrow import arrow_tokens, mapped_table, parquet_names, parquet_tokens, saved_files
 from .fields import KINDS
+from .json_tokens import are_lines, first_record, json_tokens
 from .mapped import MappedTokens, Part
 
 TokenType = Literal["uint8", "uint16", "uint32"]
@@ -37,10 +38,11 @@ def open_tokens(
     left; or every sequence ends where `ends` says ([N], the last at the end of the file). `dtype`:
     of the ids. None: what the header says (llm.c), else uint16; a file that looks like one of
     uint32 is refused.
-    A folder that `datasets` saved (`save_to_disk`), an arrow or a parquet file, or a folder of
-    parquet: a row a sequence, of the columns `input_ids`, and where there are `labels`,
-    `attention_mask` and `position_ids`; none may be longer than `context`. `keep`: further columns,
-    for `MappedTokens.column`. Parquet is unpacked into a nameless file in TMPDIR.
+    A folder that `datasets` saved (`save_to_disk`), an arrow or a parquet file or one of JSON lines
+    (`.jsonl`, packed or not), or a folder of parquet or of JSON lines: a row a sequence, of the
+    columns `input_ids`, and where there are `labels`, `attention_mask` and `position_ids`; none may
+    be longer than `context`. `keep`: further columns, for `MappedTokens.column`. Parquet and JSON
+    lines are unpacked into a nameless file in TMPDIR.
 
     Raises:
         DataError: the file is damaged, empty or cut off, or looks like one of another type.
@@ -55,11 +57,14 @@ def open_tokens(
     files = token_files(path)
     if files is None:
         raise DataError(
-            f"{path}: no tokens: a .bin, or arrow or parquet with a column 'input_ids'; text is "
+            f"{path}: no tokens: a .bin, or arrow, parquet or JSON lines with 'input_ids'; text is "
             "read by read(), and tokenised by tokenize()"
         )
     of_parquet = files[0].suffix.lower() == ".parquet"
-    found = (parquet_tokens if of_parquet else arrow_tokens)(files, keep)
+    if are_lines(files[0]):
+        found = json_tokens(files, keep)
+    else:
+        found = (parquet_tokens if of_parquet else arrow_tokens)(files, keep)
     if context is not None:
         for begins, part in zip(found.starts, found.parts, strict=False):
             lengths = np.diff(part.ends, prepend=0)
@@ -77,13 +82,14 @@ def token_files(path: Path) -> list[Path] | None:
         files = saved_files(path)
         if files is None:
             every = sorted(x for x in path.iterdir() if not x.name.startswith("."))
-            parquet = bool(every) and all(x.suffix.lower() == ".parquet" for x in every)
-            files = every if parquet else []
+            kinds = {"lines" if are_lines(x) else x.suffix.lower() for x in every}
+            files = every if kinds in ({"lines"}, {".parquet"}) else []
     else:
         kind = path.suffix.lower()
         if kind == ".bin":
             return [path]
-        files = [path] if kind in (".arrow", ".parquet") and path.is_file() else []
+        known = kind in (".arrow", ".parquet") or are_lines(path)
+        files = [path] if known and path.is_file() else []
     if not files:
         return None
     return files if "input_ids" in _columns(files[0]) else None
@@ -98,7 +104,9 @@ def are_tokens(path: Path) -> bool:
 
 
 def _columns(path: Path) -> list[str]:
-    """Of an arrow or a parquet file."""
+    """Of an arrow or a parquet file, or of JSON lines."""
+    if are_lines(path):
+        return [*first_record(path)]
     if path.suffix.lower() == ".parquet":
         return parquet_names(path)
     return list(mapped_table(path).column_names)
