@@ -74,6 +74,7 @@ def collate(
     for name in sorted(names):
         if lacking := [x.id for x in examples if name not in x.fields]:
             raise DataError(f"some examples have {name!r}, example {lacking[0]} has none")
+
     def padded(values: Iterable[Tensor], value: int) -> Tensor:
         split = (one for x, own in zip(examples, values, strict=True) for one in x.split(own))
         return pad(list(split), value)
@@ -235,7 +236,9 @@ class Batches:
         """The batch of these examples, where they are read."""
         if self.language:
             examples = [self.example(i) for i in indices]
-            return collate(examples, self.form.pad) | {"index": torch.tensor([x.id for x in examples])}
+            return collate(examples, self.form.pad) | {
+                "index": torch.tensor([x.id for x in examples])
+            }
         records = [self.dataset[i] for i in indices]
         return _padded(records) if self.two_sided else default_collate(records)
 
@@ -258,7 +261,8 @@ def data_fingerprint(dataset: Indexable, form: Form | None = None) -> str:
 
     form: that of the task; None for what the data set says of itself.
     """
-    form = form or getattr(dataset, "form", TEXT)
+    own: Form = getattr(dataset, "form", TEXT)
+    form = own if form is None else form
     if form == TEXT and not is_text(dataset[0]):
         return _unsurveyed(dataset, len(dataset)).fingerprint
     if form.text and (found := _by_arrays(dataset, len(dataset))):

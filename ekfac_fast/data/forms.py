@@ -1,5 +1,5 @@
-"""What a task reads of an example beside its tokens: labels, values of the whole, how many sequences
-it is of.
+"""What a task reads of an example beside its tokens: labels, values of the whole, and of how many
+sequences it is.
 
     {"input_ids" [T], "label"}                one label of the whole: a class, classes, numbers
     {"input_ids" [T], "labels" [T]}           one a token: of the next one, or its own
@@ -9,14 +9,13 @@ it is of.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import is_number, shown
+from ..checks import Whole, is_number, shown
 from ..errors import DataError
 
 # (value, where it was read) -> the tensor that it stands for; DataError where it is none.
@@ -65,8 +64,9 @@ class Class:
     count: int
 
     def __call__(self, value: Any, where: str) -> Tensor:
+        """The class's number."""
         value = _plain(value)
-        if not isinstance(value, Integral) or isinstance(value, bool):
+        if not Whole(-(2**63)).holds(value):
             raise DataError(
                 f"{where} is {shown(value)}, expected one of the model's {self.count} classes by "
                 "its number (of a name, config.label2id says which)"
@@ -84,6 +84,7 @@ class Classes:
     count: int
 
     def __call__(self, value: Any, where: str) -> Tensor:
+        """All of them."""
         found = _numbers(value, where, self.count, "0 or 1 of every class")
         if not ((found == 0) | (found == 1)).all():
             raise DataError(f"{where} is {shown(_plain(value))}, expected 0 or 1 of every class")
@@ -97,6 +98,7 @@ class Numbers:
     count: int
 
     def __call__(self, value: Any, where: str) -> Tensor:
+        """All of them."""
         return _numbers(value, where, self.count, "finite numbers")
 
 

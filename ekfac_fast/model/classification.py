@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ..checks import choice
 from ..data.examples import IGNORED
-from ..data.forms import Class, Classes, Form, Numbers
+from ..data.forms import Class, Classes, Form, Numbers, Reads
 from ..errors import ArgumentError, ModelError
 from ..ops.shapes import wide
 from .sampling import EDGE, inverted, uniforms
@@ -120,8 +120,13 @@ class SequenceClassificationTask(Classified):
         if problem == REGRESSION and self.measure == "margin":
             raise ArgumentError('measure is "margin", which a regression has none of; take "loss"')
         self._problem = problem
-        kind = {SINGLE: Class, MULTI: Classes, REGRESSION: Numbers}[problem]
-        return padding_form(model, Form(None, values={"label": kind(K)}))
+        kinds: dict[str, Reads] = {SINGLE: Class(K), MULTI: Classes(K), REGRESSION: Numbers(K)}
+        return padding_form(model, Form(None, values={"label": kinds[problem]}))
+
+    @property
+    def regression(self) -> bool:
+        """Whether labels are numbers, of the model that was seen last."""
+        return self._problem == REGRESSION
 
     def compute_outputs(self, batch: Any, model: nn.Module) -> Tensor:
         """The logits, or what a regression predicts: [B,K]."""
@@ -225,7 +230,7 @@ def problem_of(model: nn.Module, given: str | None = None) -> str:
         ArgumentError: no such kind, or one class alone.
     """
     K = outputs_of(model)
-    kind = given or getattr(model.config, "problem_type", None)  # type: ignore[union-attr]
+    kind = given or getattr(model.config, "problem_type", None)
     kind = kind or (REGRESSION if K == 1 else SINGLE)
     choice("config.problem_type", kind, (SINGLE, MULTI, REGRESSION))
     if kind == SINGLE and K == 1:
@@ -233,5 +238,3 @@ def problem_of(model: nn.Module, given: str | None = None) -> str:
             f"{SINGLE}, but the model has one output: of one class there is nothing to learn"
         )
     return str(kind)
-
-

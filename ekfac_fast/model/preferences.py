@@ -1,7 +1,7 @@
 """Pairs of which one side is preferred: direct preference optimisation and reward models.
 
-    loss = -log sigmoid(m)                      m = beta (h - h_ref), h = log p(chosen) - log p(rejected)
-                                                m = r(chosen) - r(rejected)
+    loss = -log sigmoid(m)     m = r(chosen) - r(rejected), of a reward model
+                               m = beta (h - h_ref), h = log p(chosen) - log p(rejected)
     y = +1 with probability sigmoid(m), else -1, and the drawn loss is -log sigmoid(y m)
 
 A pair is one training example, and its gradient that of its pair's loss: tokens of both sides are

@@ -52,6 +52,10 @@ class TextTask:
         """
         return 0
 
+    def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
+        """The training loss, summed over the batch; of labels drawn from the model if `sample`."""
+        raise NotImplementedError
+
     def measurements(self, batch: Any, model: nn.Module) -> Tensor:
         """What every query measures: [B]."""
         raise NotImplementedError
@@ -129,7 +133,7 @@ def form_of(task: Any, model: nn.Module, *, asked: bool = False) -> Form:
 
 def pad_token(model: nn.Module) -> int | None:
     """The token that a model takes for padding, where its configuration says so."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(config, "pad_token_id", None)
 

@@ -3,12 +3,12 @@ eigenbasis and rotated back as thin factors, or as it is.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
-from ..curvature.basis import Eigenvectors, SharedRotation
+from ..curvature.basis import Basis, Eigenvectors, SharedRotation
 from ..curvature.low_rank import captured_energy, rotate_back, truncate
 from ..errors import NotFiniteError
 from ..model.layer_batch import LayerBatch
@@ -57,17 +57,21 @@ class Measuring(Consumer):
             ]
         return torch.stack([x.detach().float().reshape(()) for x in each])
 
-    def dense(self, seen: LayerBatch, together: bool) -> Iterator[Tensor]:
+    def basis(self, layer: str, device: torch.device) -> Any:
+        """What `dense` and `kept` of a layer need; it may travel, so that it is asked for once."""
+
+    def dense(self, seen: LayerBatch, basis: Any, together: bool) -> Iterator[Tensor]:
         """[b,O,J] of one layer, some queries at a time; all `together`, their sum, [1,O,J]."""
         raise NotImplementedError
 
-    def kept(self, layer: str, dense: Tensor) -> dict[str, Tensor]:
+    def kept(self, layer: str, basis: Any, dense: Tensor) -> dict[str, Tensor]:
         """What is kept of it, by the names of a piece."""
         raise NotImplementedError
 
     def add(self, seen: LayerBatch, batch: Batch) -> None:
         """One layer of a batch of queries."""
-        parts = [self.kept(seen.layer.name, x) for x in self.dense(seen, together=False)]
+        name, basis = seen.layer.name, self.basis(seen.layer.name, seen.g.device)
+        parts = [self.kept(name, basis, x) for x in self.dense(seen, basis, together=False)]
         for name in parts[0]:
             self.found[name] = torch.cat([x[name] for x in parts])
 
@@ -96,13 +100,13 @@ class Measuring(Consumer):
 class Gradients(Measuring):
     """G = sum_t g_t (a_t, 1)^T of every query, whole: [B,O,J] of every layer."""
 
-    def dense(self, seen: LayerBatch, together: bool) -> Iterator[Tensor]:
+    def dense(self, seen: LayerBatch, basis: Any, together: bool) -> Iterator[Tensor]:
         """The gradients."""
         dtype = wide(seen.g.dtype)
         g, a = (_as_one(x, together) for x in (seen.g, seen.a))
         yield gradients(g.to(dtype), a.to(dtype), seen.layer.bias)
 
-    def kept(self, layer: str, dense: Tensor) -> dict[str, Tensor]:
+    def kept(self, layer: str, basis: Any, dense: Tensor) -> dict[str, Tensor]:
         """As they are."""
         return {layer: dense}
 
@@ -124,21 +128,23 @@ class Preconditioning(Measuring):
         self.bases = bases(factors, layers, damping, run.dtype, run.device)
         self.rotate = SharedRotation()
 
-    def dense(self, seen: LayerBatch, together: bool) -> Iterator[Tensor]:
+    def basis(self, layer: str, device: torch.device) -> Basis:
+        """The layer's own."""
+        return self.bases[layer].at(device)
+
+    def dense(self, seen: LayerBatch, basis: Basis, together: bool) -> Iterator[Tensor]:
         """Preconditioned, a gigabyte of dense gradients at a time."""
-        whole = self.bases[seen.layer.name].at(seen.g.device)
         basis, a, bias = self.rotate(
-            whole, seen.g, seen.a, seen.layer.bias, seen.shared, seen.readers
+            basis, seen.g, seen.a, seen.layer.bias, seen.shared, seen.readers
         )
         g, a = (_as_one(x, together) for x in (seen.g, a))
         some = max(1, DENSE_BYTES // (4 * seen.layer.O * seen.layer.J))
         for b in range(0, len(g), some):
             yield basis.precondition(g[b : b + some], a[b : b + some], bias)
 
-    def kept(self, layer: str, dense: Tensor) -> dict[str, Tensor]:
+    def kept(self, layer: str, basis: Basis, dense: Tensor) -> dict[str, Tensor]:
         """In weight space, of low rank."""
-        whole = self.bases[layer].at(dense.device)
-        found = represented(dense, whole, self.rank)
+        found = represented(dense, basis, self.rank)
         return {f"{layer} {part}": x for part, x in found.items()}
 
 
@@ -156,7 +162,8 @@ class Summing(Consumer):
 
     def add(self, seen: LayerBatch, batch: Batch) -> None:
         """One layer of a batch of the set."""
-        for x in self.each.dense(seen, together=True):
+        basis = self.each.basis(seen.layer.name, seen.g.device)
+        for x in self.each.dense(seen, basis, together=True):
             self.sums[seen.layer.name] += x
 
     def end(self, batch: Batch) -> None:
@@ -169,14 +176,15 @@ class Summing(Consumer):
         Raises:
             NotFiniteError: a sum is not finite; names the layer.
         """
-        processes, found = self.each.run.processes, {}
+        processes, found = self.each.run.processes, dict[str, Tensor]()
         for name, x in self.sums.items():
             total = processes.summed(x) / divisor
             if not processes.first:
                 continue
             if not bool(total.isfinite().all()):
                 raise NotFiniteError(f"the sum of a set of queries overflowed in layer {name}")
-            found |= {part: y.cpu() for part, y in self.each.kept(name, total).items()}
+            kept = self.each.kept(name, self.each.basis(name, total.device), total)
+            found |= {part: y.cpu() for part, y in kept.items()}
         measured = torch.stack(processes.gathered(self.measured)).sum(0)
         return found | {"measurements": (measured / divisor).float()} if processes.first else {}
 

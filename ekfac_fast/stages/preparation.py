@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..checks import choice, instance, path, require, shown, whole
 from ..curvature.basis import Eigenvectors
 from ..data.choices import OnLongExample
-from ..data.examples import Indexable, tokenized_by
+from ..data.examples import IGNORED, Example, Indexable, tokenized_by
 from ..errors import ArgumentError, DataError
 from ..model.layers import Layer
 from ..store.folder import Pieces, Store
@@ -257,9 +257,15 @@ class _Preparation:
         every = {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
         examples: tuple[tuple[Tensor, Tensor], ...] = ()
         if run.batches.language:
+            # Where tokens have no labels, none is asked about.
+            silent = run.batches.form.labels is None
+
+            def labels(x: Example) -> Tensor:
+                return torch.full_like(x.labels, IGNORED) if silent else x.labels
+
             loaded = [run.batches.example(index) for index in range(run.batches.size)]
             examples = tuple(
-                (torch.cat([x.input_ids for x in some]), torch.cat([x.labels for x in some]))
+                (torch.cat([x.input_ids for x in some]), torch.cat([labels(x) for x in some]))
                 for some in ([loaded[i] for i in own] for own in self.members)
             )
         found = tuple(layer_from(x, every, f"{x.name} ") for x in self.layers)
