@@ -148,6 +148,7 @@ def example(
     if not isinstance(record, Mapping) or "input_ids" not in record:
         raise DataError(f"{where}: is a {type(record).__name__}, not a mapping with 'input_ids'")
     ids = _integers(record["input_ids"], f"{where}: input_ids")
+    sides = _sides(record, len(ids), form, where)
     taken, told = _values(record, form, where)
     beside = {
         name: _beside(ids, value, f"{where}: {name}")
@@ -169,7 +170,6 @@ def example(
     if mask is not None and stop - start > len(real):
         hole = int(np.flatnonzero(mask[start:stop] == 0)[0]) + start
         raise DataError(f"{where}: attention_mask is 0 at position {hole}, between real tokens")
-    sides = _sides(record, len(ids), form, where)
     if sides and len(real) < len(ids):
         raise DataError(f"{where}: padding in a pair; give the tokens of its sides alone")
     widths = [min(n, context) if context else n for n in sides or (stop - start,)]
