@@ -145,9 +145,7 @@ def by_definition(model, names, data, loss, measures, seed=0):
 
 def texts(n, vocabulary, seed=0, shortest=4, longest=14):
     rng = np.random.default_rng(seed)
-    return [
-        rng.integers(3, vocabulary, rng.integers(shortest, longest)).tolist() for _ in range(n)
-    ]
+    return [rng.integers(3, vocabulary, rng.integers(shortest, longest)).tolist() for _ in range(n)]
 
 
 def pairs(n, vocabulary, seed=0, prompt=2):

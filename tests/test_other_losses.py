@@ -270,7 +270,7 @@ def test_data_and_models_that_do_not_fit(tmp_path):
     told = "example 1: label 4 at position 1, but the model knows 0 to 3"
     with pytest.raises(DataError, match=told):
         fit(tokens, tags, out=tmp_path, task=TokenClassificationTask())
-    with pytest.raises(ModelError, match="expected .*: TokenClassificationTask does not fit a Bert"):
+    with pytest.raises(ModelError, match=r"TokenClassificationTask does not fit a Bert"):
         fit(bert(num_labels=4), tagged(3, 4), out=tmp_path, task=TokenClassificationTask())
     with pytest.raises(ArgumentError, match="2 outputs; a reward is one"):
         fit(bert(num_labels=2), pairs, out=tmp_path, task=RewardTask())

@@ -50,11 +50,11 @@ def test_a_completion_against_another(fitted, tmp_path):
         prepare_queries(model, factors, [both[0], asked(1)[0]])
 
 
-@pytest.mark.parametrize("refine", [None, "cg:2"])
+@pytest.mark.parametrize("refine", [None, "cg:1"])
 def test_a_set_is_the_sum_of_its_queries(fitted, tmp_path, refine):
     model, factors = fitted
     questions = asked(5)
-    more = {"refine": refine, "dataset": corpus()} if refine else {}
+    more = {"refine": refine, "dataset": corpus(4)} if refine else {}
     each = prepare_queries(model, factors, questions, rank=None, **more)
     labels = ["b", "a", None, "b", "b"]
     for reduce in ("sum", "mean"):
@@ -67,9 +67,14 @@ def test_a_set_is_the_sum_of_its_queries(fitted, tmp_path, refine):
         members = [[0, 3, 4], [1], [2]]
         divisors = [len(m) if reduce == "mean" else 1 for m in members]
         both = list(zip(members, divisors, strict=True))
-        close(found.measurements, torch.stack([each.measurements[m].sum() / d for m, d in both]), 1e-6)
+        close(
+            found.measurements, torch.stack([each.measurements[m].sum() / d for m, d in both]), 1e-6
+        )
         if refine:
-            continue  # of the sum, which stops elsewhere than its parts
+            # Iterations for a sum are others than for its parts; a set of one is its query.
+            for a, b in zip(found.layers, each.layers, strict=True):
+                close(a.P[1:], b.P[1:3], 1e-9)
+            return
         for a, b in zip(found.layers, each.layers, strict=True):
             close(a.P, torch.stack([b.P[m].sum(0) / d for m, d in both]), 1e-9)
     assert found.identity != each.identity
@@ -141,6 +146,7 @@ def test_pairs_of_a_mixture_of_experts(tmp_path):
     config = T.MixtralConfig(
         vocab_size=VOCABULARY, hidden_size=16, intermediate_size=12, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=2, num_local_experts=3, num_experts_per_tok=2,
+        experts_implementation="eager",
     )  # fmt: skip
     model = T.MixtralForCausalLM(config).double().eval()
     data, task = pairs(5, VOCABULARY), PreferenceTask(0.3)

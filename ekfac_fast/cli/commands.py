@@ -385,7 +385,7 @@ def _loaded(
         cutting = replace(cutting, task=asked.kind, labels=tasks.labels_of(source, asked.kind))
     corpus = inputs.read_data(data, source.tokenizer, cutting, console)
     if asked.kind == "dpo":
-        files = [folder / tasks.REFERENCED for folder in folders]
+        files = [tasks.beside(folder, tasks.REFERENCED) for folder in folders]
         corpus, file = tasks.with_references(
             corpus, source, asked.reference, files, trust_remote_code, console
         )

@@ -23,8 +23,8 @@ from .terminal import Terminal
 
 LANGUAGE: Kind = "language-model"
 BETA = 0.1
-# What a reference says of a corpus, and of queries.
-REFERENCED, REFERENCED_QUERIES = "references.safetensors", "query_references.safetensors"
+# What a reference says of a corpus, and of queries: beside the folder, which is a stage's own.
+REFERENCED, REFERENCED_QUERIES = ".references.safetensors", ".query_references.safetensors"
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,11 @@ def fitted(kind: Kind | None, folder: Path, run: str, **more: Any) -> Asked:
     return Asked(kind or known, told.get("beta"), **more)
 
 
+def beside(folder: Path, ending: str) -> Path:
+    """A file of a folder's name."""
+    return folder.with_name(folder.name + ending)
+
+
 def labels_of(source: Source, kind: Kind) -> dict[str, int] | None:
     """Labels by name, of a model that has them."""
     config: Any = source.model.config
@@ -129,7 +134,7 @@ def read_asked(
         return read_queries(path, source.tokenizer, cutting.context, keep=keep), LanguageModelTask()
     found = read_examples(path, source.tokenizer, refusing, keep)
     if asked.kind == "dpo":
-        files = [folder / REFERENCED_QUERIES for folder in folders]
+        files = [beside(folder, REFERENCED_QUERIES) for folder in folders]
         found, _ = with_references(
             found, source, asked.reference, files, questions.trust_remote_code, console
         )

@@ -39,8 +39,8 @@ def top_candidates(
 
     Equal scores: the lower index first. k is at most len(dataset). Memory: one chunk of sequences
     and the k best; of a data set of whole arrays (`Surveyed`) a block in place of a chunk.
-    `context` cuts sequences as the scan will; `form` is that of the task. Raises DataError for an empty or invalid query
-    (named by index) or example.
+    `context` cuts sequences as the scan will; `form` is that of the task. Raises DataError for an
+    empty or invalid query (named by index) or example.
     """
     if k < 1:
         raise ArgumentError(f"top_candidates: k must be at least 1, not {k}")

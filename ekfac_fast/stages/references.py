@@ -44,7 +44,7 @@ class Referenced(Dataset):
         return {**self.pairs[index], **said}
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("source", "column", "record", "records", "tokenizer_fingerprint"):
+        if not name.startswith("_") and name != "pairs":
             return getattr(self.pairs, name)
         raise AttributeError(name)
 
@@ -93,7 +93,7 @@ def referenced(
     assert model is not None
     with off() if without_adapter else nullcontext():
         found = _log_probabilities(model, pairs, arguments)
-    values = dict(zip(REFERENCES, found.unbind(1), strict=True))
+    values = dict(zip(REFERENCES, found, strict=True))
     if file is not None and Processes.here().first:
         file.parent.mkdir(parents=True, exist_ok=True)
         save_tensors(file, values, notes)
@@ -121,22 +121,22 @@ class _Sides(LanguageModelTask):
 
 @torch.no_grad()
 def _log_probabilities(model: nn.Module, pairs: Indexable, arguments: RunArguments) -> Tensor:
-    """[N,2], fp64, in every process."""
+    """[2,N], fp64, in every process."""
     task, processes = _Sides(), Processes.here()
     run = Run(model, pairs, {**arguments, "task": task}, processes=processes)
     batches, done = list(run.batches.divided()), 0
     mine = processes.mine(range(len(batches)))
-    found = torch.zeros(run.batches.size, 2, dtype=torch.float64)
+    found = torch.zeros(2, run.batches.size, dtype=torch.float64)
     with alone(model), run.settings():
         for at in range(max(map(int, processes.gathered(len(mine))))):
             # Of a sharded model every pass is one of all processes together.
             some = batches[mine[min(at, len(mine) - 1)]] if len(mine) else batches[0]
             nll = task.negative_log_likelihoods(run.batches.load(some), model)
             if at < len(mine):
-                found[list(some)] = -nll.view(-1, 2).to("cpu", torch.float64)
+                found[:, list(some)] = -nll.view(-1, 2).mT.to("cpu", torch.float64)
                 done += run.batches.tokens(some)
                 run.report(Stage.QUERIES, done, run.batches.tokens(range(run.batches.size)))
-    wrong = (~found.isfinite()).any(1).nonzero()
+    wrong = (~found.isfinite()).any(0).nonzero()
     if len(wrong):
         where = named(pairs, int(wrong[0]))
         raise NotFiniteError(f"{where}: its log-probability under the reference is not finite")
