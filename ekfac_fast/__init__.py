@@ -15,6 +15,8 @@ from .lazy import loader
 
 if TYPE_CHECKING:
     from . import data, ops, validation
+    from .model.classification import SequenceClassificationTask, TokenClassificationTask
+    from .model.preferences import PreferenceTask, RewardTask
     from .model.tasks import LanguageModelTask, Task
     from .stages.attribution import attribute_tokens
     from .stages.factors import Factors, LayerFactors
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from .stages.loop import capture
     from .stages.preparation import prepare_queries
     from .stages.queries import Queries
+    from .stages.references import referenced
     from .stages.scan import score, self_scores
     from .stages.scores import Scores
     from .stages.trainer import CaptureCallback
@@ -33,9 +36,13 @@ __all__ = [
     "LanguageModelTask",
     "LayerFactors",
     "Notice",
+    "PreferenceTask",
     "Queries",
+    "RewardTask",
     "Scores",
+    "SequenceClassificationTask",
     "Task",
+    "TokenClassificationTask",
     "__version__",
     "attribute_tokens",
     "capture",
@@ -43,6 +50,7 @@ __all__ = [
     "fit",
     "ops",
     "prepare_queries",
+    "referenced",
     "score",
     "self_scores",
     "validation",
@@ -55,13 +63,18 @@ __getattr__ = loader(
         "Factors": "stages.factors",
         "LanguageModelTask": "model.tasks",
         "LayerFactors": "stages.factors",
+        "PreferenceTask": "model.preferences",
         "Queries": "stages.queries",
+        "RewardTask": "model.preferences",
         "Scores": "stages.scores",
+        "SequenceClassificationTask": "model.classification",
         "Task": "model.tasks",
+        "TokenClassificationTask": "model.classification",
         "attribute_tokens": "stages.attribution",
         "capture": "stages.loop",
         "fit": "stages.fit",
         "prepare_queries": "stages.preparation",
+        "referenced": "stages.references",
         "score": "stages.scan",
         "self_scores": "stages.scan",
     },

@@ -16,6 +16,7 @@ from .group import sharded, shared
 from .options import (
     Adapter,
     BatchTokens,
+    Beta,
     Blocks,
     ChatTemplate,
     Context,
@@ -25,15 +26,19 @@ from .options import (
     FactorFolder,
     Fields,
     Layers,
+    Measure,
     Memory,
     Model,
     Out,
     Precision,
+    Reduce,
+    Reference,
     Refine,
     RefineExamples,
     RefineSeed,
     Shard,
     SplitBy,
+    Task,
     TooLong,
     Trust,
 )
@@ -42,7 +47,7 @@ from .reported import console, reported
 if TYPE_CHECKING:
     from ..data.choices import OnLong, Split
     from ..data.examples import Corpus
-    from . import inputs
+    from . import inputs, tasks
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 app.add_typer(studies.app, name="study")
@@ -90,19 +95,23 @@ def fit(
     blocks: Blocks = 1,
     max_examples: Annotated[int | None, typer.Option(help="use the first so many")] = None,
     seed: Annotated[int, typer.Option(help="of the sampled labels")] = 0,
+    task: Task = None,
+    reference: Reference = None,
+    beta: Beta = None,
     dtype: Precision = "float32",
     trust_remote_code: Trust = False,
 ) -> None:
     """Fit the EK-FAC factors of a model on a corpus."""
-    from . import runs
+    from . import runs, tasks
 
+    asked = tasks.Asked(task or tasks.LANGUAGE, beta, reference=reference)
     source, _, corpus = _loaded(
         model, adapter, data, context, split, on_long, fields, chat_template, dtype,
-        trust_remote_code, shard,
+        trust_remote_code, shard, asked, [out],
     )  # fmt: skip
     runs.fit_job(
-        source, corpus, out, console, layers=layers, batch_tokens=batch_tokens, memory=memory,
-        blocks=blocks, max_examples=max_examples, seed=seed,
+        source, corpus, out, console, asked, layers=layers, batch_tokens=batch_tokens,
+        memory=memory, blocks=blocks, max_examples=max_examples, seed=seed,
     )  # fmt: skip
 
 
@@ -112,7 +121,12 @@ def fit(
 def score(
     model: Model,
     factors: FactorFolder,
-    queries: Annotated[Path, typer.Argument(help="JSON lines: prompt, completion; or messages")],
+    queries: Annotated[
+        Path,
+        typer.Argument(
+            help="JSON lines: prompt, completion (and against); messages; as --task has its data"
+        ),
+    ],
     data: Data,
     out: Out,
     rank: Annotated[int, typer.Option(help="of a query's gradients; 0: full rank")] = 32,
@@ -125,6 +139,16 @@ def score(
     train_size: Annotated[
         int | None, typer.Option(help="N that displayed scores divide by")
     ] = None,
+    task: Task = None,
+    reference: Reference = None,
+    measure: Measure = "loss",
+    sets: Annotated[
+        str | None,
+        typer.Option("--set", help="column of the queries: those alike in it are one query"),
+    ] = None,
+    reduce: Annotated[
+        Reduce, typer.Option(help="of the measurements in a set: their sum or mean")
+    ] = "sum",
     detail: Annotated[
         bool, typer.Option(help="a second pass over the top sequences: layers and tokens")
     ] = True,
@@ -145,17 +169,20 @@ def score(
 ) -> None:
     """Rank the sequences of a corpus by their influence on completions."""
     from ..stages.factors import Factors
-    from . import runs
+    from . import runs, tasks
 
+    asked = tasks.fitted(task, factors, runs.RUN, measure=measure, reference=reference)
     source, cutting, corpus = _loaded(
         model, adapter, data, context, split, on_long, fields, chat_template, dtype,
-        trust_remote_code, shard,
+        trust_remote_code, shard, asked, [factors, out],
     )  # fmt: skip
+    questions = tasks.Questions(queries, sets, reduce, trust_remote_code)
     runs.score_job(
-        source, Factors(factors), queries, corpus, cutting, out, console, rank=rank or None,
-        damping=damping, refine=refine, refine_examples=refine_examples, refine_seed=refine_seed,
-        top_k=top_k, candidates=candidates, train_size=train_size, batch_tokens=batch_tokens,
-        memory=memory, detail=detail, attribution=detail and attribution,
+        source, Factors(factors), questions, corpus, cutting, out, console, asked,
+        rank=rank or None, damping=damping, refine=refine, refine_examples=refine_examples,
+        refine_seed=refine_seed, top_k=top_k, candidates=candidates, train_size=train_size,
+        batch_tokens=batch_tokens, memory=memory, detail=detail,
+        attribution=detail and attribution,
     )  # fmt: skip
     runs.print_top(console, out, corpus, source.tokenizer)
 
@@ -178,19 +205,22 @@ def self_influence(
     batch_tokens: BatchTokens = None,
     memory: Memory = None,
     shard: Shard = False,
+    task: Task = None,
+    reference: Reference = None,
     dtype: Precision = "float32",
     trust_remote_code: Trust = False,
 ) -> None:
     """Rank the sequences of a corpus by their influence on themselves."""
     from ..stages.factors import Factors
-    from . import runs
+    from . import runs, tasks
 
+    asked = tasks.fitted(task, factors, runs.RUN, reference=reference)
     source, _, corpus = _loaded(
         model, adapter, data, context, split, on_long, fields, chat_template, dtype,
-        trust_remote_code, shard,
+        trust_remote_code, shard, asked, [factors, out],
     )  # fmt: skip
     scores = runs.self_job(
-        source, Factors(factors), corpus, out, console, damping=damping,
+        source, Factors(factors), corpus, out, console, task=asked.task(), damping=damping,
         batch_tokens=batch_tokens, memory=memory,
     )  # fmt: skip
     for index, value in scores.top(0, 10):
@@ -335,14 +365,29 @@ def _loaded(
     dtype: "Dtype",
     trust_remote_code: bool,
     shard: bool,
+    asked: "tasks.Asked",
+    folders: list[Path],
 ) -> tuple["inputs.Source", "inputs.Cutting", "Corpus"]:
-    """A model, and a corpus cut for it as the command line asks."""
-    from . import inputs
+    """A model, and a corpus cut for it as the command line asks; `folders` may keep what a
+    reference model says of it.
+    """
+    from . import inputs, tasks
 
     mapping, template = inputs.parsed_fields(fields), inputs.read_template(chat_template)
-    source = inputs.load(model, trust_remote_code, dtype, adapter=adapter, chat_template=template)
+    source = inputs.load(
+        model, trust_remote_code, dtype, adapter=adapter, chat_template=template, kind=asked.kind
+    )
     if shard:
         source = replace(source, model=sharded(source.model))
     console.say(f"passes in {'float32' if source.autocast is None else 'bfloat16'}")
     cutting = inputs.Cutting(source.context(context), split, on_long, mapping, template)
-    return source, cutting, inputs.read_data(data, source.tokenizer, cutting, console)
+    if asked.kind != tasks.LANGUAGE:
+        cutting = replace(cutting, task=asked.kind, labels=tasks.labels_of(source, asked.kind))
+    corpus = inputs.read_data(data, source.tokenizer, cutting, console)
+    if asked.kind == "dpo":
+        files = [tasks.beside(folder, tasks.REFERENCED) for folder in folders]
+        corpus, file = tasks.with_references(
+            corpus, source, asked.reference, files, trust_remote_code, console
+        )
+        cutting = replace(cutting, references=file)
+    return source, cutting, corpus

@@ -1,6 +1,6 @@
 """What a command is given: a model and its tokenizer, text cut into sequences."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,22 +13,37 @@ from ..checks import listed, whole
 from ..data.batches import positions
 from ..data.choices import OnLong, Split
 from ..data.examples import Corpus
+from ..data.labelled import Labelled, read_labelled
+from ..data.pairs import Pairs, read_pairs
 from ..data.records import read
 from ..data.token_files import are_tokens, open_tokens
 from ..data.tokens import tokenize
 from ..errors import ArgumentError, Error
 from ..extras import optional
-from .options import Dtype
+from ..stages.references import Referenced, referenced
+from .options import Dtype, Kind
 from .terminal import Terminal
 
 CONTEXT = 512
+# The class of transformers that loads a model.
+CLASSES: Mapping[Kind, str] = {
+    "language-model": "AutoModelForCausalLM",
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "reward": "AutoModelForSequenceClassification",
+    "dpo": "AutoModelForCausalLM",
+}
+LABELLED = ("sequence-classification", "token-classification")
+# Models whose tokenizers take words only where each begins with a space.
+SPACED = ("gpt2", "roberta", "deberta", "bloom", "bart", "longformer")
 
 
 @dataclass(frozen=True)
 class Cutting:
     """How text becomes sequences: of at most `context` tokens, from records that `split` makes of
     a text file, or that `fields` finds in others; longer ones are cut in chunks, truncated or
-    refused. `chat_template`: of conversations, in place of the tokenizer's own.
+    refused. `chat_template`: of conversations, in place of the tokenizer's own. Of a `task` that is
+    no language model's: `labels` by name, and the file of pairs' log-probabilities.
     """
 
     context: int
@@ -36,6 +51,9 @@ class Cutting:
     on_long: OnLong = "chunk"
     fields: dict[str, str] | None = None
     chat_template: str | None = None
+    task: Kind | None = None
+    labels: dict[str, int] | None = None
+    references: str | None = None
 
 
 @dataclass(frozen=True)
@@ -65,16 +83,17 @@ def load(
     device: str | None = None,
     adapter: str | None = None,
     chat_template: str | None = None,
+    kind: Kind = "language-model",
 ) -> Source:
-    """A Hugging Face causal language model in evaluation mode, on a GPU if there is one; peft's
-    `adapter` in it.
+    """A Hugging Face model of a kind in evaluation mode, on a GPU if there is one; peft's `adapter`
+    in it.
     """
     transformers = optional("transformers", "hf")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     lowered = autocast(dtype, torch.device(device))
     with loading(path):
         where, file = checkpoint(path)
-        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+        model, found = getattr(transformers, CLASSES[kind]).from_pretrained(
             where,
             **file,
             trust_remote_code=trust_remote_code,
@@ -89,7 +108,9 @@ def load(
         )
     if adapter is not None:
         model = with_adapter(model, adapter)
-    tokenizer = load_tokenizer(path, trust_remote_code, chat_template)
+    # Words apart are not words after a space to byte-level tokenizers, unless they are told.
+    words = model.config.model_type in SPACED and kind == "token-classification"
+    tokenizer = load_tokenizer(path, trust_remote_code, chat_template, words)
     return Source(path, model.to(device).eval(), tokenizer, lowered, adapter)
 
 
@@ -140,13 +161,21 @@ def autocast(dtype: Dtype, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if dtype == "bfloat16" else None
 
 
-def load_tokenizer(path: str, trust_remote_code: bool, chat_template: str | None = None) -> Any:
-    """The tokenizer beside a model; with another chat template than its own, if one is given."""
+def load_tokenizer(
+    path: str, trust_remote_code: bool, chat_template: str | None = None, words: bool = False
+) -> Any:
+    """The tokenizer beside a model; with another chat template than its own, if one is given.
+
+    words: texts come as words, each of which follows a space.
+    """
     transformers = optional("transformers", "hf")
     with loading(path):
         where, file = checkpoint(path)
         tokenizer = transformers.AutoTokenizer.from_pretrained(
-            where, **file, trust_remote_code=trust_remote_code
+            where,
+            **file,
+            trust_remote_code=trust_remote_code,
+            **({"add_prefix_space": True} if words else {}),
         )
     if chat_template is not None:
         tokenizer.chat_template = chat_template
@@ -201,10 +230,33 @@ def read_template(path: Path | None) -> str | None:
         raise ArgumentError(f"--chat-template {path}: cannot be read ({error})") from error
 
 
+def read_examples(
+    path: Path, tokenizer: Any, cutting: Cutting, keep: Sequence[str] = ()
+) -> Labelled | Pairs | Referenced:
+    """The examples of a file for a task that is no language model's."""
+    if cutting.task in LABELLED:
+        return read_labelled(
+            path, tokenizer, cutting.context, cutting.labels, fields=cutting.fields, keep=keep,
+            words=cutting.task == "token-classification", on_long=cutting.on_long,
+        )  # fmt: skip
+    pairs = read_pairs(
+        path, tokenizer, cutting.context, special_tokens=cutting.task == "reward",
+        fields=cutting.fields, keep=keep, on_long=cutting.on_long,
+    )  # fmt: skip
+    if cutting.references is None:
+        return pairs
+    return referenced(None, pairs, file=cutting.references)
+
+
 def read_data(
     path: Path, tokenizer: Any, cutting: Cutting, console: Terminal, keep: Sequence[str] = ()
 ) -> Corpus:
     """A corpus as examples; says what was cut off or left out."""
+    if cutting.task not in (None, "language-model"):
+        examples = read_examples(path, tokenizer, cutting, keep)
+        told = f"; {examples.truncated} lost {examples.dropped} tokens" * (examples.truncated > 0)
+        console.say(f"{path}: {len(examples)} examples for {cutting.task}{told}")
+        return examples
     if cutting.fields is None and are_tokens(path):
         # Ids of such a vocabulary take more than two bytes.
         wide = path.suffix.lower() == ".bin" and len(tokenizer) > 1 << 16

@@ -8,6 +8,7 @@ import typer
 from ..data.choices import OnLong, Split
 
 Dtype = Literal["auto", "float32", "bfloat16"]
+Kind = Literal["language-model", "sequence-classification", "token-classification", "reward", "dpo"]
 
 Model = Annotated[str, typer.Argument(help="Hugging Face model folder or name, or a .gguf file")]
 Data = Annotated[
@@ -48,6 +49,19 @@ RefineExamples = Annotated[
     int | None, typer.Option(help="of the corpus, for --refine; default 256")
 ]
 RefineSeed = Annotated[int, typer.Option(help="of their choice")]
+Task = Annotated[
+    Kind | None,
+    typer.Option(help="what the model does; default language-model, or as was fitted"),
+]
+Measure = Annotated[
+    Literal["loss", "margin"], typer.Option(help="of a query's label or pair, for --task")
+]
+Reduce = Literal["sum", "mean"]
+Reference = Annotated[
+    str | None,
+    typer.Option(help="of --task dpo: the model before; default: without its adapter"),
+]
+Beta = Annotated[float | None, typer.Option(help="of --task dpo; default 0.1")]
 Trust = Annotated[bool, typer.Option(help="run code that comes with the model")]
 Precision = Annotated[
     Dtype, typer.Option(help="of the model's passes; auto: bfloat16 where it is fast")

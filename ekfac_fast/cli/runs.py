@@ -13,13 +13,12 @@ from rich.text import Text
 from .. import report
 from ..checks import Whole, check_json
 from ..data.examples import Corpus
-from ..data.tokens import read_queries
 from ..model.layers import Layer, parameter_counts, select_layers
-from ..report.collect import check_together, collect, run_facts
+from ..report.collect import check_together, collect, passages, run_facts
 from ..report.contents import StageTime
 from ..stages.factors import Factors
 from ..stages.fit import fit
-from ..stages.preparation import prepare_queries
+from ..stages.preparation import members_of, prepare_queries
 from ..stages.processes import Processes
 from ..stages.queries import Queries
 from ..stages.run import RunArguments, Stage
@@ -32,9 +31,11 @@ from ..store.manifest import MANIFEST
 from ..validation import RetrainingBank, reliability, validate
 from .inputs import Cutting, Source, load_tokenizer, read_data
 from .progress import showing
+from .tasks import Asked, Questions, read_asked
 from .terminal import Terminal, harmless
 
 RUN, QUERIES = "run.json", "queries"
+ASKED = Asked()
 DAMPING_RULE = "0.1 x the mean eigenvalue of each layer"
 SCHEMA = {
     "model": str, "factors": str, "cutting": {"context": Whole(2)}, "names": [str],
@@ -52,16 +53,26 @@ SPOKEN = {
 }
 
 
-def fit_job(source: Source, data: Corpus, out: Path, console: Terminal, **settings: Any) -> Factors:
-    """`fit` with progress; `out/run.json` says which model."""
+def fit_job(
+    source: Source,
+    data: Corpus,
+    out: Path,
+    console: Terminal,
+    asked: Asked = ASKED,
+    *,
+    seed: int = 0,
+    **settings: Any,
+) -> Factors:
+    """`fit` with progress; `out/run.json` says which model, and for which task."""
     layers = select_layers(source.model, settings.get("layers"))
     console.say(covered(layers, *parameter_counts(source.model, layers)))
     with showing(console) as progress:
         factors = fit(
-            source.model, data, out=out, autocast=source.autocast, progress=progress, **settings
-        )
+            source.model, data, out=out, autocast=source.autocast, progress=progress,
+            task=asked.task(seed), **settings,
+        )  # fmt: skip
     if Processes.here().first and not (out / RUN).exists():
-        save_json(out / RUN, {"model": source.path, "adapter": source.adapter})
+        save_json(out / RUN, {"model": source.path, "adapter": source.adapter, **asked.told})
     console.say(
         f"factors of {len(factors)} layers from {factors.sequences} sequences, "
         f"{factors.tokens} tokens, in {out}",
@@ -88,11 +99,12 @@ def covered(layers: Sequence[Layer], tracked: int, parameters: int) -> str:
 def score_job(
     source: Source,
     factors: Factors,
-    queries: Path,
+    queries: Path | Questions,
     data: Corpus,
     cutting: Cutting,
     out: Path,
     console: Terminal,
+    asked: Asked = ASKED,
     *,
     rank: int | None,
     damping: float | None,
@@ -106,7 +118,10 @@ def score_job(
     **settings: Any,
 ) -> Scores:
     """Queries prepared, the corpus scanned, everything that `report_job` needs kept in `out`."""
-    asked = read_queries(queries, source.tokenizer, cutting.context)
+    if isinstance(queries, Path):
+        queries = Questions(queries)
+    found, measuring = read_asked(asked, queries, source, cutting, [out], console)
+    sets = None if queries.sets is None else found.column(queries.sets)
     _tell_basis(factors, console)
     with showing(console) as progress:
         passes: RunArguments = {
@@ -116,17 +131,18 @@ def score_job(
             "progress": progress,
         }
         prepared = prepare_queries(
-            source.model, factors, asked, rank=rank, damping=damping, refine=refine,
+            source.model, factors, found, rank=rank, damping=damping, refine=refine,
             dataset=None if refine is None else data, refine_examples=refine_examples,
-            refine_seed=refine_seed, out=out / QUERIES, **passes,
+            refine_seed=refine_seed, out=out / QUERIES, sets=sets, reduce=queries.reduce,
+            **(passes | {"task": measuring}),
         )  # fmt: skip
         begun = Store.load(out / QUERIES)
         with begun.threads():
             scores = score(
                 source.model, prepared, data, out=out, per_token=detail, attribution=attribution,
-                **passes, **settings,
+                **(passes | {"task": asked.task()}), **settings,
             )  # fmt: skip
-    names = [_name(asked.records[i], i) for i in range(len(asked))]
+    names = _names(found, sets)
     if prepared.refinement is not None:
         console.say(prepared.refinement.title)
         for q, name in enumerate(names):
@@ -138,6 +154,7 @@ def score_job(
         "factors": str(factors.folder),
         "cutting": asdict(cutting),
         "names": names,
+        "measured": asked.measured(found, measuring, None if sets is None else queries.reduce),
         "damping_rule": DAMPING_RULE if damping is None else "the same in every layer, as given",
         "seconds": {stage: seconds[stage] for stage in Stage if stage in seconds},
     }
@@ -202,7 +219,11 @@ def report_job(
     run, scores, queries = load_run(folder), Scores(folder), Queries.load(folder)
     factors = Factors(run["factors"])
     check_together(scores, factors, queries, data, tokenizer)
-    results = collect(scores, queries, data, tokenizer, run["names"], k, by)
+    measured = run.get("measured", "log p")
+    results = collect(
+        scores, queries, data, tokenizer, run["names"], k, by,
+        measured="" if measured == "log p" else measured,
+    )  # fmt: skip
     times = [
         StageTime(SPOKEN[stage], run["seconds"][stage], floor if stage is Stage.SCAN else None)
         for stage in Stage
@@ -211,7 +232,7 @@ def report_job(
     # Older versions kept names and seconds.
     times += [StageTime(name, seconds) for name, seconds in run.get("stages", ())]
     settings = [
-        (name, "given" if name == "chat_template" else str(value))
+        (name, "given" if name in ("chat_template", "labels") else str(value))
         for name, value in run["cutting"].items()
         if value is not None
     ]
@@ -298,11 +319,12 @@ def print_top(
     run, scores, queries = load_run(folder), Scores(folder), Queries.load(folder)
     for q, name in enumerate(run["names"]):
         ids, labels = queries.examples[q]
-        prompt = tokenizer.decode(ids[labels < 0])
-        completion = tokenizer.decode(ids[labels >= 0])
-        console.say(f"\n{name}: {prompt}", end="", style="bold")
-        console.say(completion, style="bold green")
-        console.say(f"  log p = {-float(queries.measurements[q]):.2f}", style="dim")
+        console.say(f"\n{name}: ", end="", style="bold")
+        for said, passage in passages(ids, labels):
+            style = "bold green" if said else "bold"
+            console.say(tokenizer.decode(passage), end="", style=style)
+        told = run.get("measured", "log p")
+        console.say(f"\n  {told} = {-float(queries.measurements[q]):.2f}", style="dim")
         for place, (index, value) in enumerate(scores.top(q, k), 1):
             text = " ".join(tokenizer.decode(data[index]["input_ids"]).split())
             console.say(
@@ -311,5 +333,15 @@ def print_top(
             console.say(f"     {text[:width]}...", style="dim")
 
 
+def _names(queries: Any, sets: Sequence[Any] | None) -> list[str]:
+    """Of every query: a set's label, or what its record says."""
+    if sets is not None:
+        first = [some[0] for some in members_of(sets, len(queries))]
+        return [_name(queries.record(i), i) if sets[i] is None else str(sets[i]) for i in first]
+    return [_name(queries.record(i), i) for i in range(len(queries))]
+
+
 def _name(record: Any, index: int) -> str:
-    return str(record.get("name") or f"query {index + 1}")
+    name = str(record.get("name") or f"query {index + 1}")
+    label = record.get("label")
+    return name if label is None else f"{name} ({label})"

@@ -6,17 +6,23 @@ from ..errors import DataError
 from ..lazy import loader
 
 if TYPE_CHECKING:
+    from .labelled import Labelled, read_labelled
     from .mapped import MappedTokens
+    from .pairs import Pairs, read_pairs, read_queries
     from .records import read
     from .token_files import open_tokens
-    from .tokens import Tokens, read_queries, tokenize
+    from .tokens import Tokens, tokenize
 
 __all__ = [
     "DataError",
+    "Labelled",
     "MappedTokens",
+    "Pairs",
     "Tokens",
     "open_tokens",
     "read",
+    "read_labelled",
+    "read_pairs",
     "read_queries",
     "tokenize",
 ]
@@ -24,11 +30,15 @@ __all__ = [
 __getattr__ = loader(
     __name__,
     {
+        "Labelled": "labelled",
         "MappedTokens": "mapped",
+        "Pairs": "pairs",
         "Tokens": "tokens",
         "open_tokens": "token_files",
         "read": "records",
-        "read_queries": "tokens",
+        "read_labelled": "labelled",
+        "read_pairs": "pairs",
+        "read_queries": "pairs",
         "tokenize": "tokens",
     },
 )

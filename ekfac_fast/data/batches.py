@@ -6,7 +6,7 @@ What is no example of a language model (`examples`) is batched by torch's defaul
 import inspect
 import warnings
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -22,6 +22,7 @@ from ..store.division import Division
 from ..store.fingerprint import Digest
 from .choices import OnLongExample
 from .examples import IGNORED, Example, Indexable, Survey, example, named
+from .forms import TEXT, Form
 
 # On a CPU activations and logits of more leave the caches: slower, and three times the memory.
 BATCH_TOKENS = {"cpu": 1024}
@@ -59,7 +60,9 @@ def divided(lengths: ArrayLike, batch_tokens: int) -> Division:
 def collate(
     examples: Sequence[Example], pad_id: int = 0, side: Literal["right", "left"] = "right"
 ) -> dict[str, Tensor]:
-    """input_ids, attention_mask, labels and further fields, [B,T] int64, padded on `side`.
+    """input_ids, attention_mask, labels and further fields, [B,T] int64, padded on `side`; values
+    of examples as a whole, [B,...]. Of examples that are several sequences, all of these [S,T], an
+    example's after each other.
 
     Padding has label -100; further fields are 0 there.
     """
@@ -71,11 +74,17 @@ def collate(
     for name in sorted(names):
         if lacking := [x.id for x in examples if name not in x.fields]:
             raise DataError(f"some examples have {name!r}, example {lacking[0]} has none")
+
+    def padded(values: Iterable[Tensor], value: int) -> Tensor:
+        split = (one for x, own in zip(examples, values, strict=True) for one in x.split(own))
+        return pad(list(split), value)
+
     return {
-        "input_ids": pad([x.input_ids for x in examples], pad_id),
-        "attention_mask": pad([torch.ones_like(x.input_ids) for x in examples], 0),
-        "labels": pad([x.labels for x in examples], IGNORED),
-        **{name: pad([x.fields[name] for x in examples], 0) for name in sorted(names)},
+        "input_ids": padded((x.input_ids for x in examples), pad_id),
+        "attention_mask": padded((torch.ones_like(x.input_ids) for x in examples), 0),
+        "labels": padded((x.labels for x in examples), IGNORED),
+        **{name: padded((x.fields[name] for x in examples), 0) for name in sorted(names)},
+        **{name: torch.stack([x.values[name] for x in examples]) for name in examples[0].values},
     }
 
 
@@ -90,7 +99,8 @@ class Batches:
     padded to its own longest. Anything else is batched by `batch_size` through torch's default
     collate. All of the data is read once here, by whole arrays where the data set has a `survey`
     (`examples.Surveyed`): what is wrong with it shows before any pass, and `fingerprint` covers
-    every value. `lengths` [N] int64: tokens of every example.
+    every value. `lengths` [N] int64: tokens of every example. `form` says what else is read of
+    examples; those of several sequences (`sides`) count as so many of their longest.
 
     Raises:
         DataError: the data set is empty or not indexable, an example is malformed or too long.
@@ -106,8 +116,10 @@ class Batches:
         batch_size: int | None = None,
         max_examples: int | None = None,
         on_long: OnLongExample = "truncate",
+        form: Form = TEXT,
     ):
         self.dataset, self.size = dataset, _size(dataset, max_examples)
+        self.form, self.sides = form, 1
         self.device = next(model.parameters()).device
         budget = default_tokens(self.device)
         self.batch_tokens = _positive("batch_tokens", batch_tokens, budget)
@@ -119,16 +131,21 @@ class Batches:
         first = dataset[0]
         mapping = isinstance(first, Mapping) and "input_ids" in first
         config = getattr(inner, "config", None)
-        self.two_sided = mapping and bool(getattr(config, "is_encoder_decoder", False))
-        self.language = not self.two_sided and is_text(first)
+        own = bool(form.values) or form.labels != "next"
+        self.two_sided = mapping and not own and bool(getattr(config, "is_encoder_decoder", False))
+        self.language = mapping if own else not self.two_sided and is_text(first)
         found = self._survey(on_long) if self.language else _unsurveyed(dataset, self.size)
         self.lengths, self._fingerprint = found.lengths, found.fingerprint
         self.truncated, self.without_targets = found.truncated, found.without_targets
         self.packed = found.packed
+        # Tokens of an example in a batch of its own, with padding.
+        self.widths = found.lengths if found.widths is None else found.widths
 
     def _survey(self, on_long: OnLongExample) -> Survey:
         """Check every example."""
-        found = _by_arrays(self.dataset, self.size, self.vocabulary, self.context)
+        found = None
+        if self.form.text:
+            found = _by_arrays(self.dataset, self.size, self.vocabulary, self.context)
         found = found or self._one_by_one()
         if found.longest is not None and on_long == "refuse":
             one = self.example(found.longest)
@@ -148,11 +165,18 @@ class Batches:
 
     def _one_by_one(self) -> Survey:
         """Every example read."""
-        lengths, digest = array("q"), Digest()
+        lengths, widths, digest = array("q"), array("q"), Digest()
         truncated = without_targets = 0
         longest, packed = None, False
         for index in range(self.size):
             one = self.example(index)
+            if not index:
+                self.sides = len(one.widths)
+            if len(one.widths) != self.sides:
+                raise DataError(
+                    f"{named(self.dataset, index)}: made of {len(one.widths)} sequence(s), the "
+                    f"first example of {self.sides}: give pairs and others as data of their own"
+                )
             if refused := [name for name in one.fields if name not in self._takes]:
                 raise DataError(
                     f"{named(self.dataset, index)}: the model takes no {refused[0]!r}; leave it "
@@ -161,20 +185,21 @@ class Batches:
             if one.dropped and longest is None:
                 longest = index
             truncated += one.dropped > 0
-            without_targets += one.targets == 0
+            without_targets += self.form.targets(one.split(one.labels), IGNORED) == 0
             packed |= one.packed
             lengths.append(len(one))
+            widths.append(self.sides * max(one.widths))
             digest.add(_content(one))
-        counts = np.frombuffer(lengths, np.int64)
-        return Survey(counts, digest.hex(), truncated, longest, without_targets, packed)
+        counts, wide = (np.frombuffer(x, np.int64) for x in (lengths, widths))
+        return Survey(counts, digest.hex(), truncated, longest, without_targets, packed, wide)
 
     def divided(self, among: Sequence[int] | None = None) -> Division:
         """Indices of every batch, of all examples or of some; by lengths and budget alone."""
         if self.language and among is None:
-            return divided(self.lengths, self.batch_tokens)
+            return divided(self.widths, self.batch_tokens)
         every = np.asarray(range(self.size) if among is None else among, dtype=np.int64)
         if self.language:
-            found = divided(self.lengths[every], self.batch_tokens)
+            found = divided(self.widths[every], self.batch_tokens)
             return Division(every[found.indices], found.sizes)
         starts = np.arange(0, len(every), self.batch_size)
         return Division(every, np.diff(starts, append=len(every)))
@@ -183,8 +208,9 @@ class Batches:
     def padded(self) -> bool:
         """Whether some batch of `divided` is padded."""
         plan = self.divided()
-        found = self.lengths[plan.indices]
-        return bool((found[plan.starts] != found[plan.ends - 1]).any())
+        found = self.widths[plan.indices]
+        uneven = (found[plan.starts] != found[plan.ends - 1]).any()
+        return bool(uneven or (self.widths != self.lengths).any())
 
     @property
     def shortest(self) -> int:
@@ -196,6 +222,12 @@ class Batches:
         """Real tokens (or examples, where there are none) of a batch."""
         return int(self.lengths[np.asarray(indices, dtype=np.int64)].sum())
 
+    def widths_of(self, index: int) -> tuple[int, ...]:
+        """Real tokens of every sequence that an example is of."""
+        if self.sides == 1:
+            return (int(self.lengths[index]),)
+        return self.example(index).widths
+
     def load(self, indices: Sequence[int]) -> Any:
         """The batch of these examples, on the model's device."""
         return moved(self.gathered(indices), self.device)
@@ -204,13 +236,15 @@ class Batches:
         """The batch of these examples, where they are read."""
         if self.language:
             examples = [self.example(i) for i in indices]
-            return collate(examples) | {"index": torch.tensor([x.id for x in examples])}
+            return collate(examples, self.form.pad) | {
+                "index": torch.tensor([x.id for x in examples])
+            }
         records = [self.dataset[i] for i in indices]
         return _padded(records) if self.two_sided else default_collate(records)
 
     def example(self, index: int) -> Example:
         """Example `index` of a language-model data set, checked against the model."""
-        return example(self.dataset, index, self.vocabulary, self.context)
+        return example(self.dataset, index, self.vocabulary, self.context, self.form)
 
     def takes(self, name: str) -> bool:
         """Whether the model's forward has an argument of that name, or takes any."""
@@ -222,15 +256,20 @@ class Batches:
         return self._fingerprint
 
 
-def data_fingerprint(dataset: Indexable) -> str:
-    """`Batches.fingerprint` of a data set none of whose examples was cut."""
-    if not is_text(dataset[0]):
+def data_fingerprint(dataset: Indexable, form: Form | None = None) -> str:
+    """`Batches.fingerprint` of a data set none of whose examples was cut.
+
+    form: that of the task; None for what the data set says of itself.
+    """
+    own: Form = getattr(dataset, "form", TEXT)
+    form = own if form is None else form
+    if form == TEXT and not is_text(dataset[0]):
         return _unsurveyed(dataset, len(dataset)).fingerprint
-    if found := _by_arrays(dataset, len(dataset)):
+    if form.text and (found := _by_arrays(dataset, len(dataset))):
         return found.fingerprint
     digest = Digest()
     for index in range(len(dataset)):
-        digest.add(_content(example(dataset, index)))
+        digest.add(_content(example(dataset, index, form=form)))
     return digest.hex()
 
 
@@ -262,7 +301,10 @@ def is_text(record: Any) -> bool:
 
 
 def _content(one: Example) -> tuple[Any, ...]:
-    return one.input_ids, one.labels, one.id, one.fields
+    found = one.input_ids, one.labels, one.id, one.fields
+    if not (one.sides or one.values):
+        return found
+    return *found, one.sides, {name: x.double() for name, x in one.values.items()}
 
 
 def positions(model: nn.Module) -> int | None:

@@ -3,7 +3,8 @@
 It is a mapping with `input_ids` [T] int, optional `attention_mask` [T] (0: padding), optional
 `labels` [T] (Hugging Face: unshifted, -100 ignored, absent = input_ids) and optional `id`. Further
 tensors, arrays or lists (`position_ids`, `token_type_ids`) go to the model as they are. A data set
-is anything with `__len__` and `__getitem__` that gives such mappings.
+is anything with `__len__` and `__getitem__` that gives such mappings. `forms` says what else a task
+may read.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from torch.utils.data import Subset
 
 from ..checks import shown
 from ..errors import DataError
+from .forms import TEXT, Form
 
 IGNORED = -100
 
@@ -58,7 +60,8 @@ class Survey:
     lengths      [N] int64, tokens that are left of every example
     fingerprint  covers every value
     truncated    examples that lose their end; `longest`, the first of them
-    `without_targets` have nothing left to predict; some are `packed` of several documents.
+    `without_targets` have nothing left to predict; some are `packed` of several documents;
+    `widths` [N] are tokens with padding, where examples are of several sequences.
     """
 
     lengths: NDArray[np.int64]
@@ -67,6 +70,7 @@ class Survey:
     longest: int | None = None
     without_targets: int = 0
     packed: bool = False
+    widths: NDArray[np.int64] | None = None
 
 
 class Surveyed(Indexable, Protocol):
@@ -92,7 +96,8 @@ class Example:
 
     `id` is part of the key that samples its labels: the record's "id" where that is an integer, so
     that labels stay the same in another order or a larger data set; else its index. `fields` are
-    further values [T] for the model.
+    further values [T] for the model. One of several sequences has them end to end, of these
+    lengths `sides`; `values` are of the whole, as a `Form` reads them.
     """
 
     input_ids: Tensor
@@ -100,14 +105,25 @@ class Example:
     id: int
     dropped: int = 0
     fields: Mapping[str, Tensor] = field(default_factory=dict)
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+    sides: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     @property
+    def widths(self) -> tuple[int, ...]:
+        """Tokens of every sequence that it is of."""
+        return self.sides or (len(self),)
+
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What is said of its tokens [T], by sequence."""
+        return x.split(self.widths)
+
+    @property
     def targets(self) -> int:
-        """How many positions have a loss: the first has none, nothing predicts it."""
-        return int((self.labels[1:] != IGNORED).sum())
+        """How many tokens a language model predicts of it."""
+        return TEXT.targets(self.split(self.labels), IGNORED)
 
     @property
     def packed(self) -> bool:
@@ -121,19 +137,23 @@ def example(
     index: int,
     vocab_size: int | None = None,
     context: int | None = None,
+    form: Form = TEXT,
 ) -> Example:
     """Example `index`, checked and without its padding; DataError names it.
 
-    Longer than `context` tokens: its end is cut off, and counted in `dropped`.
+    Longer than `context` tokens: its end is cut off, that of each of several sequences, and counted
+    in `dropped`.
     """
     record, where = dataset[index], named(dataset, index)
     if not isinstance(record, Mapping) or "input_ids" not in record:
         raise DataError(f"{where}: is a {type(record).__name__}, not a mapping with 'input_ids'")
     ids = _integers(record["input_ids"], f"{where}: input_ids")
+    sides = _sides(record, len(ids), form, where)
+    taken, told = _values(record, form, where)
     beside = {
         name: _beside(ids, value, f"{where}: {name}")
         for name, value in record.items()
-        if name not in ("input_ids", "id") and _is_sequence(name, value, where)
+        if name not in ("input_ids", "id", "sides", *taken) and _is_sequence(name, value, where)
     }
     labels, mask = beside.pop("labels", None), beside.pop("attention_mask", None)
     if mask is not None and not np.isin(mask, (0, 1)).all():
@@ -150,22 +170,32 @@ def example(
     if mask is not None and stop - start > len(real):
         hole = int(np.flatnonzero(mask[start:stop] == 0)[0]) + start
         raise DataError(f"{where}: attention_mask is 0 at position {hole}, between real tokens")
-    dropped = max(0, stop - start - context) if context else 0
-    stop -= dropped
-    _within(ids[start:stop], vocab_size, start, f"{where}: token id")
-    _within(
-        np.where(labels == IGNORED, 0, labels)[start:stop], vocab_size, start, f"{where}: label"
-    )
+    if sides and len(real) < len(ids):
+        raise DataError(f"{where}: padding in a pair; give the tokens of its sides alone")
+    widths = [min(n, context) if context else n for n in sides or (stop - start,)]
+    ends = np.cumsum([start, *sides])
+    kept = np.concatenate([np.arange(a, a + n) for a, n in zip(ends, widths, strict=False)])
+    dropped = stop - start - len(kept)
+    _within(ids, kept, vocab_size, f"{where}: token id")
+    if form.classes is None:
+        _within(np.where(labels == IGNORED, 0, labels), kept, vocab_size, f"{where}: label")
+    else:
+        _known(labels, kept, form.classes, where)
     own = record.get("id")
     if isinstance(own, Integral) and not -(2**63) <= int(own) < 2**63:
         raise DataError(f"{where}: id {own} does not fit 64 bits; leave it out, or number anew")
-    return Example(
-        torch.tensor(ids[start:stop]),
-        torch.tensor(labels[start:stop]),
+    found = Example(
+        torch.tensor(ids[kept]),
+        torch.tensor(labels[kept]),
         int(own) if isinstance(own, Integral) and not isinstance(own, bool) else index,
         dropped,
-        {name: torch.tensor(values[start:stop]) for name, values in beside.items()},
+        {name: torch.tensor(values[kept]) for name, values in beside.items()},
+        told,
+        tuple(widths) if sides else (),
     )
+    if len(found.sides) == 2 and torch.equal(*found.split(found.input_ids)):
+        raise DataError(f"{where}: both sides are the same {found.sides[0]} tokens")
+    return found
 
 
 def named(dataset: Indexable, index: int) -> str:
@@ -183,6 +213,33 @@ def tokenized_by(dataset: Any) -> str | None:
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
     return getattr(dataset, "tokenizer_fingerprint", None)
+
+
+def _values(record: Mapping, form: Form, where: str) -> tuple[list[str], dict[str, Tensor]]:
+    """What a form reads of the whole, and under which names it was found: transformers' own data
+    sets have `labels` where others have `label`.
+    """
+    found, taken = {}, []
+    for name, read in form.values.items():
+        named = "labels" if name == "label" and name not in record else name
+        if record.get(named) is None:
+            raise DataError(f"{where}: has no {name!r}; it has {', '.join(map(repr, record))}")
+        found[name] = read(record[named], f"{where}: {named}")
+        taken.append(named)
+    return taken, found
+
+
+def _sides(record: Mapping, T: int, form: Form, where: str) -> tuple[int, ...]:
+    """Lengths of an example's sequences; none where it is one."""
+    given = record.get("sides")
+    lengths = () if given is None else tuple(_integers(given, f"{where}: sides").tolist())
+    if lengths and (min(lengths) < 1 or sum(lengths) != T):
+        raise DataError(f"{where}: sides are {list(lengths)}, which are not the lengths of {T} ids")
+    if (len(lengths) or 1) not in form.sides:
+        what = "a pair" if len(lengths) == 2 else f"{len(lengths) or 1} sequence"
+        wanted = " or ".join("a pair" if n == 2 else "one sequence" for n in form.sides)
+        raise DataError(f"{where}: is {what}, expected {wanted}")
+    return lengths
 
 
 def _is_sequence(name: str, value: Any, where: str) -> bool:
@@ -215,12 +272,25 @@ def _beside(ids: np.ndarray, values: Any, what: str) -> np.ndarray:
     return values
 
 
-def _within(ids: np.ndarray, vocab_size: int | None, start: int, what: str) -> None:
+def _within(ids: np.ndarray, kept: np.ndarray, vocab_size: int | None, what: str) -> None:
     """Raise DataError at the first id that is negative or not in the vocabulary."""
-    outside = np.flatnonzero((ids < 0) | (ids >= vocab_size if vocab_size else False))
+    some = ids[kept]
+    outside = np.flatnonzero((some < 0) | (some >= vocab_size if vocab_size else False))
     if len(outside):
-        at = int(outside[0])
+        at = int(kept[outside[0]])
         raise DataError(
-            f"{what} {ids[at]} at position {at + start} is outside the vocabulary"
+            f"{what} {ids[at]} at position {at} is outside the vocabulary"
             + (f" of {vocab_size}. Is this the model's own tokenizer?" if vocab_size else "")
+        )
+
+
+def _known(labels: np.ndarray, kept: np.ndarray, classes: int, where: str) -> None:
+    """Raise DataError at the first label of a token that is none of the model's."""
+    some = labels[kept]
+    wrong = np.flatnonzero((some != IGNORED) & ((some < 0) | (some >= classes)))
+    if len(wrong):
+        at = int(kept[wrong[0]])
+        raise DataError(
+            f"{where}: label {labels[at]} at position {at}, but the model knows 0 to {classes - 1} "
+            f"({IGNORED}: none)"
         )

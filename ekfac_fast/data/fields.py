@@ -68,28 +68,19 @@ class Columns:
 
     def record(self, value: Any, source: str) -> dict[str, Any]:
         """A record from a mapping. Raises DataError."""
-        if not isinstance(value, Mapping):
-            raise DataError(f"{source}: holds a {type(value).__name__}, not an object with fields")
+        _mapping(value, source)
         found = {
             ours: _joined([value[part] for part in parts], parts, source)
             for ours, parts in self.among(list(value), source).items()
         }
-        kept: dict[str, Any] = {"source": source}
-        if self.keep:
-            if absent := [name for name in self.keep if name not in value]:
-                raise DataError(
-                    f"{source}: has no {absent[0]!r} to keep; it has {listed([*value])}"
-                )
-            kept["columns"] = {name: value[name] for name in self.keep}
-        if value.get("name") is not None:
-            kept["name"] = str(value["name"])
+        kept = self.kept(value, source)
         if "user" in found:
-            said = ((role, _text(found[role], role, source)) for role in TURNS if role in found)
+            said = ((role, text_of(found[role], role, source)) for role in TURNS if role in found)
             turns = [{"role": x, "content": y} for x, y in said if y or x != "system"]
             return {"messages": turns, **kept}
         talk = found.keys() & {"messages", "conversations"} or isinstance(found.get("prompt"), list)
         if not talk:
-            return {**{name: _text(x, name, source) for name, x in found.items()}, **kept}
+            return {**{name: text_of(x, name, source) for name, x in found.items()}, **kept}
         found = {
             "messages" if name == "conversations" else name: _turns(turns, name, source)
             for name, turns in found.items()
@@ -98,10 +89,75 @@ class Columns:
             kept["tools"] = _tools(value["tools"], source)
         return {**found, **kept}
 
+    def kept(self, value: Mapping[str, Any], source: str) -> dict[str, Any]:
+        """What a record has beside what it says."""
+        found: dict[str, Any] = {"source": source}
+        if self.keep:
+            if absent := [name for name in self.keep if name not in value]:
+                raise DataError(
+                    f"{source}: has no {absent[0]!r} to keep; it has {listed([*value])}"
+                )
+            found["columns"] = {name: value[name] for name in self.keep}
+        if value.get("name") is not None:
+            found["name"] = str(value["name"])
+        return found
+
     def _wanted(self) -> str:
         if self.fields is None:
             return ("'text', " if self.texts else "") + "'messages', or 'prompt' and 'completion'"
         return listed([repr(theirs) for theirs in self.fields.values()])
+
+
+@dataclass(frozen=True)
+class Named(Columns):
+    """Fields of these names, or as `fields` maps them: all of `wanted`, and those of `more` that a
+    record has; none that is `foreign`, which makes it a record of another kind. Values stay as
+    they are, for whoever asked for them to check.
+    """
+
+    texts: bool = False
+    wanted: tuple[str, ...] = ()
+    more: tuple[str, ...] = ()
+    foreign: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        given, known = self.fields, (*self.wanted, *self.more)
+        if given is None:
+            return
+        right = isinstance(given, Mapping) and {*given} <= {*known}
+        right = right and all(isinstance(x, str) and x for x in given.values())
+        names = " and ".join(map(repr, known))
+        require(right, "fields", given, f"a mapping of {names} to a file's own names")
+
+    def among(self, present: Sequence[str], source: str) -> dict[str, list[str]]:
+        """Our names to those of the file that hold them."""
+        theirs = {ours: (self.fields or {}).get(ours, ours) for ours in (*self.wanted, *self.more)}
+        if absent := [theirs[ours] for ours in self.wanted if theirs[ours] not in present]:
+            raise DataError(
+                f"{source}: has no {absent[0]!r}, needs {listed([repr(x) for x in self.wanted])}; "
+                f"it has {', '.join(map(repr, present)) or 'nothing'}"
+            )
+        if mixed := [name for name in self.foreign if name in present]:
+            raise DataError(
+                f"{source}: has {mixed[0]!r}, records before it have none: records of two kinds "
+                "are for files of their own"
+            )
+        return {ours: [name] for ours, name in theirs.items() if name in present}
+
+    def record(self, value: Any, source: str) -> dict[str, Any]:
+        """A record from a mapping. Raises DataError."""
+        _mapping(value, source)
+        names = self.among(list(value), source)
+        found = {ours: value[theirs] for ours, (theirs,) in names.items()}
+        if value.get("tools"):
+            found["tools"] = value["tools"]
+        return {**found, **self.kept(value, source)}
+
+
+def _mapping(value: Any, source: str) -> None:
+    """DataError unless a record is one."""
+    if not isinstance(value, Mapping):
+        raise DataError(f"{source}: holds a {type(value).__name__}, not an object with fields")
 
 
 def _complete(names: set[str]) -> bool:
@@ -115,11 +171,13 @@ def _joined(values: list[Any], names: list[str], source: str) -> Any:
     """A field as it is, or several texts with blank lines between them; empty ones are left out."""
     if len(values) == 1:
         return values[0]
-    texts = (_text(x, name, source) for x, name in zip(values, names, strict=True) if x is not None)
+    texts = (
+        text_of(x, name, source) for x, name in zip(values, names, strict=True) if x is not None
+    )
     return "\n\n".join(filter(None, texts))
 
 
-def _text(value: Any, name: str, source: str) -> str:
+def text_of(value: Any, name: str, source: str) -> str:
     """A string of whole characters."""
     if not isinstance(value, str):
         raise DataError(f"{source}: {name!r} is a {type(value).__name__}, not a string")
@@ -143,7 +201,7 @@ def _turns(value: Any, name: str, source: str) -> list[dict[str, Any]]:
         if not isinstance(turn, Mapping):
             raise DataError(f"{source}: {where} is a {type(turn).__name__}, not a message")
         if "from" in turn and "value" in turn:
-            speaker = _text(turn["from"], f"{where}, from", source)
+            speaker = text_of(turn["from"], f"{where}, from", source)
             turn = {"role": SPEAKERS.get(speaker, speaker), "content": turn["value"]}
         if not isinstance(turn.get("role"), str):
             raise DataError(f"{source}: {where} has no 'role'")
@@ -154,7 +212,7 @@ def _turns(value: Any, name: str, source: str) -> list[dict[str, Any]]:
             # As text: templates for text alone would print the list.
             turn = {**turn, "content": _parts(said, where, source)}
         elif said is not None:
-            _text(said, f"{where}, content", source)
+            text_of(said, f"{where}, content", source)
         _whole(turn, where, source)
         turns.append(dict(turn))
     return turns
@@ -182,7 +240,7 @@ def _tools(value: Any, source: str) -> list[Any]:
 def _whole(value: Any, name: str, source: str) -> None:
     """Every string in it consists of whole characters."""
     if isinstance(value, str):
-        _text(value, name, source)
+        text_of(value, name, source)
     elif isinstance(value, Mapping):
         for key, x in value.items():
             _whole(key, name, source)

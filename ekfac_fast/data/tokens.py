@@ -2,9 +2,8 @@
 
 import tempfile
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -20,7 +19,6 @@ from .conversations import encode, is_conversation
 from .encoding import PIECE, encoded, tokenizer_fingerprint
 from .examples import IGNORED, Indexable, Survey
 from .fields import Columns
-from .records import read_columns
 from .survey import Block, spans, survey
 
 TOKENIZED_AT_ONCE = 256
@@ -89,17 +87,7 @@ class Tokens(Dataset):
         Raises:
             DataError: a record has no such column; names it.
         """
-        found = []
-        for record in self.rows[:, 1].tolist():
-            value = self.records[record]
-            kept = value.get("columns", value)
-            if name not in kept:
-                raise DataError(
-                    f"{_source(value, record)}: no column {name!r} was kept; "
-                    f"read(path, keep=[{name!r}]) keeps it"
-                )
-            found.append(kept[name])
-        return found
+        return column_of(self.records, self.rows[:, 1].tolist(), name)
 
     def record(self, index: int) -> Mapping[str, Any]:
         """What an example was made of."""
@@ -112,6 +100,21 @@ class Tokens(Dataset):
         find = getattr(self.records, "source", None)
         source = find(record) if callable(find) else _source(self.records[record], record)
         return f"{source}, chunk {chunk + 1}" if chunk else source
+
+
+def column_of(records: Indexable, numbers: Iterable[int], name: str) -> list[Any]:
+    """What these records have in a column that was kept; DataError names one that has none."""
+    found = []
+    for record in numbers:
+        value = records[record]
+        kept = value.get("columns", value)
+        if name not in kept:
+            raise DataError(
+                f"{_source(value, record)}: no column {name!r} was kept; "
+                f"read(path, keep=[{name!r}]) keeps it"
+            )
+        found.append(kept[name])
+    return found
 
 
 def tokenize(
@@ -288,13 +291,3 @@ def _nothing(record: dict[str, Any], ids: array, context: int) -> str:
     told = f"its {name} has {len(ids) - silent} tokens"
     before = f" after {silent} of its prompt, the context is {context}" if silent else ""
     return f"{record['source']}: nothing to predict: {told}{before}"
-
-
-def read_queries(path: str | Path, tokenizer: Callable[..., Any], context: int) -> Tokens:
-    """The queries of a file (JSON lines, parquet): `prompt` and `completion`, or `messages`.
-
-    Labels are -100 on the prompt, and on all but what the assistant says last. One longer than the
-    context, or whose completion has no tokens, is refused: DataError names file and line.
-    """
-    records = read_columns(path, "file", Columns(texts=False))
-    return tokenize(records, tokenizer, context, on_long="refuse", last_turn=True)

@@ -73,7 +73,8 @@ class Capture:
         Args:
             loss: a scalar; or several, [N], of one forward pass: as many backward passes.
             grid: sequences and positions of the batch; without it the first axis of every layer
-                holds the sequences.
+                holds the sequences. Of examples that are several sequences `consume` gets the rows
+                of each example.
 
         Raises:
             ModelError: a tracked layer did not run, its rows cannot be told apart by sequences, or
@@ -341,10 +342,10 @@ class Capture:
             # Under autocast a head's output is narrower than an embedding's.
             g = torch.cat([g.to(uses[-1][1].dtype) for _, g in uses], 1)
             a = torch.cat([_like(a, g) for a, _ in uses], 1)
-        before = calls.grid.before if calls.grid else 0
-        rows = Rows(a.shape[0], uses[0][0].shape[1], len(uses), before)
+        grid = calls.grid or Grid(len(a))
+        rows = Rows(len(a), uses[0][0].shape[1], len(uses), grid.before, sides=grid.sides)
         if a.shape[1] != rows.positions * rows.uses:
-            rows = Rows(a.shape[0], a.shape[1], 1, before)
+            rows = replace(rows, positions=a.shape[1], uses=1)
         calls.release(name)
         shared, readers = calls.owner(name)
         # Under autocast a layer multiplies its input in the dtype of its output.
@@ -369,12 +370,12 @@ class Capture:
             a, g = (first.like.new_zeros(0, F) for F in (layer.I, layer.O))
             uses = [(first, a, g)]
         a, g, rows = experts.by_sequence(e, uses, lambda x: self._by_sequence(calls, x, 1, module))
-        rows = replace(rows, before=calls.grid.before)
+        rows = replace(rows, before=calls.grid.before, sides=calls.grid.sides)
         calls.release(name)
         calls.consume(LayerBatch(layer, name, 1, a.to(g.dtype), g, rows, calls.loss))
 
     def _by_sequence(self, calls: "Calls", x: Tensor, features: int, name: str) -> Tensor:
-        """[B,T,F] of a layer's input or gradient."""
+        """[B,T,F] of a layer's input or gradient, by example."""
         if x.ndim < 2 or x.shape[-1] != features:
             raise ModelError(
                 f"layer {name}: a tensor of shape {list(x.shape)}, expected [B,T,{features}]"
@@ -390,7 +391,7 @@ class Capture:
                 f"layer {name}: a tensor of shape {list(x.shape)} for {grid.sequences} sequences "
                 f"of {grid.positions} positions; which rows belong to which sequence cannot be told"
             )
-        return layout.by_sequence(x, grid.sequences)
+        return grid.folded(layout.by_sequence(x, grid.sequences))
 
 
 def _like(a: Tensor, g: Tensor) -> Tensor:

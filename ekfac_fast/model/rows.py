@@ -3,6 +3,10 @@
 Most layers see [B,T,F]. Others see tokens as rows, [B*T,F] (OPT), positions first, [T,B,F], or one
 row a sequence, [B,F]. Where a shape leaves it open, the layer is run on two examples in one order
 and in the other: the axis along which its input is swapped holds the sequences.
+
+An example may be several sequences (a pair: what is preferred and what is not), which follow one
+another in the batch. Its rows are those of all of them, one sequence after the other: from here on
+it is one sequence, with one gradient.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,19 +23,26 @@ from ..errors import ModelError
 class Grid:
     """A batch: how many sequences, and of how many positions with padding (None: not known).
 
-    `before`: positions that a model adds before the text (virtual tokens of prompt tuning).
+    `before`: positions that a model adds before the text (virtual tokens of prompt tuning);
+    `sides`: how many sequences each example is.
     """
 
     sequences: int
     positions: int | None = None
     before: int = 0
+    sides: int = 1
+
+    def folded(self, x: Tensor) -> Tensor:
+        """Rows by sequence [S,rows,F] as rows by example, [S / sides, sides * rows, F]."""
+        return x if self.sides == 1 else x.unflatten(0, (-1, self.sides)).flatten(1, 2)
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
     """Row t of sequence b in a [B, uses * positions, F] is position t % positions of b.
 
-    A layer that runs several times in a pass has the rows of all its uses, one after the other.
+    A layer that runs several times in a pass has the rows of all its uses, one after the other. An
+    example of several sequences is one here; its positions are those of all `sides`.
     `before` of the positions come before the text. An expert has the rows that are routed to it:
     of row t of sequence b it is `places` [B,rows] that says the position, -1 where there is none;
     `counts` of every sequence come first, `filled` [N] in the flat [B * rows] (None: they do not).
@@ -44,6 +55,7 @@ class Rows:
     places: Tensor | None = None
     counts: tuple[int, ...] | None = None
     filled: Tensor | None = None
+    sides: int = 1
 
     def same(self, other: "Rows") -> bool:
         """Whether rows stand for the same."""

@@ -13,7 +13,9 @@ EDGE = 1e-6
 BLOCK = 256
 
 
-def uniforms(seed: int, ids: Tensor, mask: Tensor, draws: Sequence[int]) -> Tensor:
+def uniforms(
+    seed: int, ids: Tensor, mask: Tensor, draws: Sequence[int], *, last: bool = False
+) -> Tensor:
     """One uniform number a draw and position, fp64 [N,B,T], for the label of the position after it.
 
     Philox, keyed by (seed, example id) and counted from `draw`, one number a real position: batch
@@ -23,13 +25,14 @@ def uniforms(seed: int, ids: Tensor, mask: Tensor, draws: Sequence[int]) -> Tens
         ids: of the examples, [B].
         mask: real positions [B,T].
         draws: which draws of an example's labels.
+        last: the last real position has a label, too: its own.
     """
     # In one copy: the host waits for the device once.
     told = torch.cat([ids.unsqueeze(1), (mask != 0).to(ids.dtype)], 1).cpu().numpy()
     found = np.zeros((len(draws), *mask.shape))
     for row, example in enumerate(told[:, 0].tolist()):
-        # The label of position t is the token after it, so the last real position has none.
-        real = np.flatnonzero(told[row, 1:])[:-1]
+        # Where the label of t is the token after it, the last real position has none.
+        real = np.flatnonzero(told[row, 1:])[: None if last else -1]
         for own, draw in zip(found, draws, strict=True):
             philox = np.random.Philox(key=[seed, example % 2**64], counter=[0, 0, 0, draw])
             own[row, real] = np.random.Generator(philox).random(len(real))

@@ -22,6 +22,7 @@ log-probability.
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -29,8 +30,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..checks import shown, whole
+from ..checks import shown
 from ..data.examples import IGNORED
+from ..data.forms import Form
 from ..errors import ArgumentError, DataError, ModelError
 from ..ops.shapes import wide
 from .head import (
@@ -44,6 +46,7 @@ from .head import (
     token_losses,
 )
 from .sampling import inverted, uniforms
+from .text_tasks import UNTOLD, TextTask
 from .weights import computes_in
 
 # Tokens on which a model is tried out before a run.
@@ -81,32 +84,25 @@ def checked_task(task: Any) -> Any:
     return task
 
 
-class LanguageModelTask:
+class LanguageModelTask(TextTask):
     """Next-token prediction with a Hugging Face causal language model.
 
     Batches hold `input_ids`, `attention_mask`, `labels` [B,T] (unshifted, -100 ignored), `index`
     [B], the examples' ids, and whatever else the examples have for the model. The training loss is
     the cross-entropy summed over positions with a label (Eq. 22); the measurement is the same sum
-    over the completion's tokens, -log p(completion | prompt) (Eq. 24).
+    over the completion's tokens, -log p(completion | prompt) (Eq. 24). Of a query that is two
+    sequences it is that of the first less that of the second: log p(B) - log p(A).
 
     Sampled labels (true Fisher, Eq. 11) depend on `seed`, the batch's `draw` (each pass over the
     data has its own), example id and unpadded position alone: Philox, keyed by (seed, id) and
     counted from `draw`, gives one uniform number a position, inverted through the model's
     cumulative distribution in fp64. Batch size, order and padding change nothing but rounding;
     `edge_draws` counts the labels that such rounding could flip.
-
-    Raises:
-        ArgumentError: the seed does not fit 64 bits.
     """
 
-    def __init__(self, seed: int = 0):
-        self.seed = whole("seed", seed, 0, 2**64 - 1)
-        self._edges: Tensor | int = 0  # a number of the model's device: read only when asked for
-
-    @property
-    def edge_draws(self) -> int:
-        """How many labels were drawn that rounding could flip."""
-        return int(self._edges)
+    def query_form(self, model: nn.Module) -> Form:
+        """A sequence, or a completion against another."""
+        return replace(self.form(model), sides=(1, 2))
 
     def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
         """Cross-entropy summed over the batch: scalar, nats."""
@@ -120,12 +116,14 @@ class LanguageModelTask:
         uniform = uniforms(self.seed, ids, mask, draws)
         return self._losses(batch, model, uniform).sum((1, 2))
 
-    def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
-        """-log p(completion | prompt), summed over the batch: scalar, nats."""
-        return self.negative_log_likelihoods(batch, model).sum()
+    def measurements(self, batch: Any, model: nn.Module) -> Tensor:
+        """-log p(completion | prompt) of every query, or that of A less that of B: [B], nats."""
+        each = self.negative_log_likelihoods(batch, model)
+        pairs = len(each) > len(batch["index"]) if "index" in batch else False
+        return each[0::2] - each[1::2] if pairs else each
 
     def negative_log_likelihoods(self, batch: Any, model: nn.Module) -> Tensor:
-        """-log p of every example's labelled tokens: [B], nats."""
+        """-log p of every sequence's labelled tokens: [S], nats."""
         return self._losses(batch, model)[0].sum(1)
 
     def linear_outputs(self, batch: Any, model: nn.Module) -> tuple[Tensor, Hessian]:
@@ -143,14 +141,6 @@ class LanguageModelTask:
         head, h = read
         h = _text(h, batch)[b, t]
         return h, partial(token_hessian, h.detach(), head)
-
-    def get_influence_tracked_modules(self) -> list[str] | None:
-        """The default: MLP matrices."""
-        return None
-
-    def get_attention_mask(self, batch: Any) -> Tensor:
-        """Real positions [B,T]."""
-        return batch["attention_mask"]
 
     def _losses(self, batch: Any, model: nn.Module, uniform: Tensor | None = None) -> Tensor:
         """Of every position that predicts: [1,B,T], or [N,B,T] with N draws of labels, nats."""
@@ -176,7 +166,7 @@ class LanguageModelTask:
     def _inputs(self, batch: Any, model: nn.Module) -> dict[str, Any]:
         """What the model is given of a batch."""
         mask, takes = batch["attention_mask"], inspect.signature(model.forward).parameters
-        inputs = {name: x for name, x in batch.items() if name not in ("labels", "index", "draw")}
+        inputs = {name: x for name, x in batch.items() if name not in UNTOLD}
         if "position_ids" in inputs:
             # Documents packed into one sequence: models tell them apart by positions that start
             # again, but only where no mask is given. Padding on the right needs none.

@@ -1,11 +1,13 @@
 """A folder of scores, with its model's tokenizer and data, as what a report shows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from ..data.batches import data_fingerprint
 from ..data.encoding import tokenizer_fingerprint
@@ -57,22 +59,28 @@ def collect(
     names: Sequence[str],
     k: int = 10,
     by: str | None = None,
+    measured: str = "",
 ) -> tuple[QueryResult, ...]:
     """What was found for every query: its top and lowest sequences with their detail.
 
     by: a column of the records that was kept, to filter by.
+    measured: what is asked, where it is no completion's log-probability.
     """
-    shown = Shown(data, TokenTexts(tokenizer), None if by is None else data.column(by))
+    groups = None if by is None else data.column(by)
+    shown = Shown(data, TokenTexts(tokenizer), groups, measured)
     return tuple(_query(q, scores, queries, shown, name, k) for q, name in enumerate(names))
 
 
 @dataclass(frozen=True)
 class Shown:
-    """What a reader is shown of a corpus: `groups` has one label a sequence, or there are none."""
+    """What a reader is shown of a corpus: `groups` has one label a sequence, or there are none;
+    `measured` is what queries ask.
+    """
 
     data: Corpus
     texts: TokenTexts
     groups: Sequence[Any] | None
+    measured: str = ""
 
 
 def run_facts(
@@ -130,19 +138,34 @@ def _unevenness(scores: Scores, queries: int) -> float:
     return max(found, default=0.0)
 
 
+def passages(ids: Tensor, labels: Tensor) -> Iterator[tuple[bool, Tensor]]:
+    """Tokens of a query in a row, and whether they are what is asked about, by turns."""
+    start = 0
+    for said, run in groupby((labels != IGNORED).tolist()):
+        stop = start + sum(1 for _ in run)
+        yield said, ids[start:stop]
+        start = stop
+
+
 def _query(
     q: int, scores: Scores, queries: Queries, shown: Shown, name: str, k: int
 ) -> QueryResult:
     ids, labels = queries.examples[q]
-    asked = int((labels == IGNORED).sum())
-    tokens = shown.texts(ids.tolist())
+    runs = [(said, shown.texts(own.tolist())) for said, own in passages(ids, labels)]
+    if runs and runs[0][0]:
+        runs.insert(0, (False, ()))
+    if len(runs) % 2:
+        runs.append((True, ()))
+    both = [(p, c) for (_, p), (_, c) in zip(runs[0::2], runs[1::2], strict=True)]
     full = scores.store.facts["top_k"] is None
     ranked = [_ranked(d, shown) for d in scores.details(q)[:k]]
     lowest = [d for d in scores.details(q, lowest=True) if d.score < 0]
     return QueryResult(
         name=name,
-        prompt_tokens=tokens[:asked],
-        completion_tokens=tokens[asked:],
+        prompt_tokens=both[0][0],
+        completion_tokens=both[0][1],
+        further=tuple(both[1:]),
+        measured=shown.measured,
         log_probability=-float(queries.measurements[q]),
         ranked=tuple(ranked),
         bottom=tuple(_ranked(d, shown) for d in lowest[:k]),

@@ -84,7 +84,9 @@ class RankedSequence:
 class QueryResult:
     """One query and what the scan found for it.
 
-    log_probability   of the whole completion given the prompt, in nats
+    log_probability   of the whole completion given the prompt, in nats; or what `measured` says
+    further           more passages, (prompt, completion): other sides, other members of a set
+    measured          what is asked, where it is no completion's log-probability
     ranked, bottom    the strongest sequences, best first; the most negative, lowest first
     scores            [N] raw, NaN = never scanned; None where only the strongest were kept
     """
@@ -96,6 +98,8 @@ class QueryResult:
     ranked: tuple[RankedSequence, ...]
     bottom: tuple[RankedSequence, ...] = ()
     scores: Array | None = field(default=None, repr=False)
+    further: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = ()
+    measured: str = ""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..data.examples import Indexable, example
+from ..data.forms import TEXT, Form
 from ..data.survey import checked
 from ..errors import ArgumentError, DataError
 from ..extras import optional
@@ -32,13 +33,14 @@ def top_candidates(
     *,
     context: int | None = None,
     chunk: int = CHUNK,
+    form: Form = TEXT,
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """The k best sequences of every query: indices [Q,k], scores [Q,k], best first.
 
     Equal scores: the lower index first. k is at most len(dataset). Memory: one chunk of sequences
     and the k best; of a data set of whole arrays (`Surveyed`) a block in place of a chunk.
-    `context` cuts sequences as the scan will. Raises DataError for an empty or invalid query
-    (named by index) or example.
+    `context` cuts sequences as the scan will; `form` is that of the task. Raises DataError for an
+    empty or invalid query (named by index) or example.
     """
     if k < 1:
         raise ArgumentError(f"top_candidates: k must be at least 1, not {k}")
@@ -50,7 +52,7 @@ def top_candidates(
     column[terms] = np.arange(len(terms))
 
     C, counts = len(dataset), np.zeros(len(terms))
-    for presence in _presence(dataset, column, len(terms), context, chunk):
+    for presence in _presence(dataset, column, len(terms), context, chunk, form):
         counts += presence.sum(axis=0)
     idf = np.log((C - counts + 0.5) / (counts + 0.5) + 1)
     multiplicity = np.stack([np.bincount(column[ids], minlength=len(terms)) for ids in listed])
@@ -58,7 +60,7 @@ def top_candidates(
 
     Q, start = len(listed), 0
     indices, scores = np.empty((Q, 0), np.int64), np.empty((Q, 0))
-    for presence in _presence(dataset, column, len(terms), context, chunk):
+    for presence in _presence(dataset, column, len(terms), context, chunk, form):
         new, stop = (presence @ weights).T, start + presence.shape[0]
         places = np.arange(start, stop)
         start = stop
@@ -84,11 +86,16 @@ def _tokens(query: Sequence[int] | Tensor, q: int, vocab_size: int) -> NDArray[n
 
 
 def _presence(
-    dataset: Indexable, column: NDArray[np.int64], terms: int, context: int | None, chunk: int
+    dataset: Indexable,
+    column: NDArray[np.int64],
+    terms: int,
+    context: int | None,
+    chunk: int,
+    form: Form,
 ) -> Iterator[Any]:
     """CSR matrices [sequences of a chunk, terms] that are 1 where the sequence holds the term."""
     sparse = optional("scipy.sparse", "analysis")
-    for ids, ends in _chunks(dataset, len(column), context, chunk):
+    for ids, ends in _chunks(dataset, len(column), context, chunk, form):
         found = column[ids]
         places = np.flatnonzero(found >= 0)
         # Once a sequence, its terms in order.
@@ -98,18 +105,18 @@ def _presence(
 
 
 def _chunks(
-    dataset: Indexable, vocab_size: int, context: int | None, chunk: int
+    dataset: Indexable, vocab_size: int, context: int | None, chunk: int, form: Form
 ) -> Iterator[tuple[NDArray, NDArray[np.int64]]]:
     """Checked sequences after each other, and where each ends; by whole arrays where the data set
     gives them.
     """
     find = getattr(dataset, "blocks", None)
-    blocks = find(len(dataset)) if callable(find) else None
+    blocks = find(len(dataset)) if form.text and callable(find) else None
     if blocks is not None:
         for _, cut in checked(dataset, blocks, vocab_size, context):
             yield cut.ids, cut.ends
         return
     for first in range(0, len(dataset), chunk):
         some = range(first, min(first + chunk, len(dataset)))
-        every = [example(dataset, i, vocab_size, context).input_ids.numpy() for i in some]
+        every = [example(dataset, i, vocab_size, context, form).input_ids.numpy() for i in some]
         yield np.concatenate(every), np.cumsum([*map(len, every)])

@@ -207,11 +207,11 @@ class Details(Consumer):
         piece = {}
         for at, (q, b) in enumerate(self.pairs):
             index = batch.indices[b]
-            T, grid = int(self.run.batches.lengths[index]), batch.grid
+            widths, grid = self.run.batches.widths_of(index), batch.grid
             piece[f"{q} {index}"] = (
-                torch.stack([by_position(x[at], T, grid) for x in layers])
+                torch.stack([by_position(x[at], widths, grid) for x in layers])
                 if every is None
-                else by_position(every[at], T, grid)
+                else by_position(every[at], widths, grid)
             )
             if heads is not None:
                 piece[f"{q} {index}{HEADS}"] = heads[at]
@@ -224,14 +224,22 @@ class Details(Consumer):
         self.pieces.write(batch.number, piece)
 
 
-def by_position(s: Tensor, T: int, grid: Grid) -> Tensor:
-    """Layers' rows of one sequence, [...,rows] -> [...,T] real positions of those with padding.
+def by_position(s: Tensor, widths: Sequence[int], grid: Grid) -> Tensor:
+    """Layers' rows of one example, [...,rows] -> [...,T] real positions of those with padding, of
+    several sequences (of these `widths`) end to end.
 
     What comes before the text (virtual tokens) counts with the first position; what a layer says
     whose rows are no positions (one a sequence, patches), with the last.
     """
     if grid.positions is None:
         return s
+    sides = s.unflatten(-1, (grid.sides, -1)).unbind(-2)
+    return torch.cat([_of_one(x, T, grid) for x, T in zip(sides, widths, strict=True)], -1)
+
+
+def _of_one(s: Tensor, T: int, grid: Grid) -> Tensor:
+    """`by_position` of one sequence."""
+    assert grid.positions is not None
     before = s.shape[-1] - grid.positions
     if before not in (0, grid.before):
         return torch.nn.functional.pad(s.sum(-1, keepdim=True), (T - 1, 0))

@@ -2,24 +2,26 @@
 eigenbasis and rotated back as thin factors, or as it is.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
-from ..curvature.basis import Eigenvectors, SharedRotation
+from ..curvature.basis import Basis, Eigenvectors, SharedRotation
 from ..curvature.lookups import Lookups, are_ids
 from ..curvature.low_rank import captured_energy, rotate_back, truncate
 from ..errors import NotFiniteError
 from ..model.layer_batch import LayerBatch
 from ..model.layers import Layer
-from ..model.tasks import LanguageModelTask
+from ..model.tasks import Task
+from ..model.text_tasks import TextTask
 from ..ops.gradients import gradients
 from ..ops.shapes import wide
 from .consumer import Batch, Consumer
 from .factors import LayerFactors, bases
 from .outgoing import Outgoing
-from .run import Run
+from .run import Run, accumulator
 
 # Dense preconditioned gradients of this size exist at a time, before they are truncated.
 DENSE_BYTES = 1 << 30
@@ -35,8 +37,8 @@ class Measuring(Consumer):
     def loss(self, batch: Batch) -> Tensor:
         """The measurement, summed over the batch; each query's own value is kept."""
         task, model = self.run.task, self.run.model
-        if isinstance(task, LanguageModelTask) and measures_each(task):
-            values = task.negative_log_likelihoods(batch.inputs, model)
+        if measures_each(task):
+            values = task.measurements(batch.inputs, model)
             self.found["measurements"] = values.detach().float()
             return values.sum()
         value = task.compute_measurement(batch=batch.inputs, model=model)
@@ -56,8 +58,34 @@ class Measuring(Consumer):
             ]
         return torch.stack([x.detach().float().reshape(()) for x in each])
 
+    def basis(self, layer: str, device: torch.device) -> Any:
+        """What `dense` and `kept` of a layer need; it may travel, so that it is asked for once."""
+
+    def dense(self, seen: LayerBatch, basis: Any, together: bool) -> Iterator[Tensor]:
+        """[b,O,J] of one layer, some queries at a time; all `together`, their sum, [1,O,J]."""
+        raise NotImplementedError
+
+    def kept(self, layer: str, basis: Any, dense: Tensor) -> dict[str, Tensor]:
+        """What is kept of it, by the names of a piece."""
+        raise NotImplementedError
+
+    def add(self, seen: LayerBatch, batch: Batch) -> None:
+        """One layer of a batch of queries."""
+        name, basis = seen.layer.name, self.basis(seen.layer.name, seen.g.device)
+        parts = [self.kept(name, basis, x) for x in self.dense(seen, basis, together=False)]
+        for name in parts[0]:
+            self.found[name] = torch.cat([x[name] for x in parts])
+
     def end(self, batch: Batch) -> None:
         """Keep the batch."""
+        self.keep(batch.number, self.checked(batch))
+
+    def checked(self, batch: Batch) -> dict[str, Tensor]:
+        """What was found in a batch.
+
+        Raises:
+            NotFiniteError: something is not finite; names the query.
+        """
         found = self.found.take()
         for name, x in found.items():
             finite = x.isfinite().flatten(1).all(1) if x.ndim > 1 else x.isfinite()
@@ -67,20 +95,24 @@ class Measuring(Consumer):
                     f"query {query}: {name} is not finite: its gradient overflowed, or is NaN "
                     "where the measurement is not. Look at the query, or leave it out"
                 )
-        self.keep(batch.number, found)
+        return found
 
 
 class Gradients(Measuring):
     """G = sum_t g_t (a_t, 1)^T of every query, whole: [B,O,J] of every layer."""
 
-    def add(self, seen: LayerBatch, batch: Batch) -> None:
-        """One layer of a batch of queries."""
-        g, a, layer = seen.g.to(wide(seen.g.dtype)), seen.a, seen.layer
-        self.found[layer.name] = (
-            Lookups.of(g, a).whole(layer.I)
-            if are_ids(a)
-            else gradients(g, a.to(g.dtype), layer.bias)
-        )
+    def dense(self, seen: LayerBatch, basis: Any, together: bool) -> Iterator[Tensor]:
+        """The gradients."""
+        g, a = (_as_one(x, together) for x in (seen.g, seen.a))
+        g = g.to(wide(g.dtype))
+        if are_ids(a):
+            yield Lookups.of(g, a).whole(seen.layer.I)
+        else:
+            yield gradients(g, a.to(g.dtype), seen.layer.bias)
+
+    def kept(self, layer: str, basis: Any, dense: Tensor) -> dict[str, Tensor]:
+        """As they are."""
+        return {layer: dense}
 
 
 class Preconditioning(Measuring):
@@ -100,25 +132,76 @@ class Preconditioning(Measuring):
         self.bases = bases(factors, layers, damping, run.dtype, run.device)
         self.rotate = SharedRotation()
 
-    def add(self, seen: LayerBatch, batch: Batch) -> None:
-        """One layer of a batch of queries, a gigabyte of dense gradients at a time."""
-        name, g = seen.layer.name, seen.g
-        whole = self.bases[name].at(g.device)
-        basis, a, bias = self.rotate(whole, g, seen.a, seen.layer.bias, seen.shared, seen.readers)
+    def basis(self, layer: str, device: torch.device) -> Basis:
+        """The layer's own."""
+        return self.bases[layer].at(device)
+
+    def dense(self, seen: LayerBatch, basis: Basis, together: bool) -> Iterator[Tensor]:
+        """Preconditioned, a gigabyte of dense gradients at a time."""
+        basis, a, bias = self.rotate(
+            basis, seen.g, seen.a, seen.layer.bias, seen.shared, seen.readers
+        )
+        g, a = (_as_one(x, together) for x in (seen.g, a))
         some = max(1, DENSE_BYTES // (4 * seen.layer.O * seen.layer.J))
-        parts = [
-            represented(
-                basis.precondition(g[b : b + some], a[b : b + some], bias), whole, self.rank
-            )
-            for b in range(0, len(g), some)
-        ]
-        for part in parts[0]:
-            self.found[f"{name} {part}"] = torch.cat([x[part] for x in parts])
+        for b in range(0, len(g), some):
+            yield basis.precondition(g[b : b + some], a[b : b + some], bias)
+
+    def kept(self, layer: str, basis: Basis, dense: Tensor) -> dict[str, Tensor]:
+        """In weight space, of low rank."""
+        found = represented(dense, basis, self.rank)
+        return {f"{layer} {part}": x for part, x in found.items()}
 
 
-def measures_each(task: LanguageModelTask) -> bool:
-    """Whether the measurement is the sum of `negative_log_likelihoods`, and not a class's own."""
-    return type(task).compute_measurement is LanguageModelTask.compute_measurement
+class Summing(Consumer):
+    """The sum over the queries of a pass of what another consumer finds of each: a set that is one
+    query. Gradients add up, and preconditioning is linear; a rank is taken of the sum.
+    """
+
+    def __init__(self, each: Measuring, layers: Sequence[Layer]) -> None:
+        self.each, run = each, each.run
+        self.loss = each.loss
+        dtype, device = accumulator(run.model), run.device
+        self.sums = {x.name: torch.zeros(1, x.O, x.J, dtype=dtype, device=device) for x in layers}
+        self.measured = torch.zeros(1, dtype=torch.float64)
+
+    def add(self, seen: LayerBatch, batch: Batch) -> None:
+        """One layer of a batch of the set."""
+        basis = self.each.basis(seen.layer.name, seen.g.device)
+        for x in self.each.dense(seen, basis, together=True):
+            self.sums[seen.layer.name] += x
+
+    def end(self, batch: Batch) -> None:
+        """Add the measurements up."""
+        self.measured += self.each.checked(batch)["measurements"].double().sum()
+
+    def collected(self, divisor: int) -> dict[str, Tensor]:
+        """The piece of the set, over `divisor`, in the first process; nothing elsewhere.
+
+        Raises:
+            NotFiniteError: a sum is not finite; names the layer.
+        """
+        processes, found = self.each.run.processes, dict[str, Tensor]()
+        for name, x in self.sums.items():
+            total = processes.summed(x) / divisor
+            if not processes.first:
+                continue
+            if not bool(total.isfinite().all()):
+                raise NotFiniteError(f"the sum of a set of queries overflowed in layer {name}")
+            kept = self.each.kept(name, self.each.basis(name, total.device), total)
+            found |= {part: y.cpu() for part, y in kept.items()}
+        measured = torch.stack(processes.gathered(self.measured)).sum(0)
+        return found | {"measurements": (measured / divisor).float()} if processes.first else {}
+
+
+def _as_one(x: Tensor, together: bool) -> Tensor:
+    """[B,rows,F] as it is, or as one sequence [1,B * rows,F]."""
+    return x.flatten(0, 1).unsqueeze(0) if together else x
+
+
+def measures_each(task: Task) -> TypeGuard[TextTask]:
+    """Whether the measurement is the sum of `measurements`, and not a class's own."""
+    own = TextTask.compute_measurement
+    return isinstance(task, TextTask) and type(task).compute_measurement is own
 
 
 def represented(P: Tensor, vectors: Eigenvectors, rank: int | None) -> dict[str, Tensor]:

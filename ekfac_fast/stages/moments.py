@@ -111,7 +111,8 @@ class Covariances(Sums):
         routed = seen.rows.places is not None
         if mask is None and routed:
             mask = seen.a.new_ones(seen.rows.sequences, seen.rows.positions, dtype=torch.bool)
-        if mask is None or (seen.rows.positions == 1 and mask.shape[-1] != 1 and not routed):
+        sides = seen.rows.sides  # one row each: of whole sequences
+        if mask is None or (seen.rows.positions == sides != mask.shape[-1] and not routed):
             return None, seen.a.shape[0] * seen.a.shape[1]
         for own, rows, real, count in self.masks:
             if own is mask and rows.same(seen.rows):

@@ -1,22 +1,23 @@
 """Queries prepared: measured, preconditioned or refined, truncated; by all processes of a run."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Unpack, get_args
+from typing import Any, Literal, Unpack, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..checks import choice, instance, path, whole
+from ..checks import choice, instance, path, require, shown, whole
 from ..curvature.basis import Eigenvectors
 from ..data.choices import OnLongExample
-from ..data.examples import Indexable, tokenized_by
+from ..data.examples import IGNORED, Example, Indexable, tokenized_by
 from ..errors import ArgumentError, DataError
 from ..model.layers import Layer
 from ..store.folder import Pieces, Store
 from .factors import Factors, check_damping, diagonal_facts, tell_of_zeros
-from .measured import Gradients, Measuring, Preconditioning, represented
+from .measured import Gradients, Measuring, Preconditioning, Summing, represented
 from .processes import Processes
 from .queries import Queries, layer_from, refinement_from
 from .refine import Refining
@@ -24,6 +25,8 @@ from .run import Run, RunArguments, Stage
 
 # Of a run under way: what the pass over the queries found, and what a refinement made of it.
 PIECES = ("shard", "refined")
+# How a set of queries is one.
+Reduce = Literal["sum", "mean"]
 
 
 @torch.inference_mode(False)
@@ -38,6 +41,8 @@ def prepare_queries(
     dataset: Indexable | None = None,
     refine_examples: int | None = None,
     refine_seed: int = 0,
+    sets: Sequence[Any] | None = None,
+    reduce: Reduce = "sum",
     out: str | Path | None = None,
     **arguments: Unpack[RunArguments],
 ) -> Queries:
@@ -46,7 +51,8 @@ def prepare_queries(
     Args:
         model: the model that `factors` were fitted on.
         factors: from `fit`, or `Factors(folder)`.
-        queries: examples whose `labels` are -100 on the prompt.
+        queries: examples whose `labels` are -100 on the prompt; what else a query may be the task
+            says.
         rank: K of the factors that represent a query; None keeps full rank.
         damping: absolute, added to every eigenvalue; None: a tenth of each layer's mean eigenvalue.
         refine: "cg:10" goes on from there by so many conjugate gradient steps on the Gauss-Newton
@@ -55,6 +61,10 @@ def prepare_queries(
         dataset: the training data, of which a refinement takes a sample.
         refine_examples: how many examples of it (256, or all where there are fewer).
         refine_seed: of the choice.
+        sets: a label a query: those of one label are one query together, in the order in which
+            labels appear; None is no label: a query of its own. A column of the file, say:
+            `questions.column("topic")`.
+        reduce: the measurement of such a set is the "sum" or the "mean" of its queries'.
         out: a folder to keep what is prepared, and to continue in after a kill.
         arguments: see `RunArguments`.
 
@@ -69,13 +79,16 @@ def prepare_queries(
     instance("factors", factors, Factors, "what fit returns, or Factors(folder)")
     out = None if out is None else path("out", out)
     whole("refine_seed", refine_seed, 0, 2**64 - 1)
+    choice("reduce", reduce, get_args(Reduce))
     if refine is None and (dataset is not None or refine_examples is not None):
         raise ArgumentError(
             "dataset and refine_examples are a refinement's: give refine, or no such"
         )
     layers = factors.layers(model)
     choice("on_long", arguments.get("on_long", "refuse"), get_args(OnLongExample))
-    run = Run(model, queries, {**arguments, "on_long": "refuse"}, processes=Processes.here())
+    run = Run(
+        model, queries, {**arguments, "on_long": "refuse"}, processes=Processes.here(), asked=True
+    )
     facts = run.facts() | {
         "factors": factors.identity,
         "layers": [layer.name for layer in layers],
@@ -86,7 +99,11 @@ def prepare_queries(
     }
     factors.check_run(facts, "prepare_queries")
     _check_targets(run)
+    members = None if sets is None else members_of(sets, run.batches.size)
+    if members is not None:
+        facts["sets"] = {"reduce": reduce, "members": members}
     job = _Preparation(run, factors, layers, factors.dampings(layers, damping), rank)
+    job.sets, job.mean = members, reduce == "mean"
     if refine is not None:
         job.refining = Refining(
             model, factors, layers, job.dampings, dataset, refine, refine_examples, refine_seed,
@@ -131,6 +148,13 @@ class _Preparation:
     dampings: dict[str, float]
     rank: int | None
     refining: Refining | None = None
+    sets: list[list[int]] | None = None
+    mean: bool = False
+
+    @property
+    def members(self) -> list[list[int]]:
+        """What every query is of."""
+        return self.sets or [[index] for index in range(self.run.batches.size)]
 
     def prepared(
         self,
@@ -146,10 +170,15 @@ class _Preparation:
             consumer = Preconditioning(
                 self.run, self.factors, self.layers, self.dampings, self.rank, found.write
             )
-        self.run.each(
-            Stage.QUERIES, self.layers, batches, consumer, done=self.run.processes.told(found.done),
-            loss=consumer.loss, what="measurement",
-        )  # fmt: skip
+        done = self.run.processes.told(found.done)
+        if self.sets is None:
+            self.run.each(
+                Stage.QUERIES, self.layers, batches, consumer, done=done, loss=consumer.loss,
+                what="measurement",
+            )  # fmt: skip
+        else:
+            batches = [[number] for number in range(len(self.sets))]
+            self._sum_sets(self.sets, consumer, found, done)
         self._exchange(found)
         parts = [found.read(number) for number in range(len(batches))]
         if self.refining is not None:
@@ -157,6 +186,30 @@ class _Preparation:
             order = [i for batch in batches for i in batch]
             batches, parts = self._refined(self.refining, every, order, pieces_of(PIECES[1]), store)
         return self._put_together(batches, parts, facts)
+
+    def _sum_sets(
+        self,
+        sets: Sequence[Sequence[int]],
+        each: Measuring,
+        found: "Pieces | _Held",
+        done: Collection[int],
+    ) -> None:
+        """A piece for every set, one after the other: dense sums of one exist at a time."""
+        run = self.run
+        for number, members in enumerate(sets):
+            if number in done:
+                continue
+            run.part = (number, len(sets))
+            consumer = Summing(each, self.layers)
+            batches = run.batches.divided(members)
+            run.each(
+                Stage.QUERIES, self.layers, batches, consumer, loss=consumer.loss,
+                what="measurement",
+            )  # fmt: skip
+            piece = consumer.collected(len(members) if self.mean else 1)
+            if run.processes.first:
+                found.write(number, piece)
+        run.part = (0, 1)
 
     def _refined(
         self,
@@ -205,8 +258,17 @@ class _Preparation:
         every = {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
         examples: tuple[tuple[Tensor, Tensor], ...] = ()
         if run.batches.language:
-            loaded = map(run.batches.example, range(run.batches.size))
-            examples = tuple((x.input_ids, x.labels) for x in loaded)
+            # Where tokens have no labels, none is asked about.
+            silent = run.batches.form.labels is None
+
+            def labels(x: Example) -> Tensor:
+                return torch.full_like(x.labels, IGNORED) if silent else x.labels
+
+            loaded = [run.batches.example(index) for index in range(run.batches.size)]
+            examples = tuple(
+                (torch.cat([x.input_ids for x in some]), torch.cat([labels(x) for x in some]))
+                for some in ([loaded[i] for i in own] for own in self.members)
+            )
         found = tuple(layer_from(x, every, f"{x.name} ") for x in self.layers)
         form = "P" if self.rank is None else "L"
         # That no query is routed to an expert is no fault of anyone's.
@@ -217,6 +279,26 @@ class _Preparation:
         return Queries(
             found, self.rank, damping, every["measurements"], examples, facts, refinement
         )
+
+
+def members_of(sets: Sequence[Any], queries: int) -> list[list[int]]:
+    """The queries of every set, sets in the order in which they begin.
+
+    Raises:
+        ArgumentError: not one label a query, or a label that cannot be compared.
+    """
+    listed = isinstance(sets, Sequence) and not isinstance(sets, str | bytes)
+    require(listed or isinstance(sets, np.ndarray), "sets", sets, "a list, one label a query")
+    if len(sets) != queries:
+        raise ArgumentError(f"sets has {len(sets)} labels, but there are {queries} queries")
+    found: dict[Any, list[int]] = {}
+    for index, label in enumerate(sets):
+        key = ("alone", index) if label is None else ("set", label)
+        try:
+            found.setdefault(key, []).append(index)
+        except TypeError as error:
+            raise ArgumentError(f"sets: the label {shown(label)} cannot be compared") from error
+    return list(found.values())
 
 
 def _check_targets(run: Run) -> None:

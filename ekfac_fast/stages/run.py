@@ -31,6 +31,7 @@ from ..model.layer_batch import LayerBatch
 from ..model.layers import Layer
 from ..model.rows import Grid
 from ..model.tasks import LanguageModelTask, Task, checked_task
+from ..model.text_tasks import TextTask, form_of
 from ..model.weights import check_weights, computes_in, is_sharded
 from ..ops.shapes import wide
 from ..store.division import Division
@@ -98,6 +99,7 @@ class Run:
         *,
         max_examples: int | None = None,
         processes: Processes = ALONE,
+        asked: bool = False,
     ):
         if unknown := sorted(set(arguments) - RunArguments.__annotations__.keys()):
             raise TypeError(f"unexpected keyword argument {unknown[0]!r}")
@@ -121,6 +123,7 @@ class Run:
             batch_size=arguments.get("batch_size"),
             max_examples=max_examples,
             on_long=arguments.get("on_long", "truncate"),
+            form=form_of(self.task, model, asked=asked),
         )
         self.device = self.batches.device
         # Whether each pass is one of all processes together.
@@ -131,33 +134,34 @@ class Run:
         # Which of how many parts of the layers this is.
         self.part = (0, 1)
         self.before = 0
-        if isinstance(self.task, LanguageModelTask):
-            self._check_causal()
+        if isinstance(self.task, TextTask):
+            self._check_text(self.task)
 
-    def _check_causal(self) -> None:
-        """Refuse data and models that the task for causal language models does not fit.
+    def _check_text(self, task: TextTask) -> None:
+        """Refuse data and models that a task of this package does not fit.
 
         Finds out how many positions the model adds before the text. What a model of these weights
         was found to be once it is in the next stage, too.
         """
         if not self.batches.language:
+            also = "labels, one a token" if self.batches.form.labels else "label, one of the whole"
+            causal = " and a causal language model" if isinstance(task, LanguageModelTask) else ""
             raise DataError(
-                "LanguageModelTask needs examples with 'input_ids' (and labels, one a token) and a "
-                "causal language model; give a task of your own for others"
+                f"{type(task).__name__} needs examples with 'input_ids' (and {also}){causal}; give "
+                "a task of your own for others"
             )
-        assert isinstance(self.task, LanguageModelTask)
         if not self.batches.takes("input_ids"):
             raise ArgumentError(f"model is a {type(self.model).__name__} that takes no 'input_ids'")
         padded = self.batches.padded
         one = self.batches.load([self.batches.shortest])
-        key = (type(self.task), str(self.autocast), padded, self.batches.packed, *sorted(one))
+        key = (type(task), str(self.autocast), padded, self.batches.packed, *sorted(one))
         state, found = _checked.get(self.model, (None, {}))
         if state != (now := (self.fingerprint, *forward_state(self.model))):
             found = {}
             _checked[self.model] = (now, found)
         if key not in found:
             with alone(self.model), self.settings():
-                found[key] = self.task.check(one, self.model, padded, self.batches.packed)
+                found[key] = task.check(one, self.model, padded, self.batches.packed)
         self.before = found[key]
 
     @cached_property
@@ -344,7 +348,8 @@ class Run:
         """Sequences and positions of a batch."""
         if not self.batches.language:
             return Grid(len(indices))
-        return Grid(len(indices), inputs["input_ids"].shape[1], self.before)
+        sides = self.batches.sides
+        return Grid(len(indices) * sides, inputs["input_ids"].shape[1], self.before, sides)
 
     def swapped(self) -> tuple[Callable[[], Any], Callable[[], Any]]:
         """The training loss of two examples, in one order and in the other.
@@ -368,12 +373,15 @@ class Run:
     def _forward(self, indices: list[int]) -> Tensor:
         if self.batches.language:
             examples = [self.batches.example(i) for i in indices]
-            even = collate(examples)
+            even = collate(examples, self.batches.form.pad)
             # An odd number of positions: cut where there are enough, else padded.
             T = even["input_ids"].shape[1]
             change = 0 if T % 2 else 1 if T == 2 else -1
+            values = {"labels": -100, "input_ids": self.batches.form.pad}
             padded = {
-                name: torch.nn.functional.pad(x, (0, change), value=-100 * (name == "labels"))
+                name: x
+                if name in examples[0].values
+                else torch.nn.functional.pad(x, (0, change), value=values.get(name, 0))
                 for name, x in even.items()
             }
             padded["index"] = torch.tensor([x.id for x in examples])

@@ -203,8 +203,9 @@ def _candidates(
             raise ArgumentError("candidates by TF-IDF need a language model with an embedding")
         tokens = [ids.tolist() for ids, _ in queries.examples]
         best = top_candidates(
-            tokens, batches.dataset, int(count), batches.vocabulary, context=batches.context
-        )[0]
+            tokens, batches.dataset, int(count), batches.vocabulary, context=batches.context,
+            form=batches.form,
+        )[0]  # fmt: skip
         wanted = best.tolist()
     listed = isinstance(wanted, Sequence) or (isinstance(wanted, np.ndarray) and wanted.ndim)
     listed = bool(listed) and all(map(_are_indices, wanted))

@@ -7,6 +7,7 @@ from ..data.batches import Batches
 from ..data.examples import Indexable
 from ..model.alone import alone
 from ..model.tasks import LanguageModelTask, Task
+from ..model.text_tasks import form_of
 from ..stages.measured import measures_each
 
 
@@ -17,12 +18,12 @@ def measurements(model: nn.Module, queries: Indexable, task: Task | None = None)
     Of a language model -log p(completion | prompt), nats.
     """
     task = task or LanguageModelTask()
-    ask = Batches(queries, model, on_long="refuse")
+    ask = Batches(queries, model, on_long="refuse", form=form_of(task, model, asked=True))
     found = torch.full((ask.size,), torch.nan, dtype=torch.float64)
     with alone(model):
-        if isinstance(task, LanguageModelTask) and measures_each(task):
+        if measures_each(task):
             for some in ask.divided():
-                values = task.negative_log_likelihoods(ask.load(some), model)
+                values = task.measurements(ask.load(some), model)
                 found[some] = values.to("cpu", torch.float64)
             return found
         for index in range(ask.size):

@@ -15,6 +15,7 @@ from ..data.batches import Batches, is_text
 from ..data.examples import Indexable
 from ..errors import ArgumentError, NotFiniteError
 from ..model.tasks import LanguageModelTask, Task
+from ..model.text_tasks import form_of
 from ..stages.run import checked_task
 from .baselines import bm25, chance
 from .measure import measurements
@@ -54,7 +55,7 @@ def tail_patch(
     instance("scores", scores, Mapping, "a mapping from names to scores")
     whole("steps", steps)
     task = checked_task(task) or LanguageModelTask()
-    every = Batches(dataset, model)
+    every = Batches(dataset, model, form=form_of(task, model))
     if whole("k", k) > every.size:
         raise ArgumentError(f"k is {k}, but the data set has {every.size} sequences")
     weights = [w for w in model.parameters() if w.requires_grad]

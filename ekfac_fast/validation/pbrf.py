@@ -29,6 +29,7 @@ from ..model.alone import restored
 from ..model.layers import parameters_of, select_layers
 from ..model.packed import refuse_packed
 from ..model.tasks import LanguageModelTask, Task
+from ..model.text_tasks import form_of
 from ..stages.run import checked_task
 from .measure import measurements
 
@@ -67,7 +68,9 @@ def responses(
     """
     task = checked_task(task) or LanguageModelTask()
     own = copy.deepcopy(model).double().eval()
-    batches = Batches(dataset, own, batch_tokens=batch_tokens, batch_size=batch_size)
+    batches = Batches(
+        dataset, own, batch_tokens=batch_tokens, batch_size=batch_size, form=form_of(task, own)
+    )
     for index in examples:
         require(0 <= index < batches.size, "examples", index, f"indices of {batches.size} examples")
     eps = 1 / batches.size if weight is None else weight
