@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from . import data, ops, validation
     from .model.tasks import LanguageModelTask, Task
     from .stages.attribution import attribute_tokens
+    from .stages.export import export_factors
     from .stages.factors import Factors, LayerFactors
     from .stages.fit import fit
     from .stages.preparation import prepare_queries
@@ -36,6 +37,7 @@ __all__ = [
     "__version__",
     "attribute_tokens",
     "data",
+    "export_factors",
     "fit",
     "ops",
     "prepare_queries",
@@ -54,6 +56,7 @@ __getattr__ = loader(
         "Scores": "stages.scores",
         "Task": "model.tasks",
         "attribute_tokens": "stages.attribution",
+        "export_factors": "stages.export",
         "fit": "stages.fit",
         "prepare_queries": "stages.preparation",
         "score": "stages.scan",

@@ -22,8 +22,10 @@ from .options import (
     Damping,
     Data,
     Dtype,
+    Eigenvectors,
     FactorFolder,
     Fields,
+    KeepCovariances,
     Layers,
     Memory,
     Model,
@@ -88,13 +90,15 @@ def fit(
     memory: Memory = None,
     shard: Shard = False,
     blocks: Blocks = 1,
+    keep_covariances: KeepCovariances = None,
+    eigenvectors: Eigenvectors = "float32",
     max_examples: Annotated[int | None, typer.Option(help="use the first so many")] = None,
     seed: Annotated[int, typer.Option(help="of the sampled labels")] = 0,
     dtype: Precision = "float32",
     trust_remote_code: Trust = False,
 ) -> None:
     """Fit the EK-FAC factors of a model on a corpus."""
-    from . import runs
+    from . import inputs, runs
 
     source, _, corpus = _loaded(
         model, adapter, data, context, split, on_long, fields, chat_template, dtype,
@@ -102,8 +106,25 @@ def fit(
     )  # fmt: skip
     runs.fit_job(
         source, corpus, out, console, layers=layers, batch_tokens=batch_tokens, memory=memory,
-        blocks=blocks, max_examples=max_examples, seed=seed,
+        blocks=blocks, keep_covariances=keep_covariances,
+        eigenvectors=inputs.rounding(eigenvectors), max_examples=max_examples, seed=seed,
     )  # fmt: skip
+
+
+@app.command()
+@reported
+def export(
+    factors: FactorFolder,
+    out: Annotated[Path, typer.Option(help="folder: factors_NAME in kronfluence's output")],
+) -> None:
+    """Write factors as kronfluence reads them: all layers' tensors, whole, in fp32."""
+    from ..stages.export import export_factors
+    from ..stages.factors import Factors
+
+    held = Factors(factors)
+    console.say(f"factors of {len(held)} layers in {export_factors(held, out)}")
+    if not held.has_covariances:
+        console.say("without covariances: they were dropped once they were decomposed")
 
 
 @app.command()
@@ -262,6 +283,8 @@ def plan(
     rank: Annotated[int, typer.Option(help="0: full rank")] = 32,
     layers: Layers = None,
     blocks: Blocks = 1,
+    keep_covariances: KeepCovariances = None,
+    eigenvectors: Eigenvectors = "float32",
     memory: Memory = None,
     processes: Annotated[int, typer.Option(help="that share the run")] = 1,
     shard: Shard = False,
@@ -285,7 +308,8 @@ def plan(
     costs = planning.plan(
         selected, parameters=parameters, sequences=sequences, tokens=tokens,
         fit_sequences=sequences if fit_sequences is None else fit_sequences, queries=queries,
-        rank=rank or None, blocks=blocks, width=token_width(shape), processes=processes,
+        rank=rank or None, blocks=blocks, keep_covariances=keep_covariances,
+        eigenvectors=inputs.rounding(eigenvectors), width=token_width(shape), processes=processes,
         memory=None if memory is None else size("memory", memory),
         rate=None if rate is None else rate * 1e12, sharded=shard,
         dtype=torch.float32 if dtype == "float32" else torch.bfloat16,

@@ -18,7 +18,7 @@ from ..data.token_files import are_tokens, open_tokens
 from ..data.tokens import tokenize
 from ..errors import ArgumentError, Error
 from ..extras import optional
-from .options import Dtype
+from .options import Dtype, Stored
 from .terminal import Terminal
 
 CONTEXT = 512
@@ -137,6 +137,11 @@ def autocast(dtype: Dtype, device: torch.device) -> torch.dtype | None:
             else torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         )
         dtype = "bfloat16" if multiplies else "float32"
+    return torch.bfloat16 if dtype == "bfloat16" else None
+
+
+def rounding(dtype: Stored) -> torch.dtype | None:
+    """What eigenvectors are rounded to; None where they are kept as they are."""
     return torch.bfloat16 if dtype == "bfloat16" else None
 
 

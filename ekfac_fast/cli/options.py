@@ -8,6 +8,7 @@ import typer
 from ..data.choices import OnLong, Split
 
 Dtype = Literal["auto", "float32", "bfloat16"]
+Stored = Literal["float32", "bfloat16"]
 
 Model = Annotated[str, typer.Argument(help="Hugging Face model folder or name, or a .gguf file")]
 Data = Annotated[
@@ -34,6 +35,14 @@ Layers = Annotated[list[str] | None, typer.Option(help="layer names or globs; de
 Blocks = Annotated[
     int, typer.Option(help="diagonal blocks of each covariance: cheaper, approximate")
 ]
+KeepCovariances = Annotated[
+    bool | None,
+    typer.Option(
+        "--keep-covariances/--no-keep-covariances",
+        help="once they are decomposed; default: below 1 GiB",
+    ),
+]
+Eigenvectors = Annotated[Stored, typer.Option(help="as they are stored; bfloat16: half the disk")]
 BatchTokens = Annotated[
     int | None, typer.Option(help="tokens a batch; default 4096, on a CPU 1024")
 ]

@@ -25,7 +25,7 @@ from ..stages.queries import Queries
 from ..stages.run import RunArguments, Stage
 from ..stages.scan import score, self_scores
 from ..stages.scores import Scores
-from ..stages.trust import basis_of, note_validation
+from ..stages.trust import basis_of, note_validation, rounded_to
 from ..store.files import load_json, save_json
 from ..store.folder import Store
 from ..store.manifest import MANIFEST
@@ -66,6 +66,8 @@ def fit_job(source: Source, data: Corpus, out: Path, console: Terminal, **settin
         f"factors of {len(factors)} layers from {factors.sequences} sequences, "
         f"{factors.tokens} tokens, in {out}",
     )
+    if not factors.has_covariances:
+        console.say("covariances were dropped once they were decomposed")
     _tell_basis(factors, console)
     return factors
 
@@ -73,6 +75,8 @@ def fit_job(source: Source, data: Corpus, out: Path, console: Terminal, **settin
 def _tell_basis(factors: Factors, console: Terminal) -> None:
     if factors.blocks > 1:
         console.say(basis_of(factors.blocks))
+    if factors.eigenvectors:
+        console.say(rounded_to(factors.eigenvectors))
 
 
 def covered(layers: Sequence[Layer], tracked: int, parameters: int) -> str:

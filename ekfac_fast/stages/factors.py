@@ -27,6 +27,10 @@ from ..store.fingerprint import fingerprint
 from ..store.folder import Store
 from ..store.manifest import MANIFEST
 
+COVARIANCES = {
+    "activation": "activation_covariance.safetensors",
+    "gradient": "gradient_covariance.safetensors",
+}
 EIGENVECTORS = {
     "activation": "activation_eigenvectors.safetensors",
     "gradient": "gradient_eigenvectors.safetensors",
@@ -35,9 +39,14 @@ EIGENVALUES = {
     "activation": "activation_eigenvalues.safetensors",
     "gradient": "gradient_eigenvalues.safetensors",
 }
+# What a fit's manifest says of its covariances: in their files, or deleted once decomposed.
+SUMMED, DROPPED = "summed", "dropped"
 # Of the free memory of a CPU, what bases may take.
 SHARE = 0.5
-SCHEMA = {"model": str, "layers": [str], "shared_parameters": bool, "blocks": Whole(1)}
+SCHEMA = {
+    "model": str, "layers": [str], "shared_parameters": bool, "blocks": Whole(1),
+    "eigenvectors": (str, None),
+}  # fmt: skip
 LAMBDA, LAMBDA_COUNT = "lambda_matrix.safetensors", "num_lambda_processed.safetensors"
 TOKEN_COUNT = "num_activation_covariance_processed.safetensors"
 
@@ -160,7 +169,12 @@ class Factors(Mapping[str, LayerFactors]):
         if self._store and not self._store.finished:
             raise StoreError(f"{folder}: the fit is not finished; run it again to continue")
         if self.facts is not None:
-            check_json({"blocks": 1} | self.facts, SCHEMA, self.folder / MANIFEST, "Fit again")
+            check_json(
+                {"blocks": 1, "eigenvectors": None} | self.facts,
+                SCHEMA,
+                self.folder / MANIFEST,
+                "Fit again",
+            )
         self._counts = self._load(LAMBDA_COUNT)
         if not self._counts:
             raise StoreError(f"{self.folder / LAMBDA_COUNT} holds no layer; fit again")
@@ -172,7 +186,25 @@ class Factors(Mapping[str, LayerFactors]):
 
     def _load(self, name: str) -> dict[str, Tensor]:
         # Each may have been replaced by one of kronfluence's, which has no checksum.
-        return load_tensors(self.folder / name)
+        found = load_tensors(self.folder / name)
+        if self._store and name.startswith("activation"):
+            shared = self._store.state.get("shared", {})
+            found |= {n: found[o] for n, o in shared.items() if n not in found and o in found}
+        return found
+
+    def stored(self, file: str) -> dict[str, Tensor]:
+        """The tensors of one of the folder's files by layer, mapped; layers that read one tensor
+        have one covariance of it and one eigenbasis, stored once.
+
+        Raises:
+            StoreError: the file is missing or damaged; covariances were dropped.
+        """
+        if file in COVARIANCES.values() and not self.has_covariances:
+            raise StoreError(
+                f"{self.folder / file}: the covariances of this fit were dropped once they were "
+                "decomposed. Fit again in a new folder with keep_covariances (--keep-covariances)"
+            )
+        return self._load(file)
 
     @cached_property
     def _layers(self) -> dict[str, LayerFactors]:
@@ -207,6 +239,16 @@ class Factors(Mapping[str, LayerFactors]):
     def blocks(self) -> int:
         """Diagonal blocks of every covariance: beyond 1, an approximation of EK-FAC's own."""
         return blocks_of(self.facts)
+
+    @property
+    def eigenvectors(self) -> str | None:
+        """The dtype that eigenvectors were rounded to; None where they were not."""
+        return (self.facts or {}).get("eigenvectors")
+
+    @property
+    def has_covariances(self) -> bool:
+        """Whether they are in the folder, and were not dropped once they were decomposed."""
+        return not self._store or self._store.state.get("covariances") != DROPPED
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -304,27 +346,3 @@ def tell_of_zeros(found: Iterable[tuple[str, Tensor]], what: str) -> None:
             Notice,
             stacklevel=2,
         )
-
-
-def kronfluence_arguments(eigendecomposition: torch.dtype) -> dict[str, Any]:
-    """`factor_arguments.json` as kronfluence writes it for these factors."""
-    return {
-        "strategy": "ekfac",
-        "use_empirical_fisher": False,
-        "amp_dtype": None,
-        "amp_scale": 2.0**16,
-        "has_shared_parameters": False,
-        "covariance_max_examples": None,
-        "covariance_data_partitions": 1,
-        "covariance_module_partitions": 1,
-        "activation_covariance_dtype": "torch.float32",
-        "gradient_covariance_dtype": "torch.float32",
-        "eigendecomposition_dtype": str(eigendecomposition),
-        "lambda_max_examples": None,
-        "lambda_data_partitions": 1,
-        "lambda_module_partitions": 1,
-        "use_iterative_lambda_aggregation": False,
-        "offload_activations_to_cpu": False,
-        "per_sample_gradient_dtype": "torch.float32",
-        "lambda_dtype": "torch.float32",
-    }

@@ -11,7 +11,7 @@ again and comes out in the same bits.
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard, Unpack
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..checks import flag, instance, listed, path, whole
 from ..curvature.basis import Eigenvectors
-from ..curvature.blocks import dense, in_blocks
+from ..curvature.blocks import block_rows, dense, in_blocks
 from ..curvature.eigen import FP32_FROM, Job, eigendecompositions, largest_first, united
 from ..curvature.memory import free_bytes
 from ..data.examples import Indexable
@@ -32,20 +32,24 @@ from ..store.files import load_tensors, save_json, save_tensors
 from ..store.folder import Store
 from .budget import SUMS, partitions
 from .consumer import Batch
+from .disk import check_stored, drop_covariances, settle_covariances
+from .export import ARGUMENTS, kronfluence_arguments
 from .factors import (
+    COVARIANCES,
+    DROPPED,
     EIGENVALUES,
     EIGENVECTORS,
     LAMBDA,
     LAMBDA_COUNT,
+    SUMMED,
     TOKEN_COUNT,
     Factors,
     block_facts,
     blocks_of,
-    kronfluence_arguments,
     tell_of_zeros,
 )
 from .moments import Covariances, Eigenvalues
-from .partitions import ARGUMENTS, part_folder, put_together
+from .partitions import part_folder, put_together
 from .processes import Processes, dealt
 from .run import Kept, Run, RunArguments, Stage, accumulator
 from .sums import Sums
@@ -64,6 +68,8 @@ def fit(
     layers: str | list[str] | None = None,
     shared_parameters: bool = False,
     blocks: int = 1,
+    keep_covariances: bool | None = None,
+    eigenvectors: torch.dtype | None = None,
     max_examples: int | None = None,
     seed: int | None = None,
     **arguments: Unpack[RunArguments],
@@ -80,6 +86,11 @@ def fit(
             up; refused otherwise.
         blocks: diagonal blocks that each covariance is cut into, what lies between them left out:
             2 take half of the memory and a quarter of the eigendecompositions' time.
+        keep_covariances: as kronfluence does; without them what several layers share is stored
+            once, too, and `export_factors` writes kronfluence's folder. None: where they are less
+            than 1 GiB. False drops those of a finished fit.
+        eigenvectors: torch.bfloat16 stores them rounded, in half of the bytes, and corrects the
+            eigenvalues in that basis; None: in the dtype of sums.
         max_examples: use the first so many.
         seed: of the sampled labels; of the task, where one is given with a seed of its own.
         arguments: see `RunArguments`.
@@ -105,11 +116,15 @@ def fit(
         "layers": [layer.name for layer in tracked],
         "shared_parameters": shared_parameters,
         **block_facts(blocks, tracked),
+        **check_stored(eigenvectors),
     }
     with run.opened(out, "factors", facts) as store:
+        settle_covariances(store, keep_covariances, tracked, accumulator(model).itemsize)
         if not store.finished:
             _fit(run, tracked, store)
         _tidy(run, store)
+        if run.processes.first and keep_covariances is False:
+            drop_covariances(store)
     return Factors(out)
 
 
@@ -132,6 +147,7 @@ def _fit(run: Run, layers: list[Layer], store: Store) -> None:
         run.part = (number, len(names))
         own = store.facts | {"layers": some}
         with run.opened(part_folder(store, number), "factors", own) as part:
+            part.update(keep_covariances=store.state["keep_covariances"])
             if not part.finished:
                 _Fit(run, [named[name] for name in some], part).run()
             _tidy(run, part)
@@ -140,12 +156,14 @@ def _fit(run: Run, layers: list[Layer], store: Store) -> None:
         put_together(store, len(names))
 
 
-def _tidy(run: Run, store: Store) -> None:
-    """What a fit kept of its way."""
+def _tidy(run: Run, store: Store, *stages: Stage) -> None:
+    """What a fit kept of its way, up to its end or to that of these stages."""
     if run.processes.first:
-        for name in (Stage.COVARIANCE, Stage.EIGENVALUE):
+        for name in stages or (Stage.COVARIANCE, Stage.EIGENVALUE):
             store.remove_state(f"{name}_state")
         store.pieces("eigen").remove()
+        if store.state.get("covariances") == DROPPED:
+            drop_covariances(store)
 
 
 class _Fit:
@@ -155,19 +173,20 @@ class _Fit:
         self.passes, self.layers, self.store = run, layers, store
         self.folder, self.processes = store.folder, run.processes
         self.waiting, self.blocks = Waiting(run, layers), blocks_of(store.facts)
+        self.keeps: bool = store.state["keep_covariances"]
 
     def run(self) -> None:
         batches = self.passes.planned(self.store)
-        edges = self.store.state.get("edge_draws", {})
         decomposed = self.processes.told((self.folder / EIGENVALUES["gradient"]).exists())
-        if not decomposed:
-            edges = {Stage.COVARIANCE: self._covariances(batches)}
-            self.store.update(seconds=self.passes.seconds, edge_draws=edges)
+        if not decomposed and "covariances" not in self.store.state:
+            self._covariances(batches)
+        edges = self.store.state.get("edge_draws", {})
+        self.passes.seconds.update(self.store.state["seconds"])
         self.layers = self._reached()
         if not decomposed:
             self._eigendecompositions()
             self.store.update(seconds=self.passes.seconds)
-        self.passes.seconds.update(self.store.state["seconds"])
+        _tidy(self.passes, self.store, Stage.COVARIANCE)
         consumer = Eigenvalues(self.passes, self.store, self.layers, self._bases())
         self._pass(Stage.EIGENVALUE, batches, consumer, kept=self.waiting)
         lam = consumer.collected()
@@ -235,33 +254,37 @@ class _Fit:
             return losses[1]
         return losses if self.waiting.takes(batch) else losses[0]
 
-    def _covariances(self, batches: Sequence[Sequence[int]]) -> int:
-        """The first pass and its files; how many of its labels rounding could flip."""
+    def _covariances(self, batches: Sequence[Sequence[int]]) -> None:
+        """The first pass and its files."""
         consumer = Covariances(self.passes, self.store, self.layers, self.waiting)
         self._pass(Stage.COVARIANCE, batches, consumer)
         found, edges = consumer.collected(), consumer.edge_draws
         # A process without a batch has seen no layer; which share an input is the same in all.
-        self.store.update(shared=max(self.processes.gathered(consumer.owners), key=len))
+        shared = max(self.processes.gathered(consumer.owners), key=len)
         if self.processes.first:
-            self._write_covariances(found)
+            self._write_covariances(found, shared)
         self.processes.meet()
-        return edges
+        self.store.update(
+            shared=shared, covariances=SUMMED, seconds=self.passes.seconds,
+            edge_draws={Stage.COVARIANCE: edges},
+        )  # fmt: skip
+        if self.processes.first:
+            self.store.remove_state(consumer.name)
 
-    def _write_covariances(self, found: Mapping[str, Tensor]) -> None:
-        shared = self.store.state["shared"]
+    def _write_covariances(self, found: Mapping[str, Tensor], shared: Mapping[str, str]) -> None:
         counts = {x.name: found[f"gradient count {x.name}"] for x in self.layers}
         reached = [x.name for x in self.layers if x.expert is None or counts[x.name].any()]
         sums = ((name, found[f"gradient covariance {name}"]) for name in reached)
         tell_of_zeros(sums, "the sampled loss")
         for side in EIGENVECTORS:
             owner = {name: shared[name] if side == "activation" else name for name in reached}
-            # safetensors stores no aliases: a shared covariance is written under every layer's
-            # name.
+            # safetensors stores no aliases: a shared covariance is kept under every layer's name.
             save_tensors(
-                self.folder / f"{side}_covariance.safetensors",
+                self.folder / COVARIANCES[side],
                 {
                     n: dense(found[f"{side} covariance {o}"].cpu(), self.blocks)
                     for n, o in owner.items()
+                    if self.keeps or n == o
                 },
             )
             save_tensors(
@@ -269,41 +292,56 @@ class _Fit:
                 {name: found[f"{side} count {o}"].cpu().reshape(1) for name, o in owner.items()},
             )
 
+    def _matrices(self) -> dict[tuple[str, str], int]:
+        """Rows of every covariance, by side and name: one of those that layers share."""
+        shared = self.store.state["shared"]
+        inputs = sorted((x.name, x.J) for x in self.layers if shared[x.name] == x.name)
+        outputs = sorted((x.name, x.O) for x in self.layers)
+        found = zip(EIGENVECTORS, (inputs, outputs), strict=True)
+        return {(side, name): n for side, some in found for name, n in some}
+
     def _eigendecompositions(self) -> None:
         """Eigenvectors of every matrix, each kept as soon as it is found."""
-        shared, done = self.store.state["shared"], self.store.pieces("eigen")
+        done, matrices = self.store.pieces("eigen"), self._matrices()
         done.done = self.processes.told(done.done)
-        keys: list[tuple[str, str]] = []
-        jobs: list[Job] = []
-        for side in EIGENVECTORS:
-            sums = load_tensors(self.folder / f"{side}_covariance.safetensors", ours=True)
-            counts = load_tensors(
-                self.folder / f"num_{side}_covariance_processed.safetensors", ours=True
-            )
-            for name, matrix in sums.items():
-                if side == "gradient" or shared[name] == name:
-                    keys.append((side, name))
-                    label = f"the {side} covariance of {name}"
-                    jobs += Job(matrix, counts[name], label).in_blocks(self.blocks)
+        sizes = [len(range(n)[x]) for n in matrices.values() for x in block_rows(n, self.blocks)]
+        # Where all are done, covariances may have been dropped.
+        jobs = self._jobs(matrices) if len(done.done) < len(sizes) else []
         order = [i for i in largest_first(jobs) if i not in done.done]
-        total = sum(len(job.sum) ** 3 for job in jobs)
-        before = sum(len(jobs[i].sum) ** 3 for i in done.done)
-        costs = [len(jobs[i].sum) ** 3 for i in order]
+        total = sum(size**3 for size in sizes)
+        before = sum(sizes[i] ** 3 for i in done.done)
+        costs = [sizes[i] ** 3 for i in order]
         order = [order[at] for at in dealt(costs, self.processes.size)[self.processes.rank]]
         dtype = accumulator(self.passes.model)
         precision = torch.float64 if dtype == torch.float64 else None
         solved = eigendecompositions([jobs[i] for i in order], self.passes.device, precision)
         count = self.processes.counter("matrices")
+        stored = torch.bfloat16 if "eigenvectors" in self.store.facts else dtype
         with self.passes.timed(Stage.EIGENDECOMPOSITION):
             for i, (values, vectors) in zip(order, solved, strict=True):
-                done.write(i, {"values": values.to(dtype), "vectors": vectors.to(dtype)})
-                after = before + count(len(jobs[i].sum) ** 3)
+                done.write(i, {"values": values.to(dtype), "vectors": vectors.to(stored)})
+                after = before + count(sizes[i] ** 3)
                 self.passes.report(Stage.EIGENDECOMPOSITION, after, total)
         self.processes.meet()
         if self.processes.first:
-            solutions = united(map(done.read, range(len(jobs))), self.blocks)
-            self._write_eigenvectors(dict(zip(keys, solutions, strict=True)))
+            if not self.keeps:
+                drop_covariances(self.store)
+            solutions = united(map(done.read, range(len(sizes))), self.blocks)
+            self._write_eigenvectors(dict(zip(matrices, solutions, strict=True)))
         self.processes.meet()
+
+    def _jobs(self, matrices: Iterable[tuple[str, str]]) -> list[Job]:
+        """The covariances' blocks, in the order of `matrices`."""
+        jobs: list[Job] = []
+        sums, counts = {}, {}
+        for side, file in COVARIANCES.items():
+            sums[side] = load_tensors(self.folder / file, ours=True)
+            counted = self.folder / f"num_{side}_covariance_processed.safetensors"
+            counts[side] = load_tensors(counted, ours=True)
+        for side, name in matrices:
+            label = f"the {side} covariance of {name}"
+            jobs += Job(sums[side][name], counts[side][name], label).in_blocks(self.blocks)
+        return jobs
 
     def _write_eigenvectors(self, found: Mapping[tuple[str, str], Mapping[str, Tensor]]) -> None:
         shared = self.store.state["shared"]
@@ -314,7 +352,7 @@ class _Fit:
             for files, part in ((EIGENVECTORS, "vectors"), (EIGENVALUES, "values")):
                 save_tensors(
                     self.folder / files[side],
-                    {name: found[side, o][part] for name, o in owner.items()},
+                    {n: found[side, o][part] for n, o in owner.items() if self.keeps or n == o},
                 )
 
     def _arguments(self) -> dict[str, Any]:

@@ -82,6 +82,7 @@ def prepare_queries(
         "rank": rank,
         "damping": damping,
         **({"blocks": factors.blocks} if factors.blocks > 1 else {}),
+        **({"eigenvectors": factors.eigenvectors} if factors.eigenvectors else {}),
     }
     factors.check_run(facts, "prepare_queries")
     _check_targets(run)

@@ -36,6 +36,7 @@ class Trust:
     rank, energy     of the queries; the least share of a gradient's energy that is kept
     damping          from least to most over layers
     blocks           on the diagonal of each covariance; beyond 1 the basis is approximate
+    eigenvectors     the dtype that they were rounded to, if they were
     refined          how queries were refined, and the largest relative residual that is left
     sparse           share of the top sequences that one or two tokens carry; None without details
     validation       what they were held against, and how well they predicted it
@@ -50,6 +51,7 @@ class Trust:
     sparse: float | None = None
     validation: str | None = None
     blocks: int = 1
+    eigenvectors: str | None = None
 
     @property
     def line(self) -> str:
@@ -59,6 +61,8 @@ class Trust:
         ]  # fmt: skip
         if self.blocks > 1:
             said.append(basis_of(self.blocks))
+        if self.eigenvectors:
+            said.append(rounded_to(self.eigenvectors))
         said.append(f"damping {self.least_damping:.2g} to {self.most_damping:.2g}")
         said.append(
             "not refined"
@@ -76,19 +80,30 @@ def basis_of(blocks: int) -> str:
     return f"basis of covariances in {blocks} diagonal blocks, approximate beside the exact one"
 
 
+def rounded_to(eigenvectors: str) -> str:
+    """Eigenvectors that are stored in a narrower dtype, in words."""
+    return f"eigenvectors rounded to {eigenvectors}"
+
+
 def trust_in(queries: "Queries") -> dict[str, Any]:
     """What queries say of the scores that they will give, as JSON."""
     refinement, blocks = queries.refinement, blocks_of(queries.facts)
-    return ({"blocks": blocks} if blocks > 1 else {}) | {
-        "rank": queries.rank,
-        "energy": min(
-            (float(x.energy.min()) for x in queries.layers if len(x.energy)), default=1.0
-        ),
-        "least_damping": min(queries.damping, default=0.0),
-        "most_damping": max(queries.damping, default=0.0),
-        "refined": None if refinement is None else refinement.method,
-        "residual": None if refinement is None else float(refinement.residual.max()),
-    }
+    rounded = (queries.facts or {}).get("eigenvectors")
+    approximate = {"blocks": blocks} if blocks > 1 else {}
+    return (
+        approximate
+        | ({"eigenvectors": rounded} if rounded else {})
+        | {
+            "rank": queries.rank,
+            "energy": min(
+                (float(x.energy.min()) for x in queries.layers if len(x.energy)), default=1.0
+            ),
+            "least_damping": min(queries.damping, default=0.0),
+            "most_damping": max(queries.damping, default=0.0),
+            "refined": None if refinement is None else refinement.method,
+            "residual": None if refinement is None else float(refinement.residual.max()),
+        }
+    )
 
 
 def note_validation(folder: Path, line: str) -> None:
