@@ -12,7 +12,7 @@ import typer
 from ..checks import size, whole
 from ..errors import ArgumentError
 from . import studies
-from .group import sharded, shared
+from .group import check_device_map, sharded, shared
 from .options import (
     Adapter,
     BatchTokens,
@@ -21,6 +21,7 @@ from .options import (
     Context,
     Damping,
     Data,
+    DeviceMap,
     Dtype,
     Eigenvectors,
     FactorFolder,
@@ -89,6 +90,7 @@ def fit(
     batch_tokens: BatchTokens = None,
     memory: Memory = None,
     shard: Shard = False,
+    device_map: DeviceMap = None,
     blocks: Blocks = 1,
     keep_covariances: KeepCovariances = None,
     eigenvectors: Eigenvectors = "float32",
@@ -102,7 +104,7 @@ def fit(
 
     source, _, corpus = _loaded(
         model, adapter, data, context, split, on_long, fields, chat_template, dtype,
-        trust_remote_code, shard,
+        trust_remote_code, shard, device_map,
     )  # fmt: skip
     runs.fit_job(
         source, corpus, out, console, layers=layers, batch_tokens=batch_tokens, memory=memory,
@@ -161,6 +163,7 @@ def score(
     batch_tokens: BatchTokens = None,
     memory: Memory = None,
     shard: Shard = False,
+    device_map: DeviceMap = None,
     dtype: Precision = "float32",
     trust_remote_code: Trust = False,
 ) -> None:
@@ -170,7 +173,7 @@ def score(
 
     source, cutting, corpus = _loaded(
         model, adapter, data, context, split, on_long, fields, chat_template, dtype,
-        trust_remote_code, shard,
+        trust_remote_code, shard, device_map,
     )  # fmt: skip
     runs.score_job(
         source, Factors(factors), queries, corpus, cutting, out, console, rank=rank or None,
@@ -199,6 +202,7 @@ def self_influence(
     batch_tokens: BatchTokens = None,
     memory: Memory = None,
     shard: Shard = False,
+    device_map: DeviceMap = None,
     dtype: Precision = "float32",
     trust_remote_code: Trust = False,
 ) -> None:
@@ -208,7 +212,7 @@ def self_influence(
 
     source, _, corpus = _loaded(
         model, adapter, data, context, split, on_long, fields, chat_template, dtype,
-        trust_remote_code, shard,
+        trust_remote_code, shard, device_map,
     )  # fmt: skip
     scores = runs.self_job(
         source, Factors(factors), corpus, out, console, damping=damping,
@@ -359,12 +363,18 @@ def _loaded(
     dtype: "Dtype",
     trust_remote_code: bool,
     shard: bool,
+    device_map: str | None,
 ) -> tuple["inputs.Source", "inputs.Cutting", "Corpus"]:
     """A model, and a corpus cut for it as the command line asks."""
     from . import inputs
 
     mapping, template = inputs.parsed_fields(fields), inputs.read_template(chat_template)
-    source = inputs.load(model, trust_remote_code, dtype, adapter=adapter, chat_template=template)
+    if device_map is not None:
+        check_device_map(shard)
+    source = inputs.load(
+        model, trust_remote_code, dtype, adapter=adapter, chat_template=template,
+        device_map=device_map,
+    )  # fmt: skip
     if shard:
         source = replace(source, model=sharded(source.model))
     console.say(f"passes in {'float32' if source.autocast is None else 'bfloat16'}")

@@ -65,10 +65,13 @@ def load(
     device: str | None = None,
     adapter: str | None = None,
     chat_template: str | None = None,
+    device_map: str | None = None,
 ) -> Source:
-    """A Hugging Face causal language model in evaluation mode, on a GPU if there is one; peft's
-    `adapter` in it.
+    """A Hugging Face causal language model in evaluation mode, on a GPU if there is one, or spread
+    as a `device_map` says; peft's `adapter` in it.
     """
+    if device_map is not None:
+        optional("accelerate", "spread")
     transformers = optional("transformers", "hf")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     lowered = autocast(dtype, torch.device(device))
@@ -79,6 +82,7 @@ def load(
             **file,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            device_map=device_map,
             # A checkpoint of bf16 is computed in fp32 where that was asked for.
             dtype="auto" if lowered else torch.float32,
         )
@@ -90,7 +94,8 @@ def load(
     if adapter is not None:
         model = with_adapter(model, adapter)
     tokenizer = load_tokenizer(path, trust_remote_code, chat_template)
-    return Source(path, model.to(device).eval(), tokenizer, lowered, adapter)
+    model = model if device_map else model.to(device)
+    return Source(path, model.eval(), tokenizer, lowered, adapter)
 
 
 def shape(path: str, trust_remote_code: bool) -> nn.Module:

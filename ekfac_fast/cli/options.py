@@ -47,6 +47,9 @@ BatchTokens = Annotated[
     int | None, typer.Option(help="tokens a batch; default 4096, on a CPU 1024")
 ]
 Memory = Annotated[str | None, typer.Option(help="to keep to, e.g. 16GiB; default: what is free")]
+DeviceMap = Annotated[
+    str | None, typer.Option(help="auto: modules over all GPUs, then memory, as accelerate does")
+]
 Shard = Annotated[bool, typer.Option(help="weights over all processes of torchrun")]
 Damping = Annotated[float | None, typer.Option(help="absolute; default 0.1 x mean eigenvalue")]
 Refine = Annotated[str | None, typer.Option(help="queries further: cg:10, lissa:5000, astra:300")]

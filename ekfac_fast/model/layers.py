@@ -15,6 +15,7 @@ from ..checks import flag, instance, require
 from ..errors import ArgumentError, Notice
 from . import experts
 from .adapters import adapter_layers
+from .spread import tied
 
 # A component of an MLP's name, below a numbered block: GPT-2, GPT-NeoX, Llama, Qwen, Mistral,
 # OLMo, Gemma say `mlp`; OPT and BERT have its matrices in the block itself, XLM a list of MLPs.
@@ -188,16 +189,18 @@ def parameters_of(model: nn.Module, layer: Layer) -> list[nn.Parameter]:
 def _distinct(model: nn.Module, chosen: list[Layer], shared: bool, everything: bool) -> list[Layer]:
     """One layer for every parameter: those that share one are merged, left out, or refused."""
     users: dict[int, list[str]] = {}
+    copies, held = tied(model), dict(model.named_parameters(remove_duplicate=False))
+    same = {id(held[n]): held[of] for n, of in copies.items() if n in held and of in held}
     for module_name, module in model.named_modules(remove_duplicate=False):
         for p in module.parameters(recurse=False):
-            users.setdefault(id(p), []).append(module_name)
+            users.setdefault(id(same.get(id(p), p)), []).append(module_name)
     names = {layer.name for layer in chosen}
     result: dict[str, Layer] = {}
     for layer in chosen:
         own = parameters_of(model, layer)
         # A module that goes by several names is one.
         modules: dict[int, str] = {}
-        for u in (u for p in own for u in users[id(p)]):
+        for u in (u for p in own for u in users[id(same.get(id(p), p))]):
             modules.setdefault(id(model.get_submodule(u)), u)
         others = sorted({*modules.values()} - {layer.module})
         if not others:

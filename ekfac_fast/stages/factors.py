@@ -318,9 +318,9 @@ def bases(
     layers: Sequence[Layer],
     damping: Mapping[str, float],
     dtype: torch.dtype,
-    device: torch.device,
+    places: Mapping[str, torch.device],
 ) -> dict[str, Basis | Travelling[Basis] | Mapped[Basis]]:
-    """What preconditions each layer's gradients of `dtype`, on `device` or on its way there.
+    """What preconditions each layer's gradients of `dtype`, in its place or on its way there.
 
     On a CPU, those that would take more than a share of the free memory stay in their files.
     """
@@ -328,11 +328,15 @@ def bases(
     def of(layer: Layer) -> Basis:
         return factors[layer.name].basis(damping[layer.name], dtype)
 
-    if device.type == "cpu":
-        taken = sum(factors[x.name].copied_bytes(dtype) for x in layers)
-        if taken > SHARE * free_bytes(device):
-            return {x.name: Mapped(partial(of, x)) for x in layers}
-    return {x.name: placed(of(x), (x.O, x.J), device) for x in layers}
+    here = [x for x in layers if places[x.name].type == "cpu"]
+    taken = sum(factors[x.name].copied_bytes(dtype) for x in here)
+    mapped = bool(here) and taken > SHARE * free_bytes(torch.device("cpu"))
+    return {
+        x.name: Mapped(partial(of, x))
+        if mapped and places[x.name].type == "cpu"
+        else placed(of(x), (x.O, x.J), places[x.name])
+        for x in layers
+    }
 
 
 def tell_of_zeros(found: Iterable[tuple[str, Tensor]], what: str) -> None:

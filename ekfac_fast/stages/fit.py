@@ -366,7 +366,8 @@ class _Fit:
         Qa, Qg = (load_tensors(self.folder / name, ours=True) for name in EIGENVECTORS.values())
         owners, dtype = self.store.state["shared"], self.passes.dtype
         read = {owners[x.name] for x in self.layers}
-        own = {o: in_blocks(Qa[o], self.blocks).to(self.passes.device, dtype) for o in read}
+        places = self.passes.places(self.layers)
+        own = {o: in_blocks(Qa[o], self.blocks).to(places[o], dtype) for o in read}
         return {
             x.name: Eigenvectors(in_blocks(Qg[x.name], self.blocks).to(dtype), own[owners[x.name]])
             for x in self.layers
