@@ -80,7 +80,7 @@ def fit(
     Args:
         model: any module with `nn.Linear` (or Hugging Face `Conv1D`) layers.
         dataset: indexable examples; see `Batches`.
-        out: the factor folder; kronfluence reads it as `factors_<name>`.
+        out: the factor folder; with its covariances kronfluence reads it as `factors_<name>`.
         layers: names, globs, "mlp", "all"; None for the task's list, else "mlp".
         shared_parameters: modules with the very same parameters are one layer, whose gradients add
             up; refused otherwise.
