@@ -21,11 +21,13 @@ from torch import nn
 
 from ekfac_fast.data import open_tokens
 from ekfac_fast.data.batches import Batches
+from ekfac_fast.stages.candidates import top_candidates
 from ekfac_fast.store.folder import Store
 from measure.peaks import Peak
 from pages.markdown import table
 
 VOCABULARY, WRITTEN_AT_ONCE = 50257, 1 << 24
+BATCHES, QUERIES = 100, 8
 TIMES, SIZES = ("seconds", "of a core"), ("own", "with files")
 
 
@@ -74,8 +76,13 @@ def measured(folder: Path) -> dict[str, dict[str, float]]:
         Store.open(folder / "store", kind="scores", facts=facts) as store,
     ):
         assert store.batches(lambda: plan) == plan
-    with peak.step("a batch"):
-        batches.gathered(plan[len(plan) // 2])
+    some = np.random.default_rng(0).integers(0, len(plan), BATCHES).tolist()
+    with peak.step(f"{BATCHES} batches of {batches.batch_tokens} tokens, anywhere"):
+        for number in some:
+            batches.gathered(plan[number])
+    asked = [data[i]["input_ids"].tolist() for i in range(QUERIES)]
+    with peak.step(f"TF-IDF: the best 1000 of {QUERIES} queries"):
+        top_candidates(asked, data, 1000, VOCABULARY)
     return peak.rows
 
 

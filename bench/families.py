@@ -33,7 +33,6 @@ from ekfac_fast.model.tasks import LanguageModelTask
 from ekfac_fast.stages.fit import COVARIANCE_DRAW, EIGENVALUE_DRAW, fit
 from ekfac_fast.stages.preparation import prepare_queries
 from ekfac_fast.stages.scan import score
-from ekfac_fast.store.files import load_tensors
 from pages.family_table import outcome, write
 from ways import family_models
 from ways.expert_products import Slices, own
@@ -184,8 +183,7 @@ def errors(
         prepared = prepare_queries(model, factors, asked, rank=None, **more)
         found = torch.tensor(score(model, prepared, data, out=f"{folder}/s", **more).matrix)
         sides = [
-            load_tensors(Path(folder) / "f" / f"{side}_covariance.safetensors")
-            for side in ("activation", "gradient")
+            factors.stored(f"{side}_covariance.safetensors") for side in ("activation", "gradient")
         ]
 
     model.requires_grad_(True)  # what is frozen has a gradient as well

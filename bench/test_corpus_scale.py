@@ -12,6 +12,7 @@ def test_every_step_is_measured(tmp_path):
         warnings.simplefilter("ignore", Notice)
         found = corpus_scale.measured(tmp_path)
     assert [*found][1:4] == ["open", "check and fingerprint", "plan"]
+    assert [x.split()[0] for x in found][-2:] == ["100", "TF-IDF:"]
     for row in found.values():
         assert row["seconds"] >= 0
         assert 0 < row["own"] <= row["with files"]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .model.preferences import PreferenceTask, RewardTask
     from .model.tasks import LanguageModelTask, Task
     from .stages.attribution import attribute_tokens
+    from .stages.export import export_factors
     from .stages.factors import Factors, LayerFactors
     from .stages.fit import fit
     from .stages.loop import capture
@@ -47,6 +48,7 @@ __all__ = [
     "attribute_tokens",
     "capture",
     "data",
+    "export_factors",
     "fit",
     "ops",
     "prepare_queries",
@@ -72,6 +74,7 @@ __getattr__ = loader(
         "TokenClassificationTask": "model.classification",
         "attribute_tokens": "stages.attribution",
         "capture": "stages.loop",
+        "export_factors": "stages.export",
         "fit": "stages.fit",
         "prepare_queries": "stages.preparation",
         "referenced": "stages.references",

@@ -14,13 +14,14 @@ if os.environ.get("PRETEND_DEVICE") != "1":
     pytest.skip("run by test_residency.py, in its own process", allow_module_level=True)
 
 from dense_ekfac import asked, corpus, gpt2, llama
-from pretend_device import NAME, device, moved, told, watched
+from pretend_device import NAME, _each, device, moved, told, watched
 from torch import nn
 
 from ekfac_fast import fit, prepare_queries, score, self_scores
 from ekfac_fast.curvature import low_rank
 from ekfac_fast.errors import ModelError
 from ekfac_fast.stages import outgoing
+from ekfac_fast.stages.run import Run
 from ekfac_fast.stages.scan import DETAILED, LOWEST
 from ekfac_fast.stages.waiting import Waiting
 from ekfac_fast.store.folder import Store
@@ -176,6 +177,51 @@ def test_results_are_those_of_the_cpu(jobs, tmp_path):
     for one, other in zip(expected.scores, got.scores, strict=True):
         for a, b in zip(one.details(0), other.details(0), strict=True):
             np.testing.assert_allclose(a.per_layer_token, b.per_layer_token, rtol=1e-3, atol=1e-5)
+
+
+def spread(model):
+    """Its second block on the device: what accelerate's hooks do of a device map."""
+
+    def carried(target):
+        def carry(module, args, kwargs):
+            return _each((args, kwargs), lambda x: x.to(target))
+
+        return carry
+
+    inner = model.model
+    moved(inner.layers[1]).register_forward_pre_hook(carried(device()), with_kwargs=True)
+    inner.norm.register_forward_pre_hook(carried("cpu"), with_kwargs=True)
+    model.hf_device_map = {"": "cpu", "model.layers.1": NAME}
+    return model
+
+
+def test_a_model_over_two_devices(tmp_path, monkeypatch):
+    """Products of two devices are refused: what belongs to a layer is where it computes."""
+    device()  # before the first backward pass
+    places, own = [], Run.places
+
+    def noted(self, layers):
+        places.append(own(self, layers))
+        return places[-1]
+
+    monkeypatch.setattr(Run, "places", noted)
+    expected = job(llama(torch.float64), tmp_path / "whole")
+    places.clear()
+    with watched():
+        got = job(spread(llama(torch.float64)), tmp_path / "spread")
+    for where in places:
+        for name, found in where.items():
+            assert found.type == (NAME if ".layers.1." in name else "cpu")
+    for name, own in expected.factors.items():
+        assert (own.lam - got.factors[name].lam).abs().max() < 1e-12 * own.lam.max()
+    assert got.factors.identity == expected.factors.identity
+    for one, other in zip([*expected.scores, expected.own], [*got.scores, got.own], strict=True):
+        np.testing.assert_allclose(
+            one.matrix, other.matrix, rtol=0, atol=1e-12 * np.abs(one.matrix).max()
+        )
+    for one, other in zip(expected.scores, got.scores, strict=True):
+        for a, b in zip(one.details(0), other.details(0), strict=True):
+            np.testing.assert_allclose(a.per_layer_token, b.per_layer_token, rtol=1e-6, atol=1e-10)
 
 
 def test_a_pass_is_given_whole_and_the_next_batch_read_meanwhile(tmp_path):

@@ -12,7 +12,7 @@ import typer
 from ..checks import size, whole
 from ..errors import ArgumentError
 from . import studies
-from .group import sharded, shared
+from .group import check_device_map, sharded, shared
 from .options import (
     Adapter,
     BatchTokens,
@@ -22,9 +22,12 @@ from .options import (
     Context,
     Damping,
     Data,
+    DeviceMap,
     Dtype,
+    Eigenvectors,
     FactorFolder,
     Fields,
+    KeepCovariances,
     Layers,
     Measure,
     Memory,
@@ -92,7 +95,10 @@ def fit(
     batch_tokens: BatchTokens = None,
     memory: Memory = None,
     shard: Shard = False,
+    device_map: DeviceMap = None,
     blocks: Blocks = 1,
+    keep_covariances: KeepCovariances = None,
+    eigenvectors: Eigenvectors = "float32",
     max_examples: Annotated[int | None, typer.Option(help="use the first so many")] = None,
     seed: Annotated[int, typer.Option(help="of the sampled labels")] = 0,
     task: Task = None,
@@ -102,17 +108,34 @@ def fit(
     trust_remote_code: Trust = False,
 ) -> None:
     """Fit the EK-FAC factors of a model on a corpus."""
-    from . import runs, tasks
+    from . import inputs, runs, tasks
 
     asked = tasks.Asked(task or tasks.LANGUAGE, beta, reference=reference)
     source, _, corpus = _loaded(
         model, adapter, data, context, split, on_long, fields, chat_template, dtype,
-        trust_remote_code, shard, asked, [out],
+        trust_remote_code, shard, device_map, asked, [out],
     )  # fmt: skip
     runs.fit_job(
         source, corpus, out, console, asked, layers=layers, batch_tokens=batch_tokens,
-        memory=memory, blocks=blocks, max_examples=max_examples, seed=seed,
+        memory=memory, blocks=blocks, keep_covariances=keep_covariances,
+        eigenvectors=inputs.rounding(eigenvectors), max_examples=max_examples, seed=seed,
     )  # fmt: skip
+
+
+@app.command()
+@reported
+def export(
+    factors: FactorFolder,
+    out: Annotated[Path, typer.Option(help="folder: factors_NAME in kronfluence's output")],
+) -> None:
+    """Write factors as kronfluence reads them: all layers' tensors, whole, in fp32."""
+    from ..stages.export import export_factors
+    from ..stages.factors import Factors
+
+    held = Factors(factors)
+    console.say(f"factors of {len(held)} layers in {export_factors(held, out)}")
+    if not held.has_covariances:
+        console.say("without covariances: they were dropped once they were decomposed")
 
 
 @app.command()
@@ -164,6 +187,7 @@ def score(
     batch_tokens: BatchTokens = None,
     memory: Memory = None,
     shard: Shard = False,
+    device_map: DeviceMap = None,
     dtype: Precision = "float32",
     trust_remote_code: Trust = False,
 ) -> None:
@@ -174,7 +198,7 @@ def score(
     asked = tasks.fitted(task, factors, runs.RUN, measure=measure, reference=reference)
     source, cutting, corpus = _loaded(
         model, adapter, data, context, split, on_long, fields, chat_template, dtype,
-        trust_remote_code, shard, asked, [factors, out],
+        trust_remote_code, shard, device_map, asked, [factors, out],
     )  # fmt: skip
     questions = tasks.Questions(queries, sets, reduce, trust_remote_code)
     runs.score_job(
@@ -205,6 +229,7 @@ def self_influence(
     batch_tokens: BatchTokens = None,
     memory: Memory = None,
     shard: Shard = False,
+    device_map: DeviceMap = None,
     task: Task = None,
     reference: Reference = None,
     dtype: Precision = "float32",
@@ -217,7 +242,7 @@ def self_influence(
     asked = tasks.fitted(task, factors, runs.RUN, reference=reference)
     source, _, corpus = _loaded(
         model, adapter, data, context, split, on_long, fields, chat_template, dtype,
-        trust_remote_code, shard, asked, [factors, out],
+        trust_remote_code, shard, device_map, asked, [factors, out],
     )  # fmt: skip
     scores = runs.self_job(
         source, Factors(factors), corpus, out, console, task=asked.task(), damping=damping,
@@ -292,6 +317,8 @@ def plan(
     rank: Annotated[int, typer.Option(help="0: full rank")] = 32,
     layers: Layers = None,
     blocks: Blocks = 1,
+    keep_covariances: KeepCovariances = None,
+    eigenvectors: Eigenvectors = "float32",
     memory: Memory = None,
     processes: Annotated[int, typer.Option(help="that share the run")] = 1,
     shard: Shard = False,
@@ -315,7 +342,8 @@ def plan(
     costs = planning.plan(
         selected, parameters=parameters, sequences=sequences, tokens=tokens,
         fit_sequences=sequences if fit_sequences is None else fit_sequences, queries=queries,
-        rank=rank or None, blocks=blocks, width=token_width(shape), processes=processes,
+        rank=rank or None, blocks=blocks, keep_covariances=keep_covariances,
+        eigenvectors=inputs.rounding(eigenvectors), width=token_width(shape), processes=processes,
         memory=None if memory is None else size("memory", memory),
         rate=None if rate is None else rate * 1e12, sharded=shard,
         dtype=torch.float32 if dtype == "float32" else torch.bfloat16,
@@ -365,6 +393,7 @@ def _loaded(
     dtype: "Dtype",
     trust_remote_code: bool,
     shard: bool,
+    device_map: str | None,
     asked: "tasks.Asked",
     folders: list[Path],
 ) -> tuple["inputs.Source", "inputs.Cutting", "Corpus"]:
@@ -374,9 +403,12 @@ def _loaded(
     from . import inputs, tasks
 
     mapping, template = inputs.parsed_fields(fields), inputs.read_template(chat_template)
+    if device_map is not None:
+        check_device_map(shard)
     source = inputs.load(
-        model, trust_remote_code, dtype, adapter=adapter, chat_template=template, kind=asked.kind
-    )
+        model, trust_remote_code, dtype, adapter=adapter, chat_template=template, kind=asked.kind,
+        device_map=device_map,
+    )  # fmt: skip
     if shard:
         source = replace(source, model=sharded(source.model))
     console.say(f"passes in {'float32' if source.autocast is None else 'bfloat16'}")

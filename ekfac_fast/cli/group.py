@@ -68,6 +68,17 @@ def _join() -> int:
     return dist.get_rank()
 
 
+def check_device_map(shard: bool) -> None:
+    """ArgumentError where a device map, which is one process's, meets several."""
+    import torch.distributed as dist
+
+    if shard or dist.is_torchelastic_launched():
+        raise ArgumentError(
+            "--device-map spreads a model over the devices of one process: leave --shard out, and "
+            "start without torchrun"
+        )
+
+
 def sharded(model: "nn.Module") -> "nn.Module":
     """A model whose weights lie in all processes (FSDP2, block by block); frozen.
 

@@ -21,7 +21,7 @@ from ..data.tokens import tokenize
 from ..errors import ArgumentError, Error
 from ..extras import optional
 from ..stages.references import Referenced, referenced
-from .options import Dtype, Kind
+from .options import Dtype, Kind, Stored
 from .terminal import Terminal
 
 CONTEXT = 512
@@ -84,10 +84,13 @@ def load(
     adapter: str | None = None,
     chat_template: str | None = None,
     kind: Kind = "language-model",
+    device_map: str | None = None,
 ) -> Source:
-    """A Hugging Face model of a kind in evaluation mode, on a GPU if there is one; peft's `adapter`
-    in it.
+    """A Hugging Face model of a kind in evaluation mode, on a GPU if there is one, or spread as a
+    `device_map` says; peft's `adapter` in it.
     """
+    if device_map is not None:
+        optional("accelerate", "spread")
     transformers = optional("transformers", "hf")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     lowered = autocast(dtype, torch.device(device))
@@ -98,6 +101,7 @@ def load(
             **file,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            device_map=device_map,
             # A checkpoint of bf16 is computed in fp32 where that was asked for.
             dtype="auto" if lowered else torch.float32,
         )
@@ -111,7 +115,8 @@ def load(
     # Words apart are not words after a space to byte-level tokenizers, unless they are told.
     words = model.config.model_type in SPACED and kind == "token-classification"
     tokenizer = load_tokenizer(path, trust_remote_code, chat_template, words)
-    return Source(path, model.to(device).eval(), tokenizer, lowered, adapter)
+    model = model if device_map else model.to(device)
+    return Source(path, model.eval(), tokenizer, lowered, adapter)
 
 
 def shape(path: str, trust_remote_code: bool) -> nn.Module:
@@ -158,6 +163,11 @@ def autocast(dtype: Dtype, device: torch.device) -> torch.dtype | None:
             else torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         )
         dtype = "bfloat16" if multiplies else "float32"
+    return torch.bfloat16 if dtype == "bfloat16" else None
+
+
+def rounding(dtype: Stored) -> torch.dtype | None:
+    """What eigenvectors are rounded to; None where they are kept as they are."""
     return torch.bfloat16 if dtype == "bfloat16" else None
 
 

@@ -9,6 +9,7 @@ from ..data.choices import OnLong, Split
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 Kind = Literal["language-model", "sequence-classification", "token-classification", "reward", "dpo"]
+Stored = Literal["float32", "bfloat16"]
 
 Model = Annotated[str, typer.Argument(help="Hugging Face model folder or name, or a .gguf file")]
 Data = Annotated[
@@ -38,10 +39,21 @@ Layers = Annotated[
 Blocks = Annotated[
     int, typer.Option(help="diagonal blocks of each covariance: cheaper, approximate")
 ]
+KeepCovariances = Annotated[
+    bool | None,
+    typer.Option(
+        "--keep-covariances/--no-keep-covariances",
+        help="once they are decomposed; default: below 1 GiB",
+    ),
+]
+Eigenvectors = Annotated[Stored, typer.Option(help="as they are stored; bfloat16: half the disk")]
 BatchTokens = Annotated[
     int | None, typer.Option(help="tokens a batch; default 4096, on a CPU 1024")
 ]
 Memory = Annotated[str | None, typer.Option(help="to keep to, e.g. 16GiB; default: what is free")]
+DeviceMap = Annotated[
+    str | None, typer.Option(help="auto: modules over all GPUs, then memory, as accelerate does")
+]
 Shard = Annotated[bool, typer.Option(help="weights over all processes of torchrun")]
 Damping = Annotated[float | None, typer.Option(help="absolute; default 0.1 x mean eigenvalue")]
 Refine = Annotated[str | None, typer.Option(help="queries further: cg:10, lissa:5000, astra:300")]

@@ -29,6 +29,8 @@ def show(
     console.say(f"layers fitted    {'all at once' if costs.partitions == 1 else fitted}")
     disk = f"{_gib(costs.factor_bytes)}, {_gib(costs.disk_bytes)} while they are fitted"
     console.say(f"factors on disk  {disk}")
+    said = "kept" if costs.keeps_covariances else "dropped once they are decomposed"
+    console.say(f"covariances      {_gib(costs.covariance_bytes)}, {said}")
     console.say(f"queries          {_gib(costs.query_bytes)}")
     console.say(f"batch_tokens     {costs.batch_tokens}\n")
     columns = ["stage", "TFLOP", "time", "memory", *(["sent"] if processes > 1 else [])]

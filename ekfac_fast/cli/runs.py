@@ -24,7 +24,7 @@ from ..stages.queries import Queries
 from ..stages.run import RunArguments, Stage
 from ..stages.scan import score, self_scores
 from ..stages.scores import Scores
-from ..stages.trust import basis_of, diagonal_in, note_validation
+from ..stages.trust import basis_of, diagonal_in, note_validation, rounded_to
 from ..store.files import load_json, save_json
 from ..store.folder import Store
 from ..store.manifest import MANIFEST
@@ -77,6 +77,8 @@ def fit_job(
         f"factors of {len(factors)} layers from {factors.sequences} sequences, "
         f"{factors.tokens} tokens, in {out}",
     )
+    if not factors.has_covariances:
+        console.say("covariances were dropped once they were decomposed")
     _tell_basis(factors, console)
     return factors
 
@@ -86,6 +88,8 @@ def _tell_basis(factors: Factors, console: Terminal) -> None:
         console.say(basis_of(factors.blocks))
     if factors.diagonal:
         console.say(diagonal_in(len(factors.diagonal)))
+    if factors.eigenvectors:
+        console.say(rounded_to(factors.eigenvectors))
 
 
 def covered(layers: Sequence[Layer], tracked: int, parameters: int) -> str:

@@ -47,6 +47,11 @@ class Job:
             for i, rows in enumerate(block_rows(len(self.sum), blocks))
         ]
 
+    def of_diagonal(self) -> dict[str, Tensor]:
+        """`values` and `vectors`, [J] each, of a covariance that is a diagonal: its sum is [J]."""
+        self.check()
+        return {"values": self.sum / self.count, "vectors": torch.ones_like(self.sum)}
+
     def check(self) -> None:
         """NotFiniteError where the sum holds NaN or infinity, or counts no rows."""
         if int(self.count) <= 0:

@@ -100,7 +100,8 @@ class Batches:
     collate. All of the data is read once here, by whole arrays where the data set has a `survey`
     (`examples.Surveyed`): what is wrong with it shows before any pass, and `fingerprint` covers
     every value. `lengths` [N] int64: tokens of every example. `form` says what else is read of
-    examples; those of several sequences (`sides`) count as so many of their longest.
+    examples; those of several sequences (`sides`) count as so many of their longest. They go to
+    `device`; None: to that of the model's first weight.
 
     Raises:
         DataError: the data set is empty or not indexable, an example is malformed or too long.
@@ -117,10 +118,11 @@ class Batches:
         max_examples: int | None = None,
         on_long: OnLongExample = "truncate",
         form: Form = TEXT,
+        device: torch.device | None = None,
     ):
         self.dataset, self.size = dataset, _size(dataset, max_examples)
         self.form, self.sides = form, 1
-        self.device = next(model.parameters()).device
+        self.device = next(model.parameters()).device if device is None else device
         budget = default_tokens(self.device)
         self.batch_tokens = _positive("batch_tokens", batch_tokens, budget)
         self.batch_size = _positive("batch_size", batch_size, BATCH_SIZE)

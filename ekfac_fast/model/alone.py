@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.products import Products
+from .spread import offloaded
 
 _locks: "weakref.WeakKeyDictionary[nn.Module, threading.RLock]" = weakref.WeakKeyDictionary()
 _locks_lock = threading.Lock()
@@ -51,6 +52,8 @@ def gradients_on() -> Iterator[None]:
 def _frozen(model: nn.Module) -> Iterator[None]:
     """No parameter requires grad, and the model is in evaluation mode; both are restored."""
     required = [p for p in model.parameters() if p.requires_grad]
+    # What is offloaded is another tensor each time that it comes.
+    coming = [name for name in offloaded(model) if model.get_parameter(name).requires_grad]
     training = [m for m in model.modules() if m.training]
     for p in required:
         p.requires_grad_(False)
@@ -59,7 +62,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for p in required:
+        for p in (*required, *map(model.get_parameter, coming)):
             p.requires_grad_(True)
         for m in training:
             m.training = True

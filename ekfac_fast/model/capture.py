@@ -24,6 +24,7 @@ from .layer_batch import LayerBatch
 from .layers import Layer
 from .outputs import product_among, tensors_of
 from .rows import Grid, Layout, Rows, probed, trusted
+from .spread import let_go, offloaded
 
 Loss = Callable[[], Tensor]
 
@@ -59,6 +60,12 @@ class Capture:
             if layer.parameter is not None and layer.expert is not None:
                 key = layer.parameter, layer.expert
                 self._experts.setdefault(layer.module, {})[key] = layer
+        away = {name.rpartition(".")[0] for name in offloaded(model)} if self._experts else set()
+        if away := away & self._experts.keys():
+            raise ModelError(
+                f"the experts {min(away)} are offloaded: their weights are there in the module's "
+                "own forward pass alone. Keep them on a device, or leave them out of `layers`"
+            )
         self._verified: set[str] = set()
         self._places: dict[str, int] = {}
         self._anchor = torch.zeros((), requires_grad=True)
@@ -80,7 +87,7 @@ class Capture:
             ModelError: a tracked layer did not run, its rows cannot be told apart by sequences, or
                 it does not compute W x + b of its own parameters.
         """
-        with alone(self.model), gradients_on():
+        with alone(self.model), gradients_on(), let_go(self.model):
             calls, value = self._forward(loss, consume, grid)
             calls.losses = value.numel()
             with self._hooked(calls):
@@ -340,7 +347,7 @@ class Capture:
         a, g = uses[0]
         if len(uses) > 1:
             # Under autocast a head's output is narrower than an embedding's.
-            g = torch.cat([g.to(uses[-1][1].dtype) for _, g in uses], 1)
+            g = torch.cat([g.to(uses[-1][1]) for _, g in uses], 1)
             a = torch.cat([_like(a, g) for a, _ in uses], 1)
         grid = calls.grid or Grid(len(a))
         rows = Rows(len(a), uses[0][0].shape[1], len(uses), grid.before, sides=grid.sides)
@@ -348,7 +355,7 @@ class Capture:
             rows = replace(rows, positions=a.shape[1], uses=1)
         calls.release(name)
         shared, readers = calls.owner(name)
-        # Under autocast a layer multiplies its input in the dtype of its output.
+        # Under autocast a layer multiplies its input in the dtype of its output; and on its device.
         calls.consume(LayerBatch(layer, shared, readers, _like(a, g), g, rows, calls.loss))
 
     def _complete_expert(self, calls: "Calls", layer: Layer) -> None:
@@ -395,5 +402,5 @@ class Capture:
 
 
 def _like(a: Tensor, g: Tensor) -> Tensor:
-    """`a` in the dtype of `g`; where rows of one 1 have it, as it is."""
-    return a.to(g.dtype) if a.is_floating_point() else a
+    """`a` in the dtype of `g` and on its device; ids stay integers."""
+    return a.to(g) if a.is_floating_point() else a.to(g.device)

@@ -75,7 +75,8 @@ def states(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[nn.Linear, Tens
     if head is None or model.get_output_embeddings() is not head:  # type: ignore[operator]
         return None
     watched = head._forward_hooks or head._forward_pre_hooks or head._backward_hooks
-    if watched or any(p.requires_grad for p in head.parameters()):
+    # An offloaded one has its weight only while it runs.
+    if watched or any(p.requires_grad or p.is_meta for p in head.parameters()):
         return None
     h = _states(model, head, inputs)
     return None if h is None else (head, h)
@@ -145,12 +146,13 @@ def token_losses(
         Losses [N,B,T] in nats, fp32 or wider, 0 where nothing is predicted (N = 1 without draws),
         and how many drawn labels rounding could flip.
     """
-    b, t = places
+    here, there = labels.device, head.weight.device
+    h, labels, b, t = (x.to(there) for x in (h, labels, *places))
     draws = None if uniform is None else uniform.to(h.device)[:, b, t]
     losses, edges = _Losses.apply(h[b, t], head.weight, head.bias, labels[b, t], draws)
     whole = losses.new_zeros(len(losses), *labels.shape)
     whole[:, b, t] = losses
-    return whole, edges
+    return whole.to(here), edges.to(here)
 
 
 class _Losses(torch.autograd.Function):

@@ -7,7 +7,7 @@ from torch import nn
 
 from ..store.fingerprint import fingerprint
 from .tasks import Task
-from .weights import whole_tensor
+from .weights import held_tensors
 
 # Of a configuration: where it was read, by whom, and what does not change a pass.
 UNTOLD = frozenset(
@@ -25,8 +25,7 @@ def model_fingerprint(model: nn.Module) -> str:
         tell = getattr(getattr(model, "config", None), "to_dict", None)
         if callable(tell):
             yield repr(sorted((k, v) for k, v in tell().items() if k not in UNTOLD))
-        for name, weight in model.state_dict().items():
-            yield name, whole_tensor(weight).detach()
+        yield from held_tensors(model)
 
     return fingerprint(parts())
 

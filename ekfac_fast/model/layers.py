@@ -19,6 +19,7 @@ from ..checks import flag, instance, require
 from ..errors import ArgumentError, Notice
 from . import experts
 from .adapters import adapter_layers
+from .spread import is_spread, tied
 from .weights import is_packed, is_sharded
 
 # A component of an MLP's name, below a numbered block: GPT-2, GPT-NeoX, Llama, Qwen, Mistral,
@@ -201,13 +202,15 @@ def select_layers(
 
 def _check_kinds(model: nn.Module, chosen: list[Layer]) -> None:
     """Refuse what is no layer of its own: blocks of a matrix, a part of another layer; and what is
-    not linear in a sharded model.
+    not linear in a model that is not in one place.
     """
     whole = {x.name for x in chosen if x.kind != "vector"}
-    if others := [x for x in chosen if x.kind != "linear"] if is_sharded(model) else []:
+    apart = is_sharded(model) or is_spread(model)
+    if others := [x for x in chosen if x.kind != "linear"] if apart else []:
         raise ArgumentError(
             f"layer {others[0].name} ({others[0].kind}) is no linear layer, and the model is "
-            "sharded over processes, where no others are tracked; leave it out of `layers`"
+            "sharded over processes or spread by a device_map, where no others are tracked; leave "
+            "it out of `layers`"
         )
     for layer in chosen:
         module = model.get_submodule(layer.module)
@@ -290,16 +293,18 @@ def parameters_of(model: nn.Module, layer: Layer) -> list[nn.Parameter]:
 def _distinct(model: nn.Module, chosen: list[Layer], shared: bool, everything: bool) -> list[Layer]:
     """One layer for every parameter: those that share one are merged, left out, or refused."""
     users: dict[int, list[str]] = {}
+    copies, held = tied(model), dict(model.named_parameters(remove_duplicate=False))
+    same = {id(held[n]): held[of] for n, of in copies.items() if n in held and of in held}
     for module_name, module in model.named_modules(remove_duplicate=False):
         for p in module.parameters(recurse=False):
-            users.setdefault(id(p), []).append(module_name)
+            users.setdefault(id(same.get(id(p), p)), []).append(module_name)
     names = {layer.name for layer in chosen}
     result: dict[str, Layer] = {}
     for layer in chosen:
         own = parameters_of(model, layer)
         # A module that goes by several names is one.
         modules: dict[int, str] = {}
-        for u in (u for p in own for u in users[id(p)]):
+        for u in (u for p in own for u in users[id(same.get(id(p), p))]):
             modules.setdefault(id(model.get_submodule(u)), u)
         others = sorted({*modules.values()} - {layer.module})
         if not others:

@@ -22,7 +22,7 @@ from .alone import alone, gradients_on
 from .calls import Calls
 from .capture import Capture
 from .head import Hessian
-from .weights import is_sharded
+from .weights import lets_go
 
 # (y, H): outputs of any shape, and H of a stack of vectors of that shape.
 Outputs = Callable[[], tuple[Tensor, Hessian]]
@@ -188,13 +188,10 @@ def twice_differentiable(model: nn.Module) -> Iterator[None]:
     """Attention as matrix products: fused ones are differentiable once.
 
     Raises:
-        ModelError: the model is sharded.
+        ModelError: the model is sharded, or spread over devices.
     """
-    if is_sharded(model):
-        raise ModelError(
-            "the model is sharded over processes: it lets go of its weights after one backward "
-            "pass, and this takes several. Load it whole in each process"
-        )
+    if why := lets_go(model):
+        raise ModelError(f"{why}, and this takes several. Load it whole, on one device")
     used = getattr(getattr(model, "config", None), "_attn_implementation", None)
     switch: Any = getattr(model, "set_attn_implementation", None)
     other = used not in (None, *TWICE) and callable(switch)

@@ -1,29 +1,78 @@
-"""Where a model's weights are: on one device, or sharded over processes."""
+"""Where a model's weights are: on one device, on several, offloaded, or sharded over processes."""
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
+from .spread import is_spread, offloaded
 
 
 def check_weights(model: nn.Module) -> None:
-    """Refuse a model without weights, or whose weights are not in memory."""
+    """Refuse a model without weights, or whose weights are where a pass cannot find them."""
     if next(model.parameters(), None) is None:
         raise ArgumentError(f"model is a {type(model).__name__} without parameters")
+    there = offloaded(model)
     for name, weight in model.named_parameters():
-        if weight.is_meta:
+        if weight.is_meta and name not in there:
             raise ArgumentError(
-                f"weight {name} is on the meta device (offloaded, or never loaded): load the model "
-                "with all of its weights in memory"
+                f"weight {name} is on the meta device (never loaded, or offloaded by other hooks "
+                "than accelerate's): load the model with its weights"
             )
-    if len(devices := {str(p.device) for p in model.parameters()}) > 1:
+        if is_shard(weight) and not _is_fsdp(model):
+            raise ArgumentError(
+                f"weight {name} lies in several processes, but the model is not sharded by "
+                "fully_shard: a tensor-parallel model's (tp_plan) layers compute parts of W x. "
+                "Load it whole and use fully_shard (--shard)"
+            )
+    if getattr(model, "_tp_size", None) not in (None, 1):
         raise ArgumentError(
-            f"the model's weights lie on {', '.join(sorted(devices))}: put it on one device, or "
-            "shard it over processes (fully_shard; --shard)"
+            f"the model lies in {model._tp_size} processes: a tensor-parallel model's (tp_plan) "
+            "layers compute parts of W x. Load it whole and use fully_shard (--shard)"
         )
+    devices = {str(p.device) for p in model.parameters() if not p.is_meta}
+    if len(devices) > 1 and "hf_device_map" not in vars(model):
+        raise ArgumentError(
+            f"the model's weights lie on {', '.join(sorted(devices))}: put it on one device, "
+            "spread it by a device_map (--device-map auto), or shard it over processes "
+            "(fully_shard; --shard)"
+        )
+
+
+def held_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The names and values of `state_dict`; what is offloaded is read, what is sharded gathered,
+    one after the other.
+    """
+    there = offloaded(model)
+    for name, weight in model.state_dict().items():
+        if name in there:
+            weights, own = there[name]
+            yield name, weights[own]
+        else:
+            yield name, whole_tensor(weight).detach()
+
+
+def resident_bytes(model: nn.Module) -> int:
+    """Of the device that has most of them, bytes of the weights that stay there."""
+    sizes: dict[torch.device, int] = {}
+    for p in model.parameters():
+        sizes[p.device] = sizes.get(p.device, 0) + p.numel() * p.element_size()
+    sizes.pop(torch.device("meta"), None)
+    return max(sizes.values(), default=0)
+
+
+def lets_go(model: nn.Module) -> str | None:
+    """Why a pass cannot be differentiated twice, or None."""
+    if is_sharded(model):
+        return (
+            "the model is sharded over processes: it lets go of its weights after one backward pass"
+        )
+    if is_spread(model):
+        return "the model is spread by a device_map: its weights are not there, or not together"
+    return None
 
 
 def computes_in(model: nn.Module) -> torch.dtype:
@@ -59,3 +108,8 @@ def is_packed(weight: Any) -> bool:
     wraps = hasattr(weight, "__tensor_flatten__") and not is_shard(weight)
     packed = getattr(weight, "quant_state", None) is not None
     return packed or wraps or not weight.is_floating_point()
+
+
+def _is_fsdp(model: nn.Module) -> bool:
+    there = sys.modules.get("torch.distributed.fsdp")
+    return there is not None and any(isinstance(x, there.FSDPModule) for x in model.modules())

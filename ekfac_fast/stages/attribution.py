@@ -21,6 +21,7 @@ from ..model.layer_batch import LayerBatch
 from ..model.layers import Layer
 from ..model.tasks import LanguageModelTask, targets
 from ..model.token_influence import Contracted, TokenPass
+from ..model.weights import lets_go
 from .consumer import Batch, Consumer
 from .processes import Processes
 from .queries import Queries
@@ -106,10 +107,8 @@ def unattributable(run: Run, layers: Sequence[Layer]) -> str | None:
         )
     if run.autocast is not None:
         return f"derivatives of derivatives are not taken under autocast ({run.autocast})"
-    if run.sharded:
-        return (
-            "the model is sharded over processes: it lets go of its weights after one backward pass"
-        )
+    if why := lets_go(run.model):
+        return why
     if other := next((x for x in layers if x.kind != "linear"), None):
         return f"layer {other.name} is no linear layer ({other.kind}): leave it out"
     doubled = next((x.name for x in layers if x.also), None)
@@ -123,14 +122,18 @@ def thin(
 
     placed: what is there already; of the same form it is taken.
     """
-    found = {}
+    found, places = {}, run.places([own.layer for own in queries.layers])
     for own in queries.layers:
         kept, there = own.gradients, (placed or {}).get(own.layer.name)
-        same = there is not None and type(there) is type(kept)
-        found[own.layer.name] = (
-            there if there and same else kept.each(lambda x: x.to(run.device, run.dtype))
-        )
+        if there is None or type(there) is not type(kept):
+            where = places[own.layer.name], run.dtype
+            there = kept.each(partial(_moved, where))
+        found[own.layer.name] = there
     return found
+
+
+def _moved(where: tuple[torch.device, torch.dtype], x: Tensor) -> Tensor:
+    return x.to(*where)
 
 
 class Attributing(Consumer):

@@ -7,7 +7,7 @@ from torch import nn
 
 from ..errors import ArgumentError
 from ..model.layers import Layer, linear_layers
-from ..model.weights import computes_in
+from ..model.weights import computes_in, resident_bytes
 
 # Of what a budget leaves beside the weights, what a batch's activations may take.
 ACTIVATIONS = 0.25
@@ -22,7 +22,7 @@ def fitting_tokens(model: nn.Module, memory: int, most: int) -> int:
     Raises:
         ArgumentError: the weights alone need more; says how much.
     """
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    weights = resident_bytes(model)
     each = token_width(model) * computes_in(model).itemsize
     check_weights(weights, memory)
     return max(1, min(most, int(ACTIVATIONS * (memory - weights) / max(1, each))))

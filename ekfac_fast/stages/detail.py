@@ -154,7 +154,8 @@ class Details(Consumer):
         tokens: Attributing | None = None,
     ) -> None:
         self.run, self.gradients, self.wanted, self.pieces = run, gradients, wanted, pieces
-        self.heads = {name: [part.to(run.device) for part in own] for name, own in heads.items()}
+        places = run.places(layers)
+        self.heads = {name: [part.to(places[name]) for part in x] for name, x in heads.items()}
         self.tokens = tokens
         self.order = {layer.name: at for at, layer in enumerate(layers)}
         self.dtype = accumulator(run.model)
@@ -180,6 +181,8 @@ class Details(Consumer):
         """s [Q,B,T] of one layer; what is kept is [pairs,T]."""
         B, T = seen.g.shape[:2]
         s = torch.zeros(len(self.asking), B, T, dtype=self.dtype, device=seen.g.device)
+        if self.rows.device != s.device:  # of a model that is spread over several
+            self.rows, self.q, self.b = (x.to(s.device) for x in (self.rows, self.q, self.b))
         own = self.gradients[seen.layer.name].each(lambda x: x[self.rows])
         own.add_scores(s, seen.g, seen.a, seen.layer.bias)
         name = seen.layer.name

@@ -27,6 +27,10 @@ from ..store.fingerprint import fingerprint
 from ..store.folder import Store
 from ..store.manifest import MANIFEST
 
+COVARIANCES = {
+    "activation": "activation_covariance.safetensors",
+    "gradient": "gradient_covariance.safetensors",
+}
 EIGENVECTORS = {
     "activation": "activation_eigenvectors.safetensors",
     "gradient": "gradient_eigenvectors.safetensors",
@@ -35,9 +39,14 @@ EIGENVALUES = {
     "activation": "activation_eigenvalues.safetensors",
     "gradient": "gradient_eigenvalues.safetensors",
 }
+# What a fit's manifest says of its covariances: in their files, or deleted once decomposed.
+SUMMED, DROPPED = "summed", "dropped"
 # Of the free memory of a CPU, what bases may take.
 SHARE = 0.5
-SCHEMA = {"model": str, "layers": [str], "shared_parameters": bool, "blocks": Whole(1)}
+SCHEMA = {
+    "model": str, "layers": [str], "shared_parameters": bool, "blocks": Whole(1),
+    "eigenvectors": (str, None),
+}  # fmt: skip
 LAMBDA, LAMBDA_COUNT = "lambda_matrix.safetensors", "num_lambda_processed.safetensors"
 TOKEN_COUNT = "num_activation_covariance_processed.safetensors"
 
@@ -177,7 +186,12 @@ class Factors(Mapping[str, LayerFactors]):
         if self._store and not self._store.finished:
             raise StoreError(f"{folder}: the fit is not finished; run it again to continue")
         if self.facts is not None:
-            check_json({"blocks": 1} | self.facts, SCHEMA, self.folder / MANIFEST, "Fit again")
+            check_json(
+                {"blocks": 1, "eigenvectors": None} | self.facts,
+                SCHEMA,
+                self.folder / MANIFEST,
+                "Fit again",
+            )
         self._counts = self._load(LAMBDA_COUNT)
         if not self._counts:
             raise StoreError(f"{self.folder / LAMBDA_COUNT} holds no layer; fit again")
@@ -189,7 +203,25 @@ class Factors(Mapping[str, LayerFactors]):
 
     def _load(self, name: str) -> dict[str, Tensor]:
         # Each may have been replaced by one of kronfluence's, which has no checksum.
-        return load_tensors(self.folder / name)
+        found = load_tensors(self.folder / name)
+        if self._store and name.startswith("activation"):
+            shared = self._store.state.get("shared", {})
+            found |= {n: found[o] for n, o in shared.items() if n not in found and o in found}
+        return found
+
+    def stored(self, file: str) -> dict[str, Tensor]:
+        """The tensors of one of the folder's files by layer, mapped; layers that read one tensor
+        have one covariance of it and one eigenbasis, stored once.
+
+        Raises:
+            StoreError: the file is missing or damaged; covariances were dropped.
+        """
+        if file in COVARIANCES.values() and not self.has_covariances:
+            raise StoreError(
+                f"{self.folder / file}: the covariances of this fit were dropped once they were "
+                "decomposed. Fit again in a new folder with keep_covariances (--keep-covariances)"
+            )
+        return self._load(file)
 
     @cached_property
     def _layers(self) -> dict[str, LayerFactors]:
@@ -229,6 +261,16 @@ class Factors(Mapping[str, LayerFactors]):
     def diagonal(self) -> list[str]:
         """Layers of which output gradients are covaried by a diagonal alone."""
         return list((self.facts or {}).get("diagonal", []))
+
+    @property
+    def eigenvectors(self) -> str | None:
+        """The dtype that eigenvectors were rounded to; None where they were not."""
+        return (self.facts or {}).get("eigenvectors")
+
+    @property
+    def has_covariances(self) -> bool:
+        """Whether they are in the folder, and were not dropped once they were decomposed."""
+        return not self._store or self._store.state.get("covariances") != DROPPED
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -299,9 +341,9 @@ def bases(
     layers: Sequence[Layer],
     damping: Mapping[str, float],
     dtype: torch.dtype,
-    device: torch.device,
+    places: Mapping[str, torch.device],
 ) -> dict[str, Basis | Travelling[Basis] | Mapped[Basis]]:
-    """What preconditions each layer's gradients of `dtype`, on `device` or on its way there.
+    """What preconditions each layer's gradients of `dtype`, in its place or on its way there.
 
     On a CPU, those that would take more than a share of the free memory stay in their files.
     """
@@ -309,11 +351,15 @@ def bases(
     def of(layer: Layer) -> Basis:
         return factors[layer.name].basis(damping[layer.name], dtype)
 
-    if device.type == "cpu":
-        taken = sum(factors[x.name].copied_bytes(dtype) for x in layers)
-        if taken > SHARE * free_bytes(device):
-            return {x.name: Mapped(partial(of, x)) for x in layers}
-    return {x.name: placed(of(x), (x.O, x.J), device) for x in layers}
+    here = [x for x in layers if places[x.name].type == "cpu"]
+    taken = sum(factors[x.name].copied_bytes(dtype) for x in here)
+    mapped = bool(here) and taken > SHARE * free_bytes(torch.device("cpu"))
+    return {
+        x.name: Mapped(partial(of, x))
+        if mapped and places[x.name].type == "cpu"
+        else placed(of(x), (x.O, x.J), places[x.name])
+        for x in layers
+    }
 
 
 def tell_of_zeros(found: Iterable[tuple[str, Tensor]], what: str) -> None:
@@ -327,27 +373,3 @@ def tell_of_zeros(found: Iterable[tuple[str, Tensor]], what: str) -> None:
             Notice,
             stacklevel=2,
         )
-
-
-def kronfluence_arguments(eigendecomposition: torch.dtype) -> dict[str, Any]:
-    """`factor_arguments.json` as kronfluence writes it for these factors."""
-    return {
-        "strategy": "ekfac",
-        "use_empirical_fisher": False,
-        "amp_dtype": None,
-        "amp_scale": 2.0**16,
-        "has_shared_parameters": False,
-        "covariance_max_examples": None,
-        "covariance_data_partitions": 1,
-        "covariance_module_partitions": 1,
-        "activation_covariance_dtype": "torch.float32",
-        "gradient_covariance_dtype": "torch.float32",
-        "eigendecomposition_dtype": str(eigendecomposition),
-        "lambda_max_examples": None,
-        "lambda_data_partitions": 1,
-        "lambda_module_partitions": 1,
-        "use_iterative_lambda_aggregation": False,
-        "offload_activations_to_cpu": False,
-        "per_sample_gradient_dtype": "torch.float32",
-        "lambda_dtype": "torch.float32",
-    }

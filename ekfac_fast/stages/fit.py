@@ -11,7 +11,7 @@ again and comes out in the same bits.
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard, Unpack
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..checks import flag, instance, listed, path, whole
 from ..curvature.basis import Eigenvectors
-from ..curvature.blocks import dense
+from ..curvature.blocks import block_rows, dense
 from ..curvature.eigen import FP32_FROM, Job, eigendecompositions, largest_first, united
 from ..curvature.memory import free_bytes
 from ..data.examples import Indexable
@@ -33,22 +33,26 @@ from ..store.files import load_tensors, save_json, save_tensors
 from ..store.folder import Store
 from .budget import SUMS, partitions
 from .consumer import Batch
+from .disk import check_stored, drop_covariances, settle_covariances
+from .export import ARGUMENTS, kronfluence_arguments
 from .factors import (
+    COVARIANCES,
+    DROPPED,
     EIGENVALUES,
     EIGENVECTORS,
     LAMBDA,
     LAMBDA_COUNT,
+    SUMMED,
     TOKEN_COUNT,
     Factors,
     block_facts,
     blocks_of,
     diagonal_facts,
-    kronfluence_arguments,
     tell_of_zeros,
     turning,
 )
 from .moments import Covariances, Eigenvalues
-from .partitions import ARGUMENTS, part_folder, put_together
+from .partitions import part_folder, put_together
 from .processes import Processes, dealt
 from .run import Kept, Run, RunArguments, Stage, accumulator
 from .sums import Sums
@@ -67,6 +71,8 @@ def fit(
     layers: str | list[str] | None = None,
     shared_parameters: bool = False,
     blocks: int = 1,
+    keep_covariances: bool | None = None,
+    eigenvectors: torch.dtype | None = None,
     max_examples: int | None = None,
     seed: int | None = None,
     **arguments: Unpack[RunArguments],
@@ -78,12 +84,17 @@ def fit(
         model: any module with `nn.Linear` (or Hugging Face `Conv1D`) layers, or others that are
             named (`docs/models.md`).
         dataset: indexable examples; see `Batches`.
-        out: the factor folder; kronfluence reads it as `factors_<name>`.
+        out: the factor folder; with its covariances kronfluence reads it as `factors_<name>`.
         layers: names, globs, "mlp", "all"; None for the task's list, else "mlp".
         shared_parameters: modules with the very same parameters are one layer, whose gradients add
             up; refused otherwise.
         blocks: diagonal blocks that each covariance is cut into, what lies between them left out:
             2 take half of the memory and a quarter of the eigendecompositions' time.
+        keep_covariances: as kronfluence does; without them what several layers share is stored
+            once, too, and `export_factors` writes kronfluence's folder. None: where they are less
+            than 1 GiB. False drops those of a finished fit.
+        eigenvectors: torch.bfloat16 stores them rounded, in half of the bytes, and corrects the
+            eigenvalues in that basis; None: in the dtype of sums.
         max_examples: use the first so many.
         seed: of the sampled labels; of the task, where one is given with a seed of its own.
         arguments: see `RunArguments`.
@@ -111,11 +122,15 @@ def fit(
         "shared_parameters": shared_parameters,
         **block_facts(blocks, tracked),
         **diagonal_facts(tracked),
+        **check_stored(eigenvectors),
     }
     with run.opened(out, "factors", facts) as store:
+        settle_covariances(store, keep_covariances, tracked, accumulator(model).itemsize)
         if not store.finished:
             _fit(run, tracked, store)
         _tidy(run, store)
+        if run.processes.first and keep_covariances is False:
+            drop_covariances(store)
     return Factors(out)
 
 
@@ -138,6 +153,7 @@ def _fit(run: Run, layers: list[Layer], store: Store) -> None:
         run.part = (number, len(names))
         own = store.facts | {"layers": some}
         with run.opened(part_folder(store, number), "factors", own) as part:
+            part.update(keep_covariances=store.state["keep_covariances"])
             if not part.finished:
                 _Fit(run, [named[name] for name in some], part).run()
             _tidy(run, part)
@@ -146,12 +162,14 @@ def _fit(run: Run, layers: list[Layer], store: Store) -> None:
         put_together(store, len(names))
 
 
-def _tidy(run: Run, store: Store) -> None:
-    """What a fit kept of its way."""
+def _tidy(run: Run, store: Store, *stages: Stage) -> None:
+    """What a fit kept of its way, up to its end or to that of these stages."""
     if run.processes.first:
-        for name in (Stage.COVARIANCE, Stage.EIGENVALUE):
+        for name in stages or (Stage.COVARIANCE, Stage.EIGENVALUE):
             store.remove_state(f"{name}_state")
         store.pieces("eigen").remove()
+        if store.state.get("covariances") == DROPPED:
+            drop_covariances(store)
 
 
 class _Fit:
@@ -161,19 +179,20 @@ class _Fit:
         self.passes, self.layers, self.store = run, layers, store
         self.folder, self.processes = store.folder, run.processes
         self.waiting, self.blocks = Waiting(run, layers), blocks_of(store.facts)
+        self.keeps: bool = store.state["keep_covariances"]
 
     def run(self) -> None:
         batches = self.passes.planned(self.store)
-        edges = self.store.state.get("edge_draws", {})
         decomposed = self.processes.told((self.folder / EIGENVALUES["gradient"]).exists())
-        if not decomposed:
-            edges = {Stage.COVARIANCE: self._covariances(batches)}
-            self.store.update(seconds=self.passes.seconds, edge_draws=edges)
+        if not decomposed and "covariances" not in self.store.state:
+            self._covariances(batches)
+        edges = self.store.state.get("edge_draws", {})
+        self.passes.seconds.update(self.store.state["seconds"])
         self.layers = self._reached()
         if not decomposed:
             self._eigendecompositions()
             self.store.update(seconds=self.passes.seconds)
-        self.passes.seconds.update(self.store.state["seconds"])
+        _tidy(self.passes, self.store, Stage.COVARIANCE)
         consumer = Eigenvalues(self.passes, self.store, self.layers, self._bases())
         self._pass(Stage.EIGENVALUE, batches, consumer, kept=self.waiting)
         lam = consumer.collected()
@@ -241,33 +260,37 @@ class _Fit:
             return losses[1]
         return losses if self.waiting.takes(batch) else losses[0]
 
-    def _covariances(self, batches: Sequence[Sequence[int]]) -> int:
-        """The first pass and its files; how many of its labels rounding could flip."""
+    def _covariances(self, batches: Sequence[Sequence[int]]) -> None:
+        """The first pass and its files."""
         consumer = Covariances(self.passes, self.store, self.layers, self.waiting)
         self._pass(Stage.COVARIANCE, batches, consumer)
         found, edges = consumer.collected(), consumer.edge_draws
         # A process without a batch has seen no layer; which share an input is the same in all.
-        self.store.update(shared=max(self.processes.gathered(consumer.owners), key=len))
+        shared = max(self.processes.gathered(consumer.owners), key=len)
         if self.processes.first:
-            self._write_covariances(found)
+            self._write_covariances(found, shared)
         self.processes.meet()
-        return edges
+        self.store.update(
+            shared=shared, covariances=SUMMED, seconds=self.passes.seconds,
+            edge_draws={Stage.COVARIANCE: edges},
+        )  # fmt: skip
+        if self.processes.first:
+            self.store.remove_state(consumer.name)
 
-    def _write_covariances(self, found: Mapping[str, Tensor]) -> None:
-        shared = self.store.state["shared"]
+    def _write_covariances(self, found: Mapping[str, Tensor], shared: Mapping[str, str]) -> None:
         counts = {x.name: found[f"gradient count {x.name}"] for x in self.layers}
         reached = [x.name for x in self.layers if x.expert is None or counts[x.name].any()]
         sums = ((name, found[f"gradient covariance {name}"]) for name in reached)
         tell_of_zeros(sums, "the sampled loss")
         for side in EIGENVECTORS:
             owner = {name: shared[name] if side == "activation" else name for name in reached}
-            # safetensors stores no aliases: a shared covariance is written under every layer's
-            # name.
+            # safetensors stores no aliases: a shared covariance is kept under every layer's name.
             save_tensors(
-                self.folder / f"{side}_covariance.safetensors",
+                self.folder / COVARIANCES[side],
                 {
                     n: dense(found[f"{side} covariance {o}"].cpu(), self.blocks)
                     for n, o in owner.items()
+                    if self.keeps or n == o
                 },
             )
             save_tensors(
@@ -275,47 +298,69 @@ class _Fit:
                 {name: found[f"{side} count {o}"].cpu().reshape(1) for name, o in owner.items()},
             )
 
+    def _matrices(self) -> tuple[dict[tuple[str, str], int], list[tuple[str, str]]]:
+        """Rows of every covariance, by side and name, one of those that layers share; and the sides
+        and names of those that are a diagonal.
+        """
+        shared, whole, diagonals = self.store.state["shared"], {}, []
+        for at, side in enumerate(EIGENVECTORS):
+            for x in sorted(self.layers, key=lambda x: x.name):
+                if side == "gradient" or shared[x.name] == x.name:
+                    if x.turned[at]:
+                        whole[side, x.name] = x.turned[at]
+                    else:
+                        diagonals.append((side, x.name))
+        return whole, diagonals
+
     def _eigendecompositions(self) -> None:
         """Eigenvectors of every matrix, each kept as soon as it is found."""
-        shared, done = self.store.state["shared"], self.store.pieces("eigen")
+        done, (matrices, diagonals) = self.store.pieces("eigen"), self._matrices()
         done.done = self.processes.told(done.done)
-        keys: list[tuple[str, str]] = []
+        sizes = [len(range(n)[x]) for n in matrices.values() for x in block_rows(n, self.blocks)]
         jobs: list[Job] = []
-        diagonal: dict[tuple[str, str], Mapping[str, Tensor]] = {}
-        for side in EIGENVECTORS:
-            sums = load_tensors(self.folder / f"{side}_covariance.safetensors", ours=True)
-            counts = load_tensors(
-                self.folder / f"num_{side}_covariance_processed.safetensors", ours=True
-            )
-            for name, matrix in sums.items():
-                if side == "gradient" or shared[name] == name:
-                    job = Job(matrix, counts[name], f"the {side} covariance of {name}")
-                    if matrix.ndim == 1:
-                        job.check()
-                        mean, ones = matrix / counts[name], torch.ones_like(matrix)
-                        diagonal[side, name] = {"values": mean, "vectors": ones}
-                        continue
-                    keys.append((side, name))
-                    jobs += job.in_blocks(self.blocks)
+        # Where all are done, covariances may have been dropped.
+        if len(done.done) < len(sizes) + len(diagonals):
+            jobs = [x for job in self._jobs(matrices) for x in job.in_blocks(self.blocks)]
+            if self.processes.first:
+                for number, job in enumerate(self._jobs(diagonals), len(sizes)):
+                    done.write(number, job.of_diagonal())
         order = [i for i in largest_first(jobs) if i not in done.done]
-        total = sum(len(job.sum) ** 3 for job in jobs)
-        before = sum(len(jobs[i].sum) ** 3 for i in done.done)
-        costs = [len(jobs[i].sum) ** 3 for i in order]
+        total = sum(size**3 for size in sizes)
+        before = sum(sizes[i] ** 3 for i in done.done if i < len(sizes))
+        costs = [sizes[i] ** 3 for i in order]
         order = [order[at] for at in dealt(costs, self.processes.size)[self.processes.rank]]
         dtype = accumulator(self.passes.model)
         precision = torch.float64 if dtype == torch.float64 else None
         solved = eigendecompositions([jobs[i] for i in order], self.passes.device, precision)
         count = self.processes.counter("matrices")
+        stored = torch.bfloat16 if "eigenvectors" in self.store.facts else dtype
         with self.passes.timed(Stage.EIGENDECOMPOSITION):
             for i, (values, vectors) in zip(order, solved, strict=True):
-                done.write(i, {"values": values.to(dtype), "vectors": vectors.to(dtype)})
-                after = before + count(len(jobs[i].sum) ** 3)
+                done.write(i, {"values": values.to(dtype), "vectors": vectors.to(stored)})
+                after = before + count(sizes[i] ** 3)
                 self.passes.report(Stage.EIGENDECOMPOSITION, after, total)
         self.processes.meet()
         if self.processes.first:
-            solutions = united(map(done.read, range(len(jobs))), self.blocks)
-            self._write_eigenvectors(dict(zip(keys, solutions, strict=True)) | diagonal)
+            if not self.keeps:
+                drop_covariances(self.store)
+            solutions = united(map(done.read, range(len(sizes))), self.blocks)
+            found = dict(zip(matrices, solutions, strict=True))
+            for number, key in enumerate(diagonals, len(sizes)):
+                found[key] = done.read(number)
+            self._write_eigenvectors(found)
         self.processes.meet()
+
+    def _jobs(self, covariances: Iterable[tuple[str, str]]) -> list[Job]:
+        """Of so many covariances, by side and name."""
+        sums, counts = {}, {}
+        for side, file in COVARIANCES.items():
+            sums[side] = load_tensors(self.folder / file, ours=True)
+            counted = self.folder / f"num_{side}_covariance_processed.safetensors"
+            counts[side] = load_tensors(counted, ours=True)
+        return [
+            Job(sums[side][name], counts[side][name], f"the {side} covariance of {name}")
+            for side, name in covariances
+        ]
 
     def _write_eigenvectors(self, found: Mapping[tuple[str, str], Mapping[str, Tensor]]) -> None:
         shared = self.store.state["shared"]
@@ -326,7 +371,7 @@ class _Fit:
             for files, part in ((EIGENVECTORS, "vectors"), (EIGENVALUES, "values")):
                 save_tensors(
                     self.folder / files[side],
-                    {name: found[side, o][part] for name, o in owner.items()},
+                    {n: found[side, o][part] for n, o in owner.items() if self.keeps or n == o},
                 )
 
     def _arguments(self) -> dict[str, Any]:
@@ -340,7 +385,8 @@ class _Fit:
         Qa, Qg = (load_tensors(self.folder / name, ours=True) for name in EIGENVECTORS.values())
         owners, dtype = self.store.state["shared"], self.passes.dtype
         read = {owners[x.name] for x in self.layers}
-        own = {o: turning(Qa[o], self.blocks, self.passes.device, dtype) for o in read}
+        places = self.passes.places(self.layers)
+        own = {o: turning(Qa[o], self.blocks, places[o], dtype) for o in read}
         return {
             x.name: Eigenvectors(turning(Qg[x.name], self.blocks, dtype), own[owners[x.name]])
             for x in self.layers

@@ -129,7 +129,7 @@ class Preconditioning(Measuring):
     ) -> None:
         super().__init__(run, keep)
         self.rank = rank
-        self.bases = bases(factors, layers, damping, run.dtype, run.device)
+        self.bases = bases(factors, layers, damping, run.dtype, run.places(layers))
         self.rotate = SharedRotation()
 
     def basis(self, layer: str, device: torch.device) -> Basis:

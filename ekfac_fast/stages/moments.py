@@ -40,13 +40,18 @@ class Covariances(Sums):
         self.owners: dict[str, str] = dict(store.state.get("shared", {}))
         self.attention: Tensor | Mapping[str, Tensor] | None = None
         self.masks: list[tuple[Tensor, Rows, Tensor, Tensor]] = []
+        self.places = run.places(layers)
         kept, sides = self.state.tensors, ("activation", "gradient")
         self.cov: dict[str, dict[str, Sum]] = {
-            s: {n: self.found(f"{s} covariance {n}") for n in _part(kept, f"{s} covariance ")}
+            s: {
+                n: self.found(f"{s} covariance {n}", at=self.places[n])
+                for n in _part(kept, f"{s} covariance ")
+            }
             for s in sides
         }
         self.count = {
-            s: {n: x.to(run.device) for n, x in _part(kept, f"{s} count ").items()} for s in sides
+            s: {n: x.to(self.places[n]) for n, x in _part(kept, f"{s} count ").items()}
+            for s in sides
         }
 
     def begin(self, batch: Batch) -> None:
@@ -86,7 +91,7 @@ class Covariances(Sums):
         whole = bool(layer.turned[0 if of_inputs else 1])
         if name not in cov:
             sizes = (J, -(-J // self.blocks)) if whole else (J,)
-            cov[name] = self.found(f"{side} covariance {name}", *sizes)
+            cov[name] = self.found(f"{side} covariance {name}", *sizes, at=x.device)
             count[name] = torch.zeros((), dtype=torch.int64, device=x.device)
         count[name] += real
         own = cov[name].rest
@@ -115,9 +120,9 @@ class Covariances(Sums):
         if mask is None or (seen.rows.positions == sides != mask.shape[-1] and not routed):
             return None, seen.a.shape[0] * seen.a.shape[1]
         for own, rows, real, count in self.masks:
-            if own is mask and rows.same(seen.rows):
+            if own is mask and rows.same(seen.rows) and real.device == seen.g.device:
                 return real, count
-        found = seen.rows.real(mask)
+        found = seen.rows.real(mask.to(seen.g.device))
         if found is None:
             raise ModelError(
                 f"layer {seen.layer.name} sees {seen.rows.positions} positions of "
@@ -145,8 +150,9 @@ class Eigenvalues(Sums):
         self, run: Run, store: Store, layers: list[Layer], bases: Mapping[str, Eigenvectors]
     ) -> None:
         super().__init__(run, store, Stage.EIGENVALUE)
-        self.lam = {x.name: self.found(x.name, x.O, x.J) for x in layers}
-        self.bases = {x.name: placed(bases[x.name], (x.O, x.J), run.device) for x in layers}
+        places = run.places(layers)
+        self.lam = {x.name: self.found(x.name, x.O, x.J, at=places[x.name]) for x in layers}
+        self.bases = {x.name: placed(bases[x.name], (x.O, x.J), places[x.name]) for x in layers}
         self.rotate = SharedRotation()
 
     def add(self, seen: LayerBatch, batch: Batch) -> None:

@@ -11,17 +11,8 @@ from torch import Tensor
 
 from ..store.files import load_json, load_tensors, save_json, save_tensors
 from ..store.folder import Store
-from .factors import EIGENVALUES, EIGENVECTORS, LAMBDA, LAMBDA_COUNT
-
-ARGUMENTS = "factor_arguments.json"
-FILES = (
-    *(f"{side}_covariance.safetensors" for side in EIGENVECTORS),
-    *(f"num_{side}_covariance_processed.safetensors" for side in EIGENVECTORS),
-    *EIGENVECTORS.values(),
-    *EIGENVALUES.values(),
-    LAMBDA,
-    LAMBDA_COUNT,
-)
+from .export import ARGUMENTS, FILES
+from .factors import COVARIANCES, DROPPED, SUMMED
 
 
 def part_folder(store: Store, number: int) -> Path:
@@ -35,7 +26,8 @@ def put_together(store: Store, parts: int) -> None:
     Mapped on either side: hardly anything of them is in memory at a time.
     """
     folders = [part_folder(store, number) for number in range(parts)]
-    for name in FILES:
+    kept = store.state["keep_covariances"]
+    for name in (*(COVARIANCES.values() if kept else ()), *FILES):
         if not (store.folder / name).exists():
             whole: dict[str, Tensor] = {}
             for folder in folders:
@@ -51,6 +43,8 @@ def put_together(store: Store, parts: int) -> None:
     tracked = sum(state["parameters"][0] for state in states)
     # Every part draws the same labels.
     common = {n: states[0][n] for n in ("sequences", "truncated", "without_targets", "edge_draws")}
+    common["shared"] = {name: of for state in states for name, of in state["shared"].items()}
+    common["covariances"] = SUMMED if kept else DROPPED
     store.finish(seconds=dict(seconds), parameters=[tracked, states[0]["parameters"][1]], **common)
     for folder in folders:
         shutil.rmtree(folder)

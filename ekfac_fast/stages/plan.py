@@ -19,9 +19,11 @@ from ..model.layers import Layer
 from ..ops.gradients import flops as gradient_flops
 from ..ops.shapes import Card, Shape
 from .budget import ACTIVATIONS, SUMS, check_weights, fitting_bytes, partitions
+from .disk import check_stored, fit_bytes, keeps_covariances, matrix_bytes
 from .factors import block_facts
 from .measured import DENSE_BYTES
 from .processes import dealt
+from .sums import BATCHES_A_FOLD
 
 # A dense LAPACK eigendecomposition with vectors, and the share of the GEMM rate that it reaches.
 EIGH_FLOPS, EIGH_SHARE = 9, 0.15
@@ -47,8 +49,9 @@ class StageCost:
 class Plan:
     """Costs of a whole run; sizes in bytes.
 
-    partitions    parts that the layers are fitted in, each with passes of its own
-    factor_bytes  of the factors on disk; `disk_bytes` at most, while they are fitted
+    partitions          parts that the layers are fitted in, each with passes of its own
+    factor_bytes        of the factors on disk; `disk_bytes` at most, while they are fitted
+    keeps_covariances   whether `covariance_bytes` of them are covariances
     """
 
     layers: tuple[Layer, ...]
@@ -57,6 +60,8 @@ class Plan:
     partitions: int
     factor_bytes: int
     disk_bytes: int
+    covariance_bytes: int
+    keeps_covariances: bool
     query_bytes: int
     batch_tokens: int
     gemm_rate: float
@@ -112,6 +117,11 @@ class _Asked:
         room = ACTIVATIONS * max(0, self.memory - self.weights) / (self.itemsize * self.width)
         most = min(default_tokens(self.device), room)
         return self.tokens * max(1, int(most / self.tokens))
+
+    @property
+    def batches(self) -> int:
+        """Of a fit's pass, in each process."""
+        return self.each(-(-self.fit_sequences * self.tokens // self.batch_tokens))
 
     @property
     def batch(self) -> int:
@@ -174,6 +184,8 @@ def plan(
     queries: int,
     rank: int | None = 32,
     blocks: int = 1,
+    keep_covariances: bool | None = None,
+    eigenvectors: torch.dtype | None = None,
     width: int | None = None,
     memory: int | None = None,
     processes: int = 1,
@@ -187,7 +199,7 @@ def plan(
         layers: what `select_layers` chose (a model on the meta device will do).
         parameters: of the whole model: a pass costs 4 FLOPs a parameter and token, forward and
             gradient to activations.
-        blocks: diagonal blocks of every covariance, as in `fit`.
+        blocks, keep_covariances, eigenvectors: as in `fit`.
         width: values that a pass keeps of a token (`token_width`); None for what the layers read
             and write, twice.
         memory: the budget of each process; None for what is free here.
@@ -219,20 +231,25 @@ def plan(
     right = rate is None or (is_number(rate) and rate > 0)
     require(right, "rate", rate, "FLOP/s, more than 0")
     rate = rate or gemm_rate()
-    covariances = sum(FP32 * sum(x.covariance_sizes) for x in layers)
+    covariances = matrix_bytes(layers, FP32)
     eigenvalues = sum(FP32 * x.O * x.J for x in layers)
     ways = tuple(map(job.way, layers))
     stages = [*_fitting(job, covariances // blocks, eigenvalues), *_asking(job, ways)]
-    kept = 2 * covariances + eigenvalues
-    largest = max(sum(FP32 * sum(x.covariance_sizes) for x in some) for some in job.parts)
+    check_stored(eigenvectors)
+    keeps = keeps_covariances(keep_covariances, layers, FP32)
+    kept, most = fit_bytes(
+        job.parts, itemsize=FP32, blocks=blocks, vectors=(eigenvectors or torch.float32).itemsize,
+        keep=keeps, processes=processes, folds=1 + (job.batches > BATCHES_A_FOLD),
+    )  # fmt: skip
     return Plan(
         tuple(layers),
         ways,
         tuple(replace(x, seconds=x.flops / _reached(x, rate)) for x in stages),
         partitions=len(job.parts),
         factor_bytes=kept,
-        # Eigenvectors are kept matrix by matrix until all are there, files until they are joined.
-        disk_bytes=kept + (largest if len(job.parts) == 1 else covariances),
+        disk_bytes=most,
+        covariance_bytes=covariances,
+        keeps_covariances=keeps,
         query_bytes=_query_bytes(job),
         batch_tokens=job.batch_tokens,
         gemm_rate=rate,

@@ -96,6 +96,7 @@ def prepare_queries(
         "damping": damping,
         **({"blocks": factors.blocks} if factors.blocks > 1 else {}),
         **diagonal_facts(layers),
+        **({"eigenvectors": factors.eigenvectors} if factors.eigenvectors else {}),
     }
     factors.check_run(facts, "prepare_queries")
     _check_targets(run)

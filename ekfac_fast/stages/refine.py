@@ -151,7 +151,7 @@ class Refining:
         self._check_task()
         self.dtype = accumulator(model)
         self._check_memory()
-        self._bases = bases(factors, layers, dampings, self.dtype, self.run.device)
+        self._bases = bases(factors, layers, dampings, self.dtype, self.run.places(layers))
         self._linearised = Linearised(model, layers)
         # A bound on H's largest eigenvalue: of blocks that are positive, at most their sum.
         largest = sum(float(factors[x.name].lam.max()) for x in layers)

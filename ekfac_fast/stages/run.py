@@ -30,6 +30,7 @@ from ..model.identity import forward_state, model_fingerprint, task_state
 from ..model.layer_batch import LayerBatch
 from ..model.layers import Layer
 from ..model.rows import Grid
+from ..model.spread import device_of
 from ..model.tasks import LanguageModelTask, Task, checked_task
 from ..model.text_tasks import TextTask, form_of
 from ..model.weights import check_weights, computes_in, is_sharded
@@ -114,7 +115,7 @@ class Run:
         memory, tokens = arguments.get("memory"), arguments.get("batch_tokens")
         self.memory = None if memory is None else size("memory", memory)
         if self.memory is not None and tokens is None:
-            most = default_tokens(next(model.parameters()).device)
+            most = default_tokens(device_of(model))
             tokens = fitting_tokens(model, self.memory, most)
         self.batches = Batches(
             dataset,
@@ -124,6 +125,7 @@ class Run:
             max_examples=max_examples,
             on_long=arguments.get("on_long", "truncate"),
             form=form_of(self.task, model, asked=asked),
+            device=device_of(model),
         )
         self.device = self.batches.device
         # Whether each pass is one of all processes together.
@@ -206,6 +208,10 @@ class Run:
         """The batches of a folder; the first process divides them."""
         with self.processes.led():
             return store.batches(self.batches.divided)
+
+    def places(self, layers: Sequence[Layer]) -> dict[str, torch.device]:
+        """Where each layer computes, and where its sums, basis and queries are kept."""
+        return {x.name: device_of(self.model, x.module) for x in layers}
 
     def settings(self) -> AbstractContextManager:
         """The model's passes run under these: autocast, or nothing."""

@@ -161,7 +161,7 @@ def self_scores(
     with run.opened(out, "self", facts) as store:
         if not store.finished:
             dampings = factors.dampings(layers, damping)
-            placed = bases(factors, layers, dampings, run.dtype, run.device)
+            placed = bases(factors, layers, dampings, run.dtype, run.places(layers))
             rotate = SharedRotation()
 
             def add(s: Tensor, seen: LayerBatch) -> None:
@@ -280,7 +280,9 @@ class Scan(Consumer):
             add,
         )
         dtype = accumulator(run.model)
-        self.s = torch.zeros(Q, 0, dtype=dtype)
+        self.Q, self.dtype = Q, dtype
+        # Of every device that layers are on.
+        self.s: dict[torch.device, Tensor] = {}
         shape, kind = (Q, run.batches.size), "float64" if dtype == torch.float64 else "float32"
         self.kept: Whole | Best
         if top_k is None:
@@ -293,16 +295,20 @@ class Scan(Consumer):
 
     def begin(self, batch: Batch) -> None:
         """No scores yet."""
-        Q = self.s.shape[0]
-        self.s = torch.zeros(Q, len(batch.indices), dtype=self.s.dtype, device=self.run.device)
+        self.s = {}
 
     def add(self, seen: LayerBatch, batch: Batch) -> None:
         """One layer's share."""
-        self._add(self.s, seen)
+        device = seen.g.device
+        if device not in self.s:
+            shape = self.Q, len(batch.indices)
+            self.s[device] = torch.zeros(shape, dtype=self.dtype, device=device)
+        self._add(self.s[device], seen)
 
     def end(self, batch: Batch) -> None:
         """The scores of a batch, NaN where a sequence is not a query's candidate."""
-        s, indices = self.s.cpu(), batch.indices
+        first, *others = (x.cpu() for x in self.s.values())
+        s, indices = sum(others, start=first), batch.indices
         finite = s.isfinite()
         if not bool(finite.all()):
             q, b = (int(i) for i in (~finite).nonzero()[0])
@@ -372,10 +378,11 @@ def on_device(run: Run, queries: Queries) -> dict[str, QueryGradients]:
 
     gains = {own.layer.name for own in queries.layers if pays(own)}
     size = sum(x.layer.O * x.layer.J for x in queries.layers if x.layer.name in gains)
+    places = run.places([own.layer for own in queries.layers])
     fits = size * len(queries) * run.dtype.itemsize < SHARE_OF_A_STAGE * free_bytes(run.device)
 
     def kept(own: LayerQueries) -> QueryGradients:
-        moved = own.gradients.each(lambda x: x.to(run.device, run.dtype))
+        moved = own.gradients.each(lambda x: x.to(places[own.layer.name], run.dtype))
         if fits and own.layer.name in gains:
             moved = Dense(moved.dense())
         return moved.laid_out()

@@ -57,9 +57,9 @@ class Sums(Consumer):
         """What is counted, by name."""
         return {}
 
-    def found(self, name: str, *shape: int) -> Sum:
-        """A sum as it was kept, or of nothing yet."""
-        kept, device = self.state.tensors, self.run.device
+    def found(self, name: str, *shape: int, at: torch.device | None = None) -> Sum:
+        """A sum as it was kept, or of nothing yet; on a device, or where batches are."""
+        kept, device = self.state.tensors, at or self.run.device
         if name not in kept:
             return Sum.zero(*shape, dtype=accumulator(self.run.model), device=device)
         total = kept.pop(TOTAL + name, None)
@@ -75,7 +75,9 @@ class Sums(Consumer):
     def save(self, done: Collection[int]) -> None:
         """All sums after these batches."""
         sums = self.sums()
-        finite = torch.stack([torch.isfinite(x.value()).all() for x in sums.values()])
+        device = self.run.device
+        every = [torch.isfinite(x.value()).all().to(device) for x in sums.values()]
+        finite = torch.stack(every)
         for name, right in zip(sums, finite.tolist(), strict=True):
             if not right:
                 raise NotFiniteError(
@@ -99,6 +101,9 @@ class Sums(Consumer):
         names = {name: told for every in processes.gathered(here) for name, told in every.items()}
         for name, (shape, dtype) in names.items():
             mine = found.pop(name, None)
+            if processes.size == 1 and mine is not None:
+                found[name] = mine
+                continue
             if mine is None:
                 mine = torch.zeros(shape, dtype=dtype, device=self.run.device)
             square = len(shape) == 2 and shape[0] == shape[1]

@@ -37,6 +37,7 @@ class Trust:
     damping          from least to most over layers
     blocks           on the diagonal of each covariance; beyond 1 the basis is approximate
     diagonal         layers of which output gradients are covaried by a diagonal alone
+    eigenvectors     the dtype that they were rounded to, if they were
     refined          how queries were refined, and the largest relative residual that is left
     sparse           share of the top sequences that one or two tokens carry; None without details
     validation       what they were held against, and how well they predicted it
@@ -52,6 +53,7 @@ class Trust:
     validation: str | None = None
     blocks: int = 1
     diagonal: int = 0
+    eigenvectors: str | None = None
 
     @property
     def line(self) -> str:
@@ -63,6 +65,8 @@ class Trust:
             said.append(basis_of(self.blocks))
         if self.diagonal:
             said.append(diagonal_in(self.diagonal))
+        if self.eigenvectors:
+            said.append(rounded_to(self.eigenvectors))
         said.append(f"damping {self.least_damping:.2g} to {self.most_damping:.2g}")
         said.append(
             "not refined"
@@ -85,12 +89,20 @@ def diagonal_in(layers: int) -> str:
     return f"output gradients of {layers} layers as if uncorrelated (a diagonal)"
 
 
+def rounded_to(eigenvectors: str) -> str:
+    """Eigenvectors that are stored in a narrower dtype, in words."""
+    return f"eigenvectors rounded to {eigenvectors}"
+
+
 def trust_in(queries: "Queries") -> dict[str, Any]:
     """What queries say of the scores that they will give, as JSON."""
     refinement, blocks = queries.refinement, blocks_of(queries.facts)
-    diagonal = len((queries.facts or {}).get("diagonal", []))
-    approximate = {"blocks": blocks if blocks > 1 else 0, "diagonal": diagonal}
-    return {name: count for name, count in approximate.items() if count} | {
+    facts = queries.facts or {}
+    diagonal, rounded = len(facts.get("diagonal", [])), facts.get("eigenvectors")
+    approximate = {
+        "blocks": blocks if blocks > 1 else 0, "diagonal": diagonal, "eigenvectors": rounded
+    }  # fmt: skip
+    return {name: value for name, value in approximate.items() if value} | {
         "rank": queries.rank,
         "energy": min(
             (float(x.energy.min()) for x in queries.layers if len(x.energy)), default=1.0

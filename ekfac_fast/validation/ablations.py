@@ -55,8 +55,8 @@ def kfac_factors(factors: Factors, out: str | Path) -> Factors:
     out, source = path("out", out), factors.folder
     if factors.facts is None:
         raise StoreError(f"{source}: not by this version of fit, so of a model unknown: fit again")
-    vectors = {name: load_tensors(source / name) for name in EIGENVECTORS.values()}
-    lam_a, lam_g = (load_tensors(source / EIGENVALUES[side]) for side in EIGENVECTORS)
+    vectors = {name: factors.stored(name) for name in EIGENVECTORS.values()}
+    lam_a, lam_g = (factors.stored(EIGENVALUES[side]) for side in EIGENVECTORS)
     # Of an expert, those that were routed to it.
     tokens = {n: int(x) / factors.sequences for n, x in load_tensors(source / TOKEN_COUNT).items()}
     lam = {
