@@ -3,7 +3,6 @@
 Commands import what they need when they run: `--help` waits for nothing.
 """
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +11,7 @@ import typer
 from ..checks import size, whole
 from ..errors import ArgumentError
 from . import studies
-from .group import check_device_map, sharded, shared
+from .group import shared
 from .options import (
     Adapter,
     BatchTokens,
@@ -23,7 +22,6 @@ from .options import (
     Damping,
     Data,
     DeviceMap,
-    Dtype,
     Eigenvectors,
     FactorFolder,
     Fields,
@@ -48,9 +46,7 @@ from .options import (
 from .reported import console, reported
 
 if TYPE_CHECKING:
-    from ..data.choices import OnLong, Split
-    from ..data.examples import Corpus
-    from . import inputs, tasks
+    pass
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 app.add_typer(studies.app, name="study")
@@ -109,9 +105,10 @@ def fit(
 ) -> None:
     """Fit the EK-FAC factors of a model on a corpus."""
     from . import inputs, runs, tasks
+    from .loaded import loaded
 
     asked = tasks.Asked(task or tasks.LANGUAGE, beta, reference=reference)
-    source, _, corpus = _loaded(
+    source, _, corpus = loaded(
         model, adapter, data, context, split, on_long, fields, chat_template, dtype,
         trust_remote_code, shard, device_map, asked, [out],
     )  # fmt: skip
@@ -194,9 +191,10 @@ def score(
     """Rank the sequences of a corpus by their influence on completions."""
     from ..stages.factors import Factors
     from . import runs, tasks
+    from .loaded import loaded
 
     asked = tasks.fitted(task, factors, runs.RUN, measure=measure, reference=reference)
-    source, cutting, corpus = _loaded(
+    source, cutting, corpus = loaded(
         model, adapter, data, context, split, on_long, fields, chat_template, dtype,
         trust_remote_code, shard, device_map, asked, [factors, out],
     )  # fmt: skip
@@ -238,9 +236,10 @@ def self_influence(
     """Rank the sequences of a corpus by their influence on themselves."""
     from ..stages.factors import Factors
     from . import runs, tasks
+    from .loaded import loaded
 
     asked = tasks.fitted(task, factors, runs.RUN, reference=reference)
-    source, _, corpus = _loaded(
+    source, _, corpus = loaded(
         model, adapter, data, context, split, on_long, fields, chat_template, dtype,
         trust_remote_code, shard, device_map, asked, [factors, out],
     )  # fmt: skip
@@ -379,47 +378,3 @@ def demo(
     else:
         chosen = demo_pretrained.pretrained(model)
     run(folder or Path("demo" if model == "small" else f"demo-{Path(model).stem}"), chosen, console)
-
-
-def _loaded(
-    model: str,
-    adapter: str | None,
-    data: Path,
-    context: int | None,
-    split: "Split",
-    on_long: "OnLong",
-    fields: str | None,
-    chat_template: Path | None,
-    dtype: "Dtype",
-    trust_remote_code: bool,
-    shard: bool,
-    device_map: str | None,
-    asked: "tasks.Asked",
-    folders: list[Path],
-) -> tuple["inputs.Source", "inputs.Cutting", "Corpus"]:
-    """A model, and a corpus cut for it as the command line asks; `folders` may keep what a
-    reference model says of it.
-    """
-    from . import inputs, tasks
-
-    mapping, template = inputs.parsed_fields(fields), inputs.read_template(chat_template)
-    if device_map is not None:
-        check_device_map(shard)
-    source = inputs.load(
-        model, trust_remote_code, dtype, adapter=adapter, chat_template=template, kind=asked.kind,
-        device_map=device_map,
-    )  # fmt: skip
-    if shard:
-        source = replace(source, model=sharded(source.model))
-    console.say(f"passes in {'float32' if source.autocast is None else 'bfloat16'}")
-    cutting = inputs.Cutting(source.context(context), split, on_long, mapping, template)
-    if asked.kind != tasks.LANGUAGE:
-        cutting = replace(cutting, task=asked.kind, labels=tasks.labels_of(source, asked.kind))
-    corpus = inputs.read_data(data, source.tokenizer, cutting, console)
-    if asked.kind == "dpo":
-        files = [tasks.beside(folder, tasks.REFERENCED) for folder in folders]
-        corpus, file = tasks.with_references(
-            corpus, source, asked.reference, files, trust_remote_code, console
-        )
-        cutting = replace(cutting, references=file)
-    return source, cutting, corpus

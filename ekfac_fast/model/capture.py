@@ -348,7 +348,7 @@ class Capture:
         if len(uses) > 1:
             # Under autocast a head's output is narrower than an embedding's.
             g = torch.cat([g.to(uses[-1][1]) for _, g in uses], 1)
-            a = torch.cat([_like(a, g) for a, _ in uses], 1)
+            a = torch.cat([kinds.beside(a, g) for a, _ in uses], 1)
         grid = calls.grid or Grid(len(a))
         rows = Rows(len(a), uses[0][0].shape[1], len(uses), grid.before, sides=grid.sides)
         if a.shape[1] != rows.positions * rows.uses:
@@ -356,7 +356,7 @@ class Capture:
         calls.release(name)
         shared, readers = calls.owner(name)
         # Under autocast a layer multiplies its input in the dtype of its output; and on its device.
-        calls.consume(LayerBatch(layer, shared, readers, _like(a, g), g, rows, calls.loss))
+        calls.consume(LayerBatch(layer, shared, readers, kinds.beside(a, g), g, rows, calls.loss))
 
     def _complete_expert(self, calls: "Calls", layer: Layer) -> None:
         """Hand an expert to the consumer, its rows by sequence; without any, one row of zeros."""
@@ -399,8 +399,3 @@ class Capture:
                 f"of {grid.positions} positions; which rows belong to which sequence cannot be told"
             )
         return grid.folded(layout.by_sequence(x, grid.sequences))
-
-
-def _like(a: Tensor, g: Tensor) -> Tensor:
-    """`a` in the dtype of `g` and on its device; ids stay integers."""
-    return a.to(g) if a.is_floating_point() else a.to(g.device)

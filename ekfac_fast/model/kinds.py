@@ -83,6 +83,11 @@ def as_rows(layer: Layer, x: Tensor) -> Tensor:
     return x.unsqueeze(-1) if layer.kind == "embedding" else x
 
 
+def beside(a: Tensor, g: Tensor) -> Tensor:
+    """What a layer reads, in the dtype of `g` and on its device; ids stay integers."""
+    return a.to(g) if a.is_floating_point() else a.to(g.device)
+
+
 def operands(layer: Layer, module: nn.Module, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """(a, g), [...,F], of what `read` kept and the gradient of the output."""
     if layer.kind == "convolution":

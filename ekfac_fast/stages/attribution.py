@@ -26,6 +26,7 @@ from .consumer import Batch, Consumer
 from .processes import Processes
 from .queries import Queries
 from .run import Run, RunArguments, Stage
+from .swapped import swapped
 
 # A pass and its derivative keep about so many times as much as a scan's pass; on a CPU small
 # batches cost more than memory does.
@@ -151,7 +152,7 @@ class Attributing(Consumer):
         wanted: Wanted,
     ) -> None:
         self.run, self.layers, self.gradients, self.wanted = run, layers, gradients, wanted
-        self.capture = TokenPass(run.model, layers, run.swapped)
+        self.capture = TokenPass(run.model, layers, partial(swapped, run))
         self.found: dict[tuple[int, int], TokenAttribution] = {}
         self.rounds: list[list[tuple[int, int]]] = []
         self.labels = torch.empty(0, 0, dtype=torch.int64)

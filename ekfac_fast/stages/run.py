@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..checks import instance, require, size, told
 from ..curvature.memory import budget, free_bytes, taken_bytes
-from ..data.batches import Batches, collate, default_tokens
+from ..data.batches import Batches, default_tokens
 from ..data.choices import OnLongExample
 from ..data.examples import Indexable, tokenized_by
 from ..errors import ArgumentError, DataError, NotFiniteError
@@ -42,6 +42,7 @@ from .budget import fitting_tokens
 from .consumer import Batch, Consumer
 from .origin import origin
 from .processes import ALONE, Processes
+from .swapped import swapped
 
 Progress = Callable[[str, int, int], None]
 Loss = Callable[["Batch"], Tensor]
@@ -269,7 +270,7 @@ class Run:
             NotFiniteError: a loss is not, or what a consumer made of it; names where it is from.
         """
         loss, done = loss or self.train_loss, set(done)
-        capture = capture or Capture(self.model, layers, self.swapped)
+        capture = capture or Capture(self.model, layers, partial(swapped, self))
         total = self.batches.tokens(Division.of(batches).indices)
         before = sum(self.batches.tokens(batches[number]) for number in done)
         count, finished, since = self.processes.counter(stage), set[int](), list[int]()
@@ -356,46 +357,6 @@ class Run:
             return Grid(len(indices))
         sides = self.batches.sides
         return Grid(len(indices) * sides, inputs["input_ids"].shape[1], self.before, sides)
-
-    def swapped(self) -> tuple[Callable[[], Any], Callable[[], Any]]:
-        """The training loss of two examples, in one order and in the other.
-
-        With an odd number of positions, so that no axis but that of the sequences has two.
-        """
-        pair = self._two_that_differ()
-        return partial(self._forward, pair), partial(self._forward, pair[::-1])
-
-    def _two_that_differ(self) -> list[int]:
-        batches = self.batches
-        order = batches.lengths.argsort(kind="stable")
-        first = int(order[0])
-        if not batches.language:
-            return [first, int(order[-1])]
-        ids = batches.example(first).input_ids.tolist()
-        rest = map(int, order[1:])
-        other = next((i for i in rest if batches.example(i).input_ids.tolist() != ids), first)
-        return [first, other]
-
-    def _forward(self, indices: list[int]) -> Tensor:
-        if self.batches.language:
-            examples = [self.batches.example(i) for i in indices]
-            even = collate(examples, self.batches.form.pad)
-            # An odd number of positions: cut where there are enough, else padded.
-            T = even["input_ids"].shape[1]
-            change = 0 if T % 2 else 1 if T == 2 else -1
-            values = {"labels": -100, "input_ids": self.batches.form.pad}
-            padded = {
-                name: x
-                if name in examples[0].values
-                else torch.nn.functional.pad(x, (0, change), value=values.get(name, 0))
-                for name, x in even.items()
-            }
-            padded["index"] = torch.tensor([x.id for x in examples])
-            inputs = {name: x.to(self.device) for name, x in padded.items()}
-        else:
-            inputs = self.batches.load(indices)
-        with self.settings():
-            return self.task.compute_train_loss(batch=inputs, model=self.model, sample=False)
 
 
 def accumulator(model: nn.Module) -> torch.dtype:
