@@ -338,12 +338,8 @@ class Capture:
             if (name, use) in calls.turned:
                 # Rows that no loss reaches (padding) count for nothing on either side.
                 a, g = g, a * (g != 0).any(-1, keepdim=True)
-            uses.append(
-                (
-                    self._by_sequence(calls, a, layer.read, name),
-                    self._by_sequence(calls, g, layer.O, name),
-                )
-            )
+            a = self._by_sequence(calls, a, layer.read, name)
+            uses.append((a, self._by_sequence(calls, g, layer.O, name)))
         a, g = uses[0]
         if len(uses) > 1:
             # Under autocast a head's output is narrower than an embedding's.
