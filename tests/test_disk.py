@@ -164,6 +164,21 @@ def test_killed_it_ends_in_the_same_bits(moment, both, tmp_path, monkeypatch):
     assert {path.name for path in (tmp_path / "f").iterdir()} == names
 
 
+def test_diagonals_outlive_their_covariances(tmp_path, monkeypatch):
+    """Killed where covariances are gone, and files of eigenvectors not yet there."""
+    where = {"layers": ["model.embed_tokens", "lm_head:diagonal", "model.layers.0.mlp.*"]}
+    kept = fit(llama(), corpus(), out=tmp_path / "kept", **where)
+    with monkeypatch.context() as patched:
+        patched.setattr(fitting._Fit, "_write_eigenvectors", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            fit(llama(), corpus(), out=tmp_path / "f", keep_covariances=False, **where)
+    again = fit(llama(), corpus(), out=tmp_path / "f", **where)
+    assert not again.has_covariances
+    equal(again, kept)
+    with pytest.raises(ArgumentError, match="lm_head has a covariance that is a diagonal"):
+        export_factors(again, tmp_path / "theirs")
+
+
 def test_in_parts(both, tmp_path, monkeypatch):
     monkeypatch.setattr(fitting, "free_bytes", lambda device: 100_000)
     parts = fitted(tmp_path / "f", keep_covariances=False)
