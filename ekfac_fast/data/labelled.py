@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
 from ..checks import listed, require, shown, whole
 from ..errors import ArgumentError, DataError
@@ -22,45 +21,26 @@ from .encoding import tokenizer_fingerprint
 from .examples import IGNORED
 from .fields import Named, text_of
 from .forms import Form, anything
-from .records import Records, read_columns
-from .tokens import column_of
+from .recorded import Recorded
+from .records import read_columns
 
 TEXTS = Named(wanted=("text", "label"), more=("text_pair",), foreign=("tokens",))
 WORDS = Named(wanted=("tokens", "labels"), foreign=("text",))
 
 
 @dataclass(frozen=True, eq=False)
-class Labelled(Dataset):
-    """Examples with labels: `examples` by number, of `records` that know where they were read.
+class Labelled(Recorded):
+    """Examples with labels; `truncated` records lost `dropped` tokens."""
 
-    `truncated` records lost `dropped` tokens.
-    """
-
-    records: Records
     examples: Sequence[Mapping[str, Any]]
     form: Form
     truncated: int = 0
     dropped: int = 0
     tokenizer_fingerprint: str | None = None
 
-    def __len__(self) -> int:
-        return len(self.examples)
-
     def __getitem__(self, index: int) -> dict[str, Any]:
         held = self.examples[range(len(self))[index]].items()
         return {k: torch.from_numpy(x).long() if isinstance(x, np.ndarray) else x for k, x in held}
-
-    def column(self, name: str) -> list[Any]:
-        """What the record of every example has in a column that was kept."""
-        return column_of(self.records, range(len(self)), name)
-
-    def record(self, index: int) -> Mapping[str, Any]:
-        """What an example was made of."""
-        return self.records[index]
-
-    def source(self, index: int) -> str:
-        """Where an example was read."""
-        return self.records.source(index)
 
 
 def read_labelled(

@@ -25,8 +25,9 @@ from .examples import Indexable
 from .fields import SPEAKERS, Columns, Named, text_of
 from .forms import Form, number
 from .labelled import tokens_of
+from .recorded import Recorded
 from .records import Records, read_columns
-from .tokens import Tokens, column_of, tokenize
+from .tokens import Tokens, tokenize
 
 # As TRL calls them: log-probabilities of the sides under the reference model.
 REFERENCES = ("ref_chosen_logps", "ref_rejected_logps")
@@ -35,13 +36,12 @@ CONTRAST = ("completion", "against")
 
 
 @dataclass(frozen=True, eq=False)
-class Pairs(Dataset):
-    """Examples that are pairs: `sides`, both of as many `records`, and what else is said of each.
+class Pairs(Recorded):
+    """Examples that are pairs: both `sides` of every record, and what else is said of each.
 
     `truncated` records lost `dropped` tokens of one side or both.
     """
 
-    records: Records
     sides: tuple[Indexable, Indexable]
     values: Mapping[str, Sequence[float]]
     truncated: int = 0
@@ -53,27 +53,12 @@ class Pairs(Dataset):
         """What is read of an example."""
         return Form(sides=(2,), values=dict.fromkeys(self.values, number))
 
-    def __len__(self) -> int:
-        return len(self.records)
-
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = range(len(self))[index]
         both = [side[index] for side in self.sides]
         joined = {name: torch.cat([x[name] for x in both]) for name in both[0]}
         said = {name: values[index] for name, values in self.values.items()}
         return joined | {"sides": [len(x["input_ids"]) for x in both]} | said
-
-    def column(self, name: str) -> list[Any]:
-        """What the record of every example has in a column that was kept."""
-        return column_of(self.records, range(len(self)), name)
-
-    def record(self, index: int) -> Mapping[str, Any]:
-        """What an example was made of."""
-        return self.records[index]
-
-    def source(self, index: int) -> str:
-        """Where an example was read."""
-        return self.records.source(index)
 
 
 def read_pairs(
