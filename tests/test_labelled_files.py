@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 
 import numpy as np
 import pyarrow
@@ -17,7 +18,9 @@ from typer.testing import CliRunner
 from ekfac_fast import (
     LanguageModelTask,
     PreferenceTask,
+    RewardTask,
     SequenceClassificationTask,
+    TokenClassificationTask,
     fit,
     prepare_queries,
     referenced,
@@ -30,6 +33,7 @@ from ekfac_fast.stages.queries import Queries
 from ekfac_fast.stages.scores import Scores
 
 LABELS = {"neg": 0, "neutral": 1, "pos": 2}
+NAMED = {"label2id": LABELS, "id2label": {i: name for name, i in LABELS.items()}}
 WORDS = [f"w{i}" for i in range(40)]
 
 
@@ -270,14 +274,7 @@ def run(tmp_path, monkeypatch):
 
 
 def test_a_classifier_from_a_file_to_a_report(tokenizer, run, tmp_path):
-    torch.manual_seed(0)
-    config = T.BertConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=1,
-        num_attention_heads=2, max_position_embeddings=32, label2id=LABELS,
-        id2label={i: name for name, i in LABELS.items()},
-    )  # fmt: skip
-    model = T.BertForSequenceClassification(config).eval()
-    saved(model, tokenizer, tmp_path / "model")
+    model = tiny_bert(T.BertForSequenceClassification, tokenizer, "model", **NAMED)
     rng = np.random.default_rng(0)
     rows = [{"text": sentence(rng), "label": rng.choice([*LABELS])} for _ in range(12)]
     write(tmp_path / "train.jsonl", *rows)
@@ -308,6 +305,46 @@ def test_a_classifier_from_a_file_to_a_report(tokenizer, run, tmp_path):
     refused = run("fit", "model", "bad.jsonl", "--out", "h", "--task", "sequence-classification",
                   ok=False)  # fmt: skip
     assert "bad.jsonl, line 2: label 'great' is none of the model's" in refused
+
+
+def tiny_bert(kind, tokenizer, folder, **more):
+    torch.manual_seed(0)
+    config = T.BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=32, **more,
+    )  # fmt: skip
+    model = kind(config).eval()
+    saved(model, tokenizer, folder)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["reward", "token-classification"])
+def test_commands_are_the_tasks(kind, tokenizer, run, tmp_path):
+    """Files through the commands give the scores of the same tasks in Python."""
+    rng, reward = np.random.default_rng(1), kind == "reward"
+    if reward:
+        rows = [{"chosen": sentence(rng), "rejected": sentence(rng, 4)} for _ in range(8)]
+        model = tiny_bert(T.BertForSequenceClassification, tokenizer, "model", num_labels=1)
+        read, task = partial(read_pairs, special_tokens=True), RewardTask()
+    else:
+        rows = [
+            {"tokens": sentence(rng).split(), "labels": [*rng.choice([*LABELS], 6)]}
+            for _ in range(8)
+        ]
+        model = tiny_bert(T.BertForTokenClassification, tokenizer, "model", **NAMED)
+        read = partial(read_labelled, labels=LABELS, words=True)
+        task = TokenClassificationTask()
+    write(tmp_path / "train.jsonl", *rows)
+    write(tmp_path / "q.jsonl", *rows[:2])
+    run("fit", "model", "train.jsonl", "--out", "f", "--task", kind, "--context", 16)
+    run("score", "model", "f", "q.jsonl", "train.jsonl", "--out", "s", "--context", 16, "--rank", 0)
+    data, asked = (read(x, tokenizer, context=16) for x in ("train.jsonl", "q.jsonl"))
+    factors = fit(model, data, out=tmp_path / "g", task=task)
+    queries = prepare_queries(model, factors, asked, rank=None, task=task)
+    expected = score(model, queries, data, out=tmp_path / "t", task=task).matrix
+    close(Scores("s").matrix, torch.tensor(np.array(expected)), 1e-3)
+    run("report", "s", "train.jsonl")
+    run("self", "model", "f", "train.jsonl", "--out", "self", "--context", 16)
 
 
 def test_preferences_from_a_file_to_a_report(plain, preferred, run, tmp_path):
