@@ -56,7 +56,8 @@ def test_in_parts_everything_is_bitwise_the_same(kind, tmp_path, short):
     assert len(parts[0]._store.state["partitions"]) >= 2
     layers = parts[0].layers(model)
     dampings = parts[0].dampings(layers, None)
-    held = factors_module.bases(parts[0], layers, dampings, torch.float32, CPU)
+    places = {x.name: CPU for x in layers}
+    held = factors_module.bases(parts[0], layers, dampings, torch.float32, places)
     assert all(isinstance(basis, Mapped) for basis in held.values())
     assert parts[0].identity == whole[0].identity
     left = {path.name for path in (tmp_path / "parts" / "fit").iterdir()}

@@ -161,7 +161,8 @@ class Ours:
                 name: (own.found[f"{name} L"], own.found[f"{name} R"]) for name in self.start.lam
             }
         assert isinstance(own, scan.Scan)
-        return {"scores": own.s}
+        (scores,) = own.s.values()  # of the one device
+        return {"scores": scores}
 
 
 class Plain:

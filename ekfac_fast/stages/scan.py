@@ -272,13 +272,8 @@ class Scan(Consumer):
         top_k: int | None,
         add: Callable[[Tensor, LayerBatch], None],
     ) -> None:
-        self.run, self.store, self.batches, self.chosen, self._add = (
-            run,
-            store,
-            batches,
-            chosen,
-            add,
-        )
+        self.run, self.store, self.batches = run, store, batches
+        self.chosen, self._add = chosen, add
         dtype = accumulator(run.model)
         self.Q, self.dtype = Q, dtype
         # Of every device that layers are on.
