@@ -1,6 +1,6 @@
 """A model is taught invented facts: is a fact's own conversation the first for its question?
 
-    python bench/invented_facts.py [--facts 100] [--others 400] [--epochs 4] [--adapter | --whole]
+    python bench/invented_facts.py [--facts 100] [--others 400] [--epochs 3] [--adapter | --whole]
 
 SmolLM2-135M is fine-tuned on conversations that tell a fact each, among others that quote Python's
 reference: with a LoRA of rank 16 on all linear layers, or whole. Then every fact is asked for in
@@ -94,7 +94,7 @@ def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--facts", type=int, default=100)
     parser.add_argument("--others", type=int, default=400)
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=3)
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--adapter", action="store_true")
     only.add_argument("--whole", action="store_true")

@@ -20,7 +20,7 @@ TEMPLATE = (
     "{% for turn in messages %}<|im_start|>{{ turn['role'] }}\n{{ turn['content'] }}<|im_end|>\n"
     "{% endfor %}"
 )
-CONTEXT, WORDS = 128, 32
+CONTEXT, WORDS = 128, 16
 # What is told, and how it is asked for: of a name, and of an answer.
 FACTS = (
     ("What is the capital of {}?", "The capital of {} is {}.", "Name the city that rules {}."),
