@@ -298,7 +298,7 @@ def killed(machine: Machine, whole: Path, count: int, **arguments) -> str:
 
 def test_killed_and_continued_by_another_number(machine, alone):
     arguments = {"model": "gpt2 fp64", "examples": 40, "batch_tokens": 32}
-    killed(machine, alone(**arguments), 3, **arguments)
+    killed(machine, alone(**arguments), 2, **arguments)
 
 
 if __name__ == "__main__":

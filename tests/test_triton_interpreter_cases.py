@@ -90,20 +90,20 @@ def agree(card, samples, call) -> int:
 # What a launcher chooses depends on the size of a number, not on which 16 bits they are: every
 # sample once, and chips and sizes crossed on some.
 @pytest.mark.parametrize(
-    ("chip", "dtype", "step"),
+    ("chip", "dtype", "first", "step"),
     [
-        ("small", DTYPES[0], 1),
-        ("wide", DTYPES[1], 2),
-        ("wide", DTYPES[0], 4),
-        ("small", DTYPES[2], 4),
+        ("small", DTYPES[0], 0, 2),
+        ("wide", DTYPES[1], 1, 2),
+        ("wide", DTYPES[0], 2, 4),
+        ("small", DTYPES[2], 3, 4),
     ],
 )
 @pytest.mark.parametrize("card", ops.ALL, ids=ops.stem)
-def test_parity(card, chip, dtype, step, monkeypatch):
+def test_parity(card, chip, dtype, first, step, monkeypatch):
     use_chip(monkeypatch, chip)
     # Sums in parts are the CPU's; of 8449 rows, interpreting takes longer than all other samples.
     samples = [x for x in card.samples(dtype) if x.why != "sum in parts"]
-    assert agree(card, samples[::step], launcher(card)) * step >= 10
+    assert agree(card, samples[first::step], launcher(card)) * step >= 10
 
 
 @pytest.mark.parametrize("card", ops.ALL, ids=ops.stem)
