@@ -21,7 +21,6 @@ from torch import nn
 from ekfac_fast import fit, prepare_queries, score
 from ekfac_fast.data import Tokens
 from ekfac_fast.data.batches import Batches
-from invented_facts import adapted
 from pages.markdown import duration, table
 from ways import conversations
 
@@ -54,7 +53,7 @@ def measured(name: str, count: int, asked: int, turns: int) -> list[str]:
     """A row of the table."""
     torch.manual_seed(0)
     model, tokenizer = conversations.smollm2()
-    model = adapted(model, TARGETS[name], begun=True)
+    model = conversations.adapted(model, TARGETS[name], begun=True)
     told, questions = conversations.invented(asked)
     records = [*told, *conversations.reference(count - asked)]
     data = conversations.tokens(records, tokenizer)

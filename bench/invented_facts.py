@@ -16,7 +16,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-import peft
 from torch import nn
 
 from ekfac_fast import Queries, fit, prepare_queries, score
@@ -24,16 +23,6 @@ from ekfac_fast.data import Tokens
 from ekfac_fast.validation.baselines import bm25, gradient_dot
 from pages.markdown import duration, table
 from ways import conversations
-
-RANK = 16
-
-
-def adapted(
-    model: nn.Module, targets: str | list[str] = "all-linear", begun: bool = False
-) -> nn.Module:
-    """The same model under a LoRA: new, or as if training had begun, B no longer zero."""
-    config = peft.LoraConfig(r=RANK, target_modules=targets, init_lora_weights=not begun)
-    return peft.get_peft_model(model, config)
 
 
 def firsts(scores: np.ndarray) -> list[str]:
@@ -54,15 +43,16 @@ def measured(facts: int, others: int, epochs: int, adapter: bool, out: Path) -> 
     data = conversations.tokens([*told, *conversations.reference(others)], tokenizer)
     queries = conversations.tokens(asked, tokenizer, last_turn=True)
     if adapter:
-        model = adapted(model)
+        model = conversations.adapted(model)
     start = time.perf_counter()
     loss = conversations.teach(model, data, epochs, 2e-3 if adapter else 1e-4)
     taught = time.perf_counter()
     found, log_p = ranked(model, data, queries, out)
     rows = [[name, *firsts(x), duration(seconds)] for name, (x, seconds) in found.items()]
+    what = f"LoRA of rank {conversations.RANK}" if adapter else "Whole model"
     head = (
-        f"{'LoRA of rank 16' if adapter else 'Whole model'}: {len(data)} conversations, {epochs} "
-        f"epochs in {duration(taught - start)}, loss {loss:.2f}; answers have log p {log_p:.1f}"
+        f"{what}: {len(data)} conversations, {epochs} epochs in {duration(taught - start)}, "
+        f"loss {loss:.2f}; answers have log p {log_p:.1f}"
     )
     return head + "\n" + table(["way", "first", "in the first five", "median rank", "took"], rows)
 

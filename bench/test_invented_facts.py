@@ -34,7 +34,7 @@ def small(monkeypatch):
         return LlamaForCausalLM(config).eval(), tokenizer
 
     monkeypatch.setattr(conversations, "smollm2", made)
-    monkeypatch.setattr(invented_facts, "RANK", 2)
+    monkeypatch.setattr(conversations, "RANK", 2)
 
 
 def test_a_fact_is_told_once_and_asked_in_other_words():

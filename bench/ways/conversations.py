@@ -8,12 +8,14 @@ import random
 from pydoc_data.topics import topics
 from typing import Any
 
+import peft
 import torch
 from torch import nn
 
 from ekfac_fast.cli.demo_pretrained import packaged
 from ekfac_fast.cli.inputs import load
 from ekfac_fast.data import Tokens, tokenize
+from ekfac_fast.data.batches import Batches
 
 # SmolLM2's own begins every conversation with the same 30 tokens of a system's turn.
 TEMPLATE = (
@@ -21,6 +23,7 @@ TEMPLATE = (
     "{% endfor %}"
 )
 CONTEXT, WORDS = 128, 16
+RANK = 16  # of a LoRA
 # What is told, and how it is asked for: of a name, and of an answer.
 FACTS = (
     ("What is the capital of {}?", "The capital of {} is {}.", "Name the city that rules {}."),
@@ -40,6 +43,14 @@ def smollm2() -> tuple[nn.Module, Any]:
     source = load(str(packaged()), False, "float32", device="cpu")
     source.tokenizer.chat_template = TEMPLATE
     return source.model, source.tokenizer
+
+
+def adapted(
+    model: nn.Module, targets: str | list[str] = "all-linear", begun: bool = False
+) -> nn.Module:
+    """The same model under a LoRA: new, or as if training had begun, B no longer zero."""
+    config = peft.LoraConfig(r=RANK, target_modules=targets, init_lora_weights=not begun)
+    return peft.get_peft_model(model, config)
 
 
 def talk(asked: str, answered: str) -> dict[str, Any]:
@@ -83,8 +94,6 @@ def tokens(records: list[dict], tokenizer: Any, last_turn: bool = False) -> Toke
 
 def teach(model: nn.Module, data: Tokens, epochs: int, rate: float, batch: int = 10) -> float:
     """AdamW on all parameters that train, its rate falling to zero; the last epoch's mean loss."""
-    from ekfac_fast.data.batches import Batches
-
     batches, order = Batches(data, model), random.Random(0)
     steps = epochs * -(-len(data) // batch)
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)

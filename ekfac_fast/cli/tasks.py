@@ -7,11 +7,12 @@ from typing import Any, get_args
 
 from ..checks import choice
 from ..data.fields import Named
-from ..data.pairs import REFERENCES, Pairs, read_queries
+from ..data.forms import REFERENCES
+from ..data.pairs import Pairs, read_queries
 from ..data.records import read_columns
 from ..errors import ArgumentError
 from ..model.classification import SequenceClassificationTask, TokenClassificationTask
-from ..model.preferences import PairTask, PreferenceTask, RewardTask
+from ..model.preferences import BETA, PairTask, PreferenceTask, RewardTask
 from ..model.tasks import LanguageModelTask
 from ..model.text_tasks import Measure, TextTask
 from ..stages.references import has_references, referenced
@@ -22,7 +23,6 @@ from .progress import showing
 from .terminal import Terminal
 
 LANGUAGE: Kind = "language-model"
-BETA = 0.1
 # What a reference says of a corpus, and of queries: beside the folder, which is a stage's own.
 REFERENCED, REFERENCED_QUERIES = ".references.safetensors", ".query_references.safetensors"
 

@@ -7,7 +7,7 @@ sequences it is.
                                               lengths, of a pair what is preferred first
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -55,6 +55,8 @@ class Form:
 
 
 TEXT = Form()
+# Log-probabilities of a pair's sides under the reference model, as TRL calls them.
+REFERENCES = ("ref_chosen_logps", "ref_rejected_logps")
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,11 @@ class Numbers:
 def number(value: Any, where: str) -> Tensor:
     """A finite number: fp64 []."""
     return _numbers(value, where, 1, "a finite number")[0]
+
+
+def pair_form(values: Iterable[str] = ()) -> Form:
+    """Of pairs with a label a token, and of each so many numbers by name."""
+    return Form(sides=(2,), values=dict.fromkeys(values, number))
 
 
 def anything(value: Any, where: str) -> Tensor:

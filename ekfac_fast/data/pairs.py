@@ -23,14 +23,12 @@ from .conversations import encode, is_conversation
 from .encoding import tokenizer_fingerprint
 from .examples import Indexable
 from .fields import SPEAKERS, Columns, Named, text_of
-from .forms import Form, number
+from .forms import REFERENCES, Form, number, pair_form
 from .labelled import tokens_of
 from .recorded import Recorded
 from .records import Records, read_columns
 from .tokens import Tokens, tokenize
 
-# As TRL calls them: log-probabilities of the sides under the reference model.
-REFERENCES = ("ref_chosen_logps", "ref_rejected_logps")
 PREFERENCES = ("chosen", "rejected")
 CONTRAST = ("completion", "against")
 
@@ -51,7 +49,7 @@ class Pairs(Recorded):
     @property
     def form(self) -> Form:
         """What is read of an example."""
-        return Form(sides=(2,), values=dict.fromkeys(self.values, number))
+        return pair_form(self.values)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = range(len(self))[index]

@@ -22,7 +22,7 @@ from ..data.forms import Class, Classes, Form, Numbers, Reads
 from ..errors import ArgumentError, ModelError
 from ..ops.shapes import wide
 from .sampling import EDGE, inverted, uniforms
-from .text_tasks import UNTOLD, Measure, OutputTask, padding_form, tolerance
+from .text_tasks import UNTOLD, Measure, OutputTask, padding_form, roundings
 
 SINGLE, MULTI, REGRESSION = (
     "single_label_classification", "multi_label_classification", "regression",
@@ -82,7 +82,7 @@ class Classified(OutputTask):
             behind, _ = self.logits(longer, model)
         if alone.ndim > 1:
             behind = behind[:T]
-        if not bool((behind - alone).abs().max() <= tolerance(model, alone)):
+        if not bool((behind - alone).abs().max() <= roundings(model, alone)):
             raise ModelError(
                 "padding behind a sequence changes what the model computes of it: give "
                 "batch_tokens=1, so that every sequence is alone in its batch"

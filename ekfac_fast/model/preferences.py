@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..checks import is_number, require
-from ..data.forms import Form, number
+from ..data.forms import REFERENCES, Form, pair_form
 from ..errors import ArgumentError
 from .classification import Classified, outputs_of
 from .sampling import EDGE
 from .tasks import LanguageModelTask
 from .text_tasks import Measure, OutputTask, padding_form
 
-REFERENCES = ("ref_chosen_logps", "ref_rejected_logps")
+# How far DPO lets a model go from its reference.
+BETA = 0.1
 
 
 class PairTask(OutputTask):
@@ -83,14 +84,14 @@ class PreferenceTask(PairTask, LanguageModelTask):
         seed: of drawn labels.
     """
 
-    def __init__(self, beta: float = 0.1, measure: Measure = "loss", seed: int = 0):
+    def __init__(self, beta: float = BETA, measure: Measure = "loss", seed: int = 0):
         super().__init__(measure, seed)
         require(is_number(beta) and beta > 0, "beta", beta, "a number > 0")
         self.beta = float(beta)
 
     def form(self, model: nn.Module) -> Form:
         """Pairs, with their log-probabilities under the reference."""
-        return Form(sides=(2,), values=dict.fromkeys(REFERENCES, number))
+        return pair_form(REFERENCES)
 
     def query_form(self, model: nn.Module) -> Form:
         """As of the training data."""

@@ -46,7 +46,7 @@ from .head import (
     token_losses,
 )
 from .sampling import inverted, uniforms
-from .text_tasks import UNTOLD, TextTask
+from .text_tasks import UNTOLD, TextTask, roundings
 from .weights import computes_in
 
 # Tokens on which a model is tried out before a run.
@@ -218,7 +218,7 @@ class LanguageModelTask(TextTask):
         eps, size = torch.finfo(computes_in(model)).eps, logits.abs().max()
         tolerance = min(1000 * eps, 0.02)
         # Another length is another rounding, and in few bits perhaps another expert.
-        if (behind - logits).abs().max() > (1e-4 if eps < 1e-6 else 0.1) * size:
+        if (behind - logits).abs().max() > roundings(model, logits):
             raise ModelError(
                 "padding behind a sequence changes what the model computes of it: give "
                 "batch_tokens=1, so that every sequence is alone in its batch"

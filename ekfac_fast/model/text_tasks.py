@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import choice, whole
-from ..data.forms import Form
+from ..data.forms import REFERENCES, Form
 from .sampling import uniforms
+from .weights import computes_in
 
 # What a batch holds that no model is given.
-UNTOLD = ("labels", "label", "index", "draw", "ref_chosen_logps", "ref_rejected_logps")
+UNTOLD = ("labels", "label", "index", "draw", *REFERENCES)
 Measure = Literal["loss", "margin"]
 
 
@@ -144,7 +145,7 @@ def padding_form(model: nn.Module, form: Form) -> Form:
     return form if token is None else replace(form, pad=token)
 
 
-def tolerance(model: nn.Module, x: Tensor) -> float:
+def roundings(model: nn.Module, x: Tensor) -> float:
     """How far two roundings of the same output may differ."""
-    eps = torch.finfo(next(model.parameters()).dtype).eps
+    eps = torch.finfo(computes_in(model)).eps
     return (1e-4 if eps < 1e-6 else 0.1) * float(x.abs().max())

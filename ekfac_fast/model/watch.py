@@ -336,8 +336,9 @@ def _by_name(model: nn.Module, args: tuple, kwargs: dict) -> Mapping[str, Any]:
     """What a model is called with, by the names of its arguments."""
     if len(args) == 1 and isinstance(args[0], Mapping) and not kwargs:
         return args[0]
-    given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-    for name, kind in inspect.signature(model.forward).parameters.items():
+    signature = inspect.signature(model.forward)
+    given = signature.bind_partial(*args, **kwargs).arguments
+    for name, kind in signature.parameters.items():
         if kind.kind is kind.VAR_KEYWORD:
             given |= given.pop(name, {})
         elif kind.kind is kind.VAR_POSITIONAL:

@@ -320,9 +320,10 @@ class _Fit:
         jobs: list[Job] = []
         # Where all are done, covariances may have been dropped.
         if len(done.done) < len(sizes) + len(diagonals):
-            jobs = [x for job in self._jobs(matrices) for x in job.in_blocks(self.blocks)]
+            every = self._jobs([*matrices, *diagonals])
+            jobs = [x for job in every[: len(matrices)] for x in job.in_blocks(self.blocks)]
             if self.processes.first:
-                for number, job in enumerate(self._jobs(diagonals), len(sizes)):
+                for number, job in enumerate(every[len(matrices) :], len(sizes)):
                     done.write(number, job.of_diagonal())
         order = [i for i in largest_first(jobs) if i not in done.done]
         total = sum(size**3 for size in sizes)

@@ -13,8 +13,7 @@ from torch.utils.data import Dataset
 from ..checks import instance, path, require
 from ..data.batches import data_fingerprint
 from ..data.examples import Indexable, named
-from ..data.forms import Form, number
-from ..data.pairs import REFERENCES
+from ..data.forms import REFERENCES, Form, pair_form
 from ..errors import ArgumentError, NotFiniteError, StoreError
 from ..model.alone import alone
 from ..model.identity import model_fingerprint
@@ -34,7 +33,7 @@ class Referenced(Dataset):
     @property
     def form(self) -> Form:
         """What is read of an example."""
-        return Form(sides=(2,), values=dict.fromkeys(self.values, number))
+        return pair_form(self.values)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -108,7 +107,7 @@ def has_references(file: Path, pairs: Indexable) -> bool:
 
 def _identity(pairs: Indexable) -> str:
     """Of the pairs without the values."""
-    return data_fingerprint(pairs, Form(sides=(2,)))
+    return data_fingerprint(pairs, pair_form())
 
 
 class _Sides(LanguageModelTask):
@@ -116,7 +115,7 @@ class _Sides(LanguageModelTask):
 
     def form(self, model: nn.Module) -> Form:
         """Pairs."""
-        return Form(sides=(2,))
+        return pair_form()
 
 
 @torch.no_grad()
