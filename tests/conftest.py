@@ -20,6 +20,17 @@ def pytest_addoption(parser):
         action="store_true",
         help="the package under test was installed without _C: fail if it is there",
     )
+    parser.addoption(
+        "--device", default="cpu", help="where models are while a stage runs: cuda, on a GPU"
+    )
+
+
+def pytest_configure(config):
+    if (device := config.getoption("--device")) != "cpu":
+        # Before any test imports the functions that it changes.
+        import on_device
+
+        on_device.send_to(device)
 
 
 KERNELS = ("math", "ops", "cuda", "triton", "package")

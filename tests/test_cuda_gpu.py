@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
         "no GPU: csrc/cuda is compiled and emulated by other tests", allow_module_level=True
     )
 
+HERE = Path(__file__).parent
 BUILT = pytest.mark.skipif(
     not hasattr(torch.ops.ekfac_fast_cuda, "eigenvalues"),
     reason="csrc/cuda is not in this build: EKFAC_FAST_CUDA=1 python setup.py build_ext --inplace",
@@ -122,9 +123,13 @@ def test_nothing_synchronises(card):
 def test_sanitized(tier, tool):
     done = subprocess.run(
         [SANITIZER, f"--tool={tool}", "--error-exitcode=9", sys.executable, "-c", SANITIZED, tier],
-        cwd=Path(__file__).parent,
-        # Without its cache torch allocates each tensor alone: an access beyond one is seen.
-        env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        cwd=HERE,
+        env=os.environ
+        | {
+            # Without its cache torch allocates each tensor alone: an access beyond one is seen.
+            "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
+            "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
+        },
         capture_output=True,
         text=True,
     )

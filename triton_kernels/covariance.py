@@ -13,7 +13,19 @@ import triton.language as tl
 from torch import Tensor
 
 from .gradient_tile import column_sums, product_tile, tile_at
-from .launch import Chip, Config, Shape, cdiv, chip, launcher, options, precision, splits, tile
+from .launch import (
+    Chip,
+    Config,
+    Shape,
+    cdiv,
+    chip,
+    launcher,
+    options,
+    precision,
+    run,
+    splits,
+    tile,
+)
 
 
 @triton.jit
@@ -158,7 +170,9 @@ def covariance(cov: Tensor, x: Tensor, mask: Tensor | None = None, bias: bool = 
     # A transposed accumulator is the same matrix: its lower triangle is read along rows.
     cov = cov if cov.stride(1) <= cov.stride(0) else cov.T
     out = cov if S == 1 else torch.empty((S, tiles, BLOCK, BLOCK), device=x.device)
-    covariance_kernel[by.grid](
+    run(
+        covariance_kernel,
+        by.grid,
         out,
         x,
         mask,
@@ -178,9 +192,9 @@ def covariance(cov: Tensor, x: Tensor, mask: Tensor | None = None, bias: bool = 
         **by.tile.options,
     )
     if S > 1:
-        covariance_fold_kernel[(tiles, BLOCK // 16)](
-            cov, out, S, J, tiles, *cov.stride(), BLOCK=BLOCK, PIECE=16, **options(4)
-        )
+        grid = (tiles, BLOCK // 16)
+        sizes = (S, J, tiles, *cov.stride())
+        run(covariance_fold_kernel, grid, cov, out, *sizes, BLOCK=BLOCK, PIECE=16, **options(4))
 
 
 torch.library.impl("ekfac_fast::covariance", "cuda", covariance)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gradient_tile import gradient_tile, product_tile, tile_at, tile_of
+from .gradient_tile import gradient_tile, grouped, product_tile, tile_at
 from .launch import (
     Chip,
     Config,
@@ -21,11 +21,14 @@ from .launch import (
     aligned,
     cdiv,
     chip,
+    describable,
+    described,
     even,
     fold,
     launcher,
     precision,
-    side_by_side,
+    run,
+    sequences,
     splits,
     tile,
 )
@@ -38,67 +41,44 @@ STRIP_BYTES = 24 << 20
 @triton.jit
 def dense_scores_kernel(
     out,  # s [Q,B], or parts [tiles,Q,B]
-    P,  # [Q,O,>=J], zeros past J
-    g,  # [B,T,O]
-    a,  # [B,T,I]
+    P,  # [Q,O,>=I]
+    g,  # descriptor of [B,T,O]
+    a,  # descriptor of [B,T,I]
     Q,
+    B,
     T,
     O,
     I,
-    J,
     out_tile,
     out_q,
     out_b,
     P_q,
     P_o,
-    P_j,
-    g_b,
-    g_t,
-    g_o,
-    a_b,
-    a_t,
-    a_i,
+    P_i,
+    per_split,
     ADD: tl.constexpr,
-    BIAS: tl.constexpr,
-    TOGETHER: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_T: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The share of one tile in the scores of one sequence, for all queries in turn."""
-    rows, columns = tl.cdiv(O, BLOCK_O), tl.cdiv(J, BLOCK_J)
-    b, tile, row, column = tile_of(tl.program_id(0), rows, columns, TOGETHER)
-    o = row * BLOCK_O + tl.arange(0, BLOCK_O)
-    j = column * BLOCK_J + tl.arange(0, BLOCK_J)
-    G = gradient_tile(
-        g + b * g_b,
-        a + b * a_b,
-        o,
-        j,
-        T,
-        O,
-        I,
-        g_t,
-        g_o,
-        a_t,
-        a_i,
-        BIAS,
-        BLOCK_O,
-        BLOCK_J,
-        BLOCK_T,
-        PRECISION,
-    )
-    inside = (o < O)[:, None] & (j < J)[None, :]
-    at = out + tile.to(tl.int64) * out_tile + b * out_b
-    for _ in range(Q):
-        query = tile_at(P, row * BLOCK_O, column * BLOCK_J, P_o, P_j, BLOCK_O, BLOCK_J)
-        value = tl.sum(G * tl.load(query, mask=inside, other=0.0).to(tl.float32))
-        if ADD:
-            value += tl.load(at)
-        tl.store(at, value)
-        P += P_q
-        at += out_q
+    """The share of one tile in the scores of `per_split` sequences in turn, for all queries."""
+    p, split = tl.program_id(0), tl.program_id(1)
+    row, column = grouped(p, tl.cdiv(O, BLOCK_O), tl.cdiv(I, BLOCK_J), 8)
+    o, i = row * BLOCK_O, column * BLOCK_J
+    inside = (o + tl.arange(0, BLOCK_O) < O)[:, None] & (i + tl.arange(0, BLOCK_J) < I)[None, :]
+    tile = tile_at(P, o, i, P_o, P_i, BLOCK_O, BLOCK_J)
+    out += p.to(tl.int64) * out_tile
+    first = split * per_split
+    for b in tl.range(first, min(B, first + per_split)):
+        G = gradient_tile(g, a, b, b, o, i, T, BLOCK_O, BLOCK_J, BLOCK_T, PRECISION)
+        for q in range(Q):
+            query = tl.load(tile + tl.cast(q, tl.int64) * P_q, mask=inside, other=0.0)
+            value = tl.sum(G * query.to(tl.float32))
+            at = out + tl.cast(q, tl.int64) * out_q + tl.cast(b, tl.int64) * out_b
+            if ADD:
+                value += tl.load(at)
+            tl.store(at, value)
 
 
 @triton.jit
@@ -174,8 +154,8 @@ def config(shape: Shape, chip: Chip) -> Config | None:
 
     `parts` are, per token, parts of those columns, else tiles.
     """
-    J = even(shape.J, shape.bias)  # of P when it is `aligned`
     if shape.per_token:
+        J = even(shape.J, shape.bias)  # of P when it is `aligned`
         by = tile(shape.N, J, shape.itemsize, chip, accumulators=2)
         if chip.capability >= 100:
             by = by._replace(step=min(by.step, 32))  # 64 spills, here only
@@ -185,9 +165,8 @@ def config(shape: Shape, chip: Chip) -> Config | None:
         return Config(by, (programs, parts), parts, per_split)
     if shape.Q > FEW_QUERIES:
         return None
-    by = tile(shape.O, J, shape.itemsize, chip, accumulators=1)
-    tiles = cdiv(shape.O, by.rows) * cdiv(J, by.columns)
-    return Config(by, (tiles * shape.B,), tiles, together=side_by_side(shape.B))
+    shape = shape._replace(bias=False)
+    return sequences(shape, tile(shape.O, shape.I, shape.itemsize, chip, accumulators=2), chip)
 
 
 @launcher
@@ -198,35 +177,38 @@ def dense_scores(s: Tensor, P: Tensor, g: Tensor, a: Tensor, bias: bool = False)
         return
     shape = Shape(g.element_size(), B=B, T=T, I=I, O=O, Q=Q, bias=bias, per_token=tokens)
     by = config(shape, chip(g.device))
-    if by is None:
-        many_queries(s, P, g, a, bias)
-    elif tokens:
+    if tokens:
         per_token(s, aligned(P, bias), g, a, by)
+        return
+    if by is None:
+        many_queries(s, P, g, a)
     else:
-        few_queries(s, aligned(P, bias), g, a, bias, by)
+        few_queries(s, aligned(P, bias), g, a, by)
+    if bias:
+        # The ones: one number a query and output feature.
+        s += P[..., -1].float() @ g.sum(1, dtype=torch.float32).T
 
 
-def few_queries(s: Tensor, P: Tensor, g: Tensor, a: Tensor, bias: bool, by: Config) -> None:
-    """One launch over tiles and sequences, one over their numbers: s [Q,B]."""
-    (B, T, I), (Q, O, J) = a.shape, P.shape
+def few_queries(s: Tensor, P: Tensor, g: Tensor, a: Tensor, by: Config) -> None:
+    """One launch over tiles and sequences, one over their numbers: s [Q,B], without the ones."""
+    (B, T, I), (Q, O, _) = a.shape, P.shape
     out = s[None] if by.parts == 1 else torch.empty((by.parts, Q, B), device=g.device)
-    dense_scores_kernel[by.grid](
+    run(
+        dense_scores_kernel,
+        by.grid,
         out,
         P,
-        g,
-        a,
+        described(describable(g), by.tile.step, by.tile.rows),
+        described(describable(a), by.tile.step, by.tile.columns),
         Q,
+        B,
         T,
         O,
         I,
-        J,
         *out.stride(),
         *P.stride(),
-        *g.stride(),
-        *a.stride(),
+        by.per_split,
         ADD=by.parts == 1,
-        BIAS=bias,
-        TOGETHER=by.together,
         BLOCK_O=by.tile.rows,
         BLOCK_J=by.tile.columns,
         BLOCK_T=by.tile.step,
@@ -237,7 +219,7 @@ def few_queries(s: Tensor, P: Tensor, g: Tensor, a: Tensor, bias: bool, by: Conf
         fold(s, out)
 
 
-def many_queries(s: Tensor, P: Tensor, g: Tensor, a: Tensor, bias: bool) -> None:
+def many_queries(s: Tensor, P: Tensor, g: Tensor, a: Tensor) -> None:
     """Strips of G, [B,rows,I] in the operands' dtype, contracted with all queries: s [Q,B]."""
     (B, _, I), (Q, O, _) = a.shape, P.shape
     rows = min(O, max(16, STRIP_BYTES // (B * I * g.element_size())))
@@ -247,8 +229,6 @@ def many_queries(s: Tensor, P: Tensor, g: Tensor, a: Tensor, bias: bool) -> None
         strip = G[: B * gs.shape[2] * I].view(B, -1, I)
         torch.bmm(gs.mT, a, out=strip)
         s += wide_product(Ps.reshape(Q, -1), strip.view(B, -1).T)
-    if bias:
-        s += wide_product(P[..., -1], g.sum(1).T)
 
 
 def wide_product(x: Tensor, y: Tensor) -> Tensor:
@@ -262,7 +242,9 @@ def per_token(s: Tensor, P: Tensor, g: Tensor, a: Tensor, by: Config) -> None:
     """Rows of all sequences by tiles, columns of P_q in turn: s [Q,B,T]."""
     (B, T, I), (Q, O, J) = a.shape, P.shape
     out = s[None] if by.parts == 1 else torch.empty((by.parts, Q, B, T), device=g.device)
-    dense_token_scores_kernel[by.grid](
+    run(
+        dense_token_scores_kernel,
+        by.grid,
         out,
         P,
         g,

@@ -12,70 +12,58 @@ import triton.language as tl
 from torch import Tensor
 
 from .gradient_tile import gradient_tile, grouped, tile_at
-from .launch import Chip, Config, Shape, cdiv, chip, fold, launcher, precision, splits, tile
+from .launch import (
+    Chip,
+    Config,
+    Shape,
+    cdiv,
+    chip,
+    described,
+    fold,
+    launcher,
+    precision,
+    run,
+    splits,
+    tile,
+)
 from .rotations import operands
 
 
 @triton.jit
 def eigenvalues_kernel(
     out,  # lam_sum [O,J], or parts [S,O,J]
-    g,  # [B,T,>=O]
-    a,  # [B,T,>=J]
+    g,  # descriptor of [B,T,O]
+    a,  # descriptor of [B,T,J]
+    each_g,  # 0 if all sequences have the same
+    each_a,
     B,
     T,
     O,
     J,
-    g_width,
-    a_width,
     out_s,
     out_o,
     out_j,
-    g_b,
-    g_t,
-    g_o,
-    a_b,
-    a_t,
-    a_j,
     per_split,
     ADD: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_T: tl.constexpr,
     PRECISION: tl.constexpr,
+    FLAT: tl.constexpr,
 ):
     """One tile of lam over `per_split` sequences; ADD: onto what is there."""
     p, split = tl.program_id(0), tl.program_id(1)
     row, column = grouped(p, tl.cdiv(O, BLOCK_O), tl.cdiv(J, BLOCK_J), 8)
-    o = row * BLOCK_O + tl.arange(0, BLOCK_O)
-    j = column * BLOCK_J + tl.arange(0, BLOCK_J)
+    o, j = row * BLOCK_O, column * BLOCK_J
     lam = tl.zeros((BLOCK_O, BLOCK_J), tl.float32)
-    g += split.to(tl.int64) * per_split * g_b
-    a += split.to(tl.int64) * per_split * a_b
-    for _ in range(min(B - split * per_split, per_split)):
+    first = split * per_split
+    for b in tl.range(first, min(B, first + per_split), flatten=FLAT):
         G = gradient_tile(
-            g,
-            a,
-            o,
-            j,
-            T,
-            g_width,
-            a_width,
-            g_t,
-            g_o,
-            a_t,
-            a_j,
-            False,
-            BLOCK_O,
-            BLOCK_J,
-            BLOCK_T,
-            PRECISION,
+            g, a, b * each_g, b * each_a, o, j, T, BLOCK_O, BLOCK_J, BLOCK_T, PRECISION
         )
         lam += G * G
-        g += g_b
-        a += a_b
-    out += split.to(tl.int64) * out_s
-    at = tile_at(out, row * BLOCK_O, column * BLOCK_J, out_o, out_j, BLOCK_O, BLOCK_J)
-    inside = (o < O)[:, None] & (j < J)[None, :]
+    inside = (o + tl.arange(0, BLOCK_O) < O)[:, None] & (j + tl.arange(0, BLOCK_J) < J)[None, :]
+    at = tile_at(out + split.to(tl.int64) * out_s, o, j, out_o, out_j, BLOCK_O, BLOCK_J)
     if ADD:
         lam += tl.load(at, mask=inside)
     tl.store(at, lam, mask=inside)
@@ -88,7 +76,7 @@ def config(shape: Shape, chip: Chip) -> Config:
     tiles = cdiv(shape.O, by.rows) * cdiv(shape.J, by.columns)
     per_split = cdiv(shape.B, splits(tiles, shape.N, shape.B, chip))
     parts = cdiv(shape.B, per_split)
-    return Config(by, (tiles, parts), parts, per_split)
+    return Config(by, (tiles, parts), parts, per_split, flat=chip.capability >= 90)
 
 
 @launcher
@@ -109,28 +97,29 @@ def eigenvalues(
 
 
 def _accumulate(lam_sum: Tensor, g: Tensor, a: Tensor) -> None:
-    (O, J), (B, T, _) = lam_sum.shape, g.shape
+    (O, J), T, B = lam_sum.shape, g.shape[1], max(len(g), len(a))
     by = config(Shape(g.element_size(), B=B, T=T, I=J, O=O), chip(g.device))
     out = lam_sum[None] if by.parts == 1 else torch.empty((by.parts, O, J), device=g.device)
-    eigenvalues_kernel[by.grid](
+    run(
+        eigenvalues_kernel,
+        by.grid,
         out,
-        g,
-        a,
+        described(g, by.tile.step, by.tile.rows),
+        described(a, by.tile.step, by.tile.columns),
+        int(len(g) > 1),
+        int(len(a) > 1),
         B,
         T,
         O,
         J,
-        g.shape[2],
-        a.shape[2],
         *out.stride(),
-        *g.stride(),
-        *a.stride(),
         by.per_split,
         ADD=by.parts == 1,
         BLOCK_O=by.tile.rows,
         BLOCK_J=by.tile.columns,
         BLOCK_T=by.tile.step,
         PRECISION=precision(g.dtype),
+        FLAT=by.flat,
         **by.tile.options,
     )
     if by.parts > 1:

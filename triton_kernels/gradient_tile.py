@@ -1,11 +1,11 @@
-"""The loop that every kernel of this folder is an ending of: one tile of a product, in fp32.
+"""The loops that every kernel of this folder is an ending of: one tile of a product, in fp32.
 
-    product_tile   Z[m,n] = sum_k x[m,k] y[k,n]            rows and columns given by pointers
-    gradient_tile  G[o,i] = sum_t g[b,t,o] (a[b,t,i], 1)   the per-sequence gradient
+    product_tile   Z[m,n] = sum_k x[m,k] y[k,n]         rows and columns given by pointers
+    gradient_tile  G[o,j] = sum_t g[b,t,o] a[b,t,j]     the per-sequence gradient, by descriptors
 
-Pointers instead of shapes: rows may be gathered over (b, t), columns over (q, k), and operands may
-have any strides, with one loop and no copy. The ones column is never loaded: it is the column sum
-of the other operand, a second short loop that only the tiles holding that column run.
+Pointers: rows may be gathered over (b, t), columns over (q, k), and operands may have any strides,
+with one loop and no copy. Descriptors ask for rows at multiples of 16 bytes and leave addresses
+and bounds to the copy engine: 40 registers a thread less, and half as fast again on an H200.
 """
 
 import triton
@@ -19,19 +19,6 @@ def grouped(p, rows, columns, GROUP: tl.constexpr):
     height = min(rows - first, GROUP)
     p %= GROUP * columns
     return first + p % height, p // height
-
-
-@triton.jit
-def tile_of(p, rows, columns, TOGETHER: tl.constexpr):
-    """Sequence, tile, row and column of program p, TOGETHER sequences side by side on a tile.
-
-    Apart, every sequence would take the tile of lam or P from memory again.
-    """
-    tiles = rows * columns
-    b = p // (TOGETHER * tiles) * TOGETHER + p % TOGETHER
-    tile = p % (TOGETHER * tiles) // TOGETHER
-    row, column = grouped(tile, rows, columns, 8)
-    return b.to(tl.int64), tile, row, column
 
 
 @triton.jit
@@ -108,42 +95,22 @@ def column_sums(
 
 @triton.jit
 def gradient_tile(
-    g,  # pointer to g[b,0,0]
-    a,
-    o,  # [BLOCK_O] output features
-    i,  # [BLOCK_I] input features; i = I is the ones column where BIAS
+    g,  # descriptor of [B,T,O], or of [1,T,O] for all sequences
+    a,  # descriptor of [B,T,J]
+    b_g,
+    b_a,
+    o,  # first output feature
+    j,  # first input feature
     T,
-    O,
-    I,
-    g_t,
-    g_o,
-    a_t,
-    a_i,
-    BIAS: tl.constexpr,
     BLOCK_O: tl.constexpr,
-    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
     BLOCK_T: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """G[o,i] = sum_t g[b,t,o] (a[b,t,i], 1): [BLOCK_O,BLOCK_I] fp32."""
-    gs = g + o.to(tl.int64) * g_o
-    G = product_tile(
-        gs,
-        a + i.to(tl.int64) * a_i,
-        o < O,
-        i < I,
-        T,
-        g_t,
-        a_t,
-        None,
-        0,
-        BLOCK_O,
-        BLOCK_I,
-        BLOCK_T,
-        PRECISION,
-    )
-    if BIAS:
-        tokens = tl.where(tl.max(i, 0) >= I, T, 0)
-        sums = column_sums(gs, o < O, o < 0, tokens, g_t, None, 0, BLOCK_O, BLOCK_T)
-        G = tl.where(i[None, :] == I, sums[:, None], G)
+    """G[o,j] = sum_t g[b,t,o] a[b,t,j]: [BLOCK_O,BLOCK_J] fp32; 0 outside the layer."""
+    G = tl.zeros((BLOCK_O, BLOCK_J), tl.float32)
+    for t in range(0, T, BLOCK_T):
+        x = g.load([b_g, t, o]).reshape(BLOCK_T, BLOCK_O)
+        y = a.load([b_a, t, j]).reshape(BLOCK_T, BLOCK_J)
+        G = tl.dot(x.T, y, G, input_precision=PRECISION)
     return G

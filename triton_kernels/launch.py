@@ -14,6 +14,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.compiler import CompiledKernel
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 class Chip(NamedTuple):
@@ -67,14 +70,16 @@ class Config(NamedTuple):
     """How a kernel is launched: its tile, programs, and what each of them does.
 
     `parts` results are folded into one by a second launch, if there is more than one; where sums
-    are cut into them, `per_split` terms are a part's. `together`: sequences side by side on a tile.
+    or sequences are cut into parts, `per_split` of them are a program's. `flat`: its loops over
+    sequences and their tokens are one, so that a sequence is on its way while another is closed;
+    without a copy engine that one loop would not be pipelined.
     """
 
     tile: Tile
     grid: tuple[int, ...]
     parts: int = 1
     per_split: int = 0
-    together: int = 1
+    flat: bool = False
 
 
 def options(warps: int, stages: int = 2) -> dict[str, int | bool]:
@@ -100,7 +105,7 @@ def stages(rows: int, columns: int, step: int, itemsize: int, chip: Chip) -> int
 def tile(rows: int, columns: int, itemsize: int, chip: Chip, *, accumulators: int) -> Tile:
     """Tile of a [rows,columns] product whose kernel holds `accumulators` fp32 tiles at once.
 
-    At most three configurations a kernel and architecture. What lost, by registers spilled:
+    At most four configurations a kernel and architecture. What lost, by registers spilled:
     128x256 with two accumulators, where it is stored, on rows of odd length (a bias: loaded singly
     by the endings) and on sm_100; fp32 by steps of 32, since IEEE products have no tensor cores.
     """
@@ -149,30 +154,53 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee"
 
 
-def splits(tiles: int, terms: int, limit: int, chip: Chip) -> int:
+def splits(tiles: int, terms: int, limit: int, chip: Chip, *, begin: int = 0) -> int:
     """Into how many parts a sum of `terms` is cut so that `tiles` of it fill the chip.
 
-    Time in units of one term of one tile: whole waves of the longest part, then, if there is more
-    than one part, about 8 a tile to write and read it back and 500 for the second launch. At most
-    four waves of tiles are parts: their memory stays at some tens of MB whatever the layer.
+    Time in units of one term of one tile: whole waves of the longest part, each after what a
+    program takes to `begin`. Where that is nothing, parts are sums that a second launch adds: about
+    8 a tile to write and read it back and 500 for the launch. At most four waves of tiles are
+    parts: their memory stays at some tens of MB whatever the layer.
     """
     limit = min(limit, 4 * chip.processors // tiles)
 
     def time(parts: int) -> float:
         waves = cdiv(tiles * parts, chip.processors)
-        second = 8 * tiles * parts / chip.processors + 500 if parts > 1 else 0
-        return waves * cdiv(terms, parts) + second
+        second = 0 if begin or parts == 1 else 8 * tiles * parts / chip.processors + 500
+        return waves * (cdiv(terms, parts) + begin) + second
 
     return min(range(1, max(1, limit) + 1), key=time)
 
 
-def side_by_side(B: int) -> int:
-    """How many sequences run side by side on a tile of lam, or of P, that all of them need.
+def sequences(shape: Shape, by: Tile, chip: Chip) -> Config:
+    """Programs of [O,J] tiles, each for some sequences in turn: what they share is loaded once.
 
-    It comes from memory once for four. More would push each other's activations out of L2; a rest
-    of fewer than four, or a number not known when compiling, costs registers that 128x256 lacks.
+    To begin, a program waits for its tile of lam or P about as long as 500 tokens take.
     """
-    return 1 if B % 4 else 4
+    tiles = cdiv(shape.O, by.rows) * cdiv(shape.J, by.columns)
+    per_split = cdiv(shape.B, splits(tiles, shape.N, shape.B, chip, begin=500))
+    grid = tiles, cdiv(shape.B, per_split)
+    return Config(by, grid, tiles, per_split, flat=chip.capability >= 90)
+
+
+def described(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """How the copy engine reads tiles of x, [...,rows,columns]; x is `describable`."""
+    block = [1] * (x.ndim - 2) + [rows, columns]
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block)
+
+
+def describable(x: Tensor) -> Tensor:
+    """`x`, or a copy that the copy engine reads: rows at multiples of 16 bytes, without gaps."""
+    unit = 16 // x.element_size()
+    if (
+        x.stride(-1) == 1
+        and x.data_ptr() % 16 == 0
+        and all(stride % unit == 0 for stride in x.stride()[:-1])
+    ):
+        return x
+    width = x.shape[-1]
+    out = x.new_empty(*x.shape[:-1], padded(width))[..., :width]
+    return out.copy_(x)
 
 
 @triton.jit
@@ -212,7 +240,9 @@ def fold(out: Tensor, parts: Tensor) -> None:
     out = out[(None,) * (3 - out.ndim)]
     # Many short parts (one a tile) are read 128 at a time, a few long ones side by side.
     block_s, block = (128, 32) if S > 16 else (16, 256)
-    fold_kernel[(cdiv(n, block),)](
+    run(
+        fold_kernel,
+        (cdiv(n, block),),
         out,
         parts,
         S,
@@ -225,6 +255,37 @@ def fold(out: Tensor, parts: Tensor) -> None:
         BLOCK=block,
         **options(4),
     )
+
+
+_compiled: dict[tuple, CompiledKernel] = {}
+
+
+def run(kernel: JITFunction, grid: tuple[int, ...], *args: object, **fixed: object) -> None:
+    """`kernel[grid](*args, **fixed)`, without looking again for what the same call has found.
+
+    Triton looks at every argument of a launch to find the kernel that was compiled for its kind;
+    here a call is known by its scalars, by dtype and alignment of its tensors, and by device.
+    """
+    device = None
+    known: list[object] = [kernel.fn, *fixed.values()]
+    for x in args:
+        if isinstance(x, Tensor):
+            device = x.device
+            known.append((x.dtype, x.data_ptr() % 16 == 0))
+        elif isinstance(x, TensorDescriptor):
+            known.append((x.base.dtype, *x.block_shape))
+        elif isinstance(x, float):
+            known.append(float)
+        else:
+            known.append(x)
+    key = (device, *known)
+    if (found := _compiled.get(key)) is None:
+        found = kernel[grid](*args, **fixed)
+        if isinstance(found, CompiledKernel):
+            _compiled[key] = found
+        return
+    constants = [fixed[name] for name in kernel.arg_names[len(args) :]]
+    found[(*grid, 1, 1)[:3]](*args, *constants)
 
 
 @lru_cache(maxsize=4096)

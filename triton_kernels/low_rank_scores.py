@@ -3,7 +3,9 @@
 A program holds two fp32 tiles, U = g L and V = (a, 1) R^T, of the same rows (tokens) and columns
 (query, rank), multiplies them and sums over rank, then over tokens: no [B,T,Q,K] tensor. Rows are
 tokens of one sequence, or of all sequences where one would leave a tile empty or tokens are kept.
-Ranks are padded to a power of two, so that a tile holds whole queries, or one query takes several.
+Queries lie side by side, [O,QK] and [QK,J]: factors that lie so in memory, [Q,O,K] with the strides
+of [O,Q,K], are read where they are, others are copied. Ranks that are no power of two are padded,
+so that a tile holds whole queries, or one query takes several.
 """
 
 from functools import lru_cache
@@ -13,44 +15,45 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.functional import pad
 
-from .gradient_tile import grouped, product_tile
-from .launch import Chip, Shape, Tile, aligned, cdiv, chip, fold, launcher, precision, tile
+from .gradient_tile import grouped
+from .launch import (
+    Chip,
+    Shape,
+    Tile,
+    cdiv,
+    chip,
+    describable,
+    described,
+    fold,
+    launcher,
+    precision,
+    run,
+    tile,
+)
 
 
 @triton.jit
 def low_rank_scores_kernel(
     out,  # [S,Q,B,T] by strides: s, or parts of it
-    L,  # [Q,O,K]
-    R,  # [Q,K,>=I]
-    last,  # R[:,:,I] [Q,K], the column that meets the ones
-    g,  # [B,T,O]
-    a,  # [B,T,I]
+    L,  # descriptor of [O,QK]
+    R,  # descriptor of [QK,I]
+    last,  # the column of R that meets the ones, [QK]
+    g,  # descriptor of [B,T,O], or of [1,BT,O] with PER_TOKEN
+    a,  # descriptor of [B,T,I], or of [1,BT,I]
     Q,
-    K,
     B,
     T,
     O,
     I,
+    chunks,
     blocks,
     out_s,
     out_q,
     out_b,
     out_t,
-    L_q,
-    L_o,
-    L_k,
-    R_q,
-    R_k,
-    R_i,
-    last_q,
-    last_k,
-    g_b,
-    g_t,
-    g_o,
-    a_b,
-    a_t,
-    a_i,
+    last_n,
     RANK: tl.constexpr,
     PER_TOKEN: tl.constexpr,
     ADD: tl.constexpr,
@@ -65,58 +68,32 @@ def low_rank_scores_kernel(
     # `blocks` row tiles a sequence; per token, one sequence of B T rows. `chunks` of the rank.
     sequences = 1 if PER_TOKEN else B
     length = B * T if PER_TOKEN else T
-    chunks = tl.cdiv(K, RANK)
     row, column = grouped(tl.program_id(0), sequences * blocks, tl.cdiv(Q, QUERIES) * chunks, 8)
-    within = row % blocks * ROWS + tl.arange(0, ROWS)
-    n = row // blocks * length + within
-    n_in = within < length
-    b, t = (n // T).to(tl.int64), (n % T).to(tl.int64)
-    c = tl.arange(0, COLUMNS)
-    q = (column // chunks * QUERIES + c // RANK).to(tl.int64)
-    k = column % chunks * RANK + c % RANK
-    c_in = (q < Q) & (k < K)
-    U = product_tile(
-        g + b * g_b + t * g_t,
-        L + q * L_q + k * L_k,
-        n_in,
-        c_in,
-        O,
-        g_o,
-        L_o,
-        None,
-        0,
-        ROWS,
-        COLUMNS,
-        BLOCK,
-        PRECISION,
-    )
-    V = product_tile(
-        a + b * a_b + t * a_t,
-        R + q * R_q + k * R_k,
-        n_in,
-        c_in,
-        I,
-        a_i,
-        R_i,
-        None,
-        0,
-        ROWS,
-        COLUMNS,
-        BLOCK,
-        PRECISION,
-    )
+    sequence, first, c = row // blocks, row % blocks * ROWS, column * COLUMNS
+    U = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for o in range(0, O, BLOCK):
+        x = g.load([sequence, first, o]).reshape(ROWS, BLOCK)
+        U = tl.dot(x, L.load([o, c]), U, input_precision=PRECISION)
+    V = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for i in range(0, I, BLOCK):
+        x = a.load([sequence, first, i]).reshape(ROWS, BLOCK)
+        V = tl.dot(x, R.load([c, i]).T, V, input_precision=PRECISION)
     if BIAS:
-        V += tl.load(last + q * last_q + k * last_k, mask=c_in, other=0.0)[None, :]
+        n = c + tl.arange(0, COLUMNS)
+        inside = n < Q * chunks * RANK
+        V += tl.load(last + n.to(tl.int64) * last_n, mask=inside, other=0.0)[None, :]
     q = (column // chunks * QUERIES + tl.arange(0, QUERIES)).to(tl.int64)
     part = column % chunks
     if PER_TOKEN:
+        n = first + tl.arange(0, ROWS)
+        b, t = (n // T).to(tl.int64), (n % T).to(tl.int64)
         score = tl.sum(tl.reshape(U * V, (ROWS, QUERIES, RANK)), 2)
         at = (b * out_b + t * out_t)[:, None] + q[None, :] * out_q
-        inside = n_in[:, None] & (q < Q)[None, :]
+        inside = (n < length)[:, None] & (q < Q)[None, :]
     else:
         score = tl.sum(tl.reshape(tl.sum(U * V, 0), (QUERIES, RANK)), 1)
         part = part * blocks + row % blocks
-        at = (row // blocks).to(tl.int64) * out_b + q * out_q
+        at = sequence.to(tl.int64) * out_b + q * out_q
         inside = q < Q
     at += out + part.to(tl.int64) * out_s
     if ADD:
@@ -143,14 +120,25 @@ def config(shape: Shape, chip: Chip) -> Config:
     """Tiles of tokens by queries and ranks."""
     rank = 1 << (shape.K - 1).bit_length()
     by = tile(shape.N, shape.Q * rank, shape.itemsize, chip, accumulators=2)
+    chunks = max(1, rank // by.columns)
     rank = min(rank, by.columns)
-    chunks = cdiv(shape.K, rank)
     columns = cdiv(shape.Q, by.columns // rank) * chunks
     # Sequences shorter than a tile share tiles, as if scores were wanted per token.
     flat = shape.per_token or by.rows > shape.T
     rows = cdiv(shape.N if flat else shape.T, by.rows)
     programs = rows * (1 if flat else shape.B) * columns
     return Config(by, (programs,), rank, chunks, rows, flat)
+
+
+def beside(L: Tensor, R: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Factors of all queries side by side, [O,Q rank] and [Q rank,J], copied only if they must."""
+    (Q, O, K), J = L.shape, R.shape[2]
+    if rank > K:
+        L, R = pad(L, (0, rank - K)), pad(R, (0, 0, 0, rank - K))
+    return (
+        describable(L.permute(1, 0, 2).reshape(O, Q * rank)),
+        describable(R.reshape(Q * rank, J)),
+    )
 
 
 @launcher
@@ -162,7 +150,8 @@ def low_rank_scores(
     if 0 in (B, T, Q, K):
         return
     shape = Shape(g.element_size(), B, T, I, O, Q, K, bias, per_token=tokens)
-    by, R = config(shape, chip(g.device)), aligned(R, bias)
+    by = config(shape, chip(g.device))
+    left, right = beside(L, R, by.rank * by.chunks)
     whole = by.chunks == 1 and (tokens or (not by.flat and by.rows == 1))
     if whole:
         out = s[None] if tokens else s[None, ..., None]
@@ -174,26 +163,24 @@ def low_rank_scores(
     else:
         parts = torch.empty((by.chunks * by.rows, Q, B), device=g.device)
         out = parts[..., None]
-    low_rank_scores_kernel[by.grid](
+    rows = [x.reshape(1, B * T, -1) if by.flat else x for x in (g, a)]
+    run(
+        low_rank_scores_kernel,
+        by.grid,
         out,
-        L,
-        R,
-        R[..., I if bias else 0],
-        g,
-        a,
+        described(left, by.tile.step, by.tile.columns),
+        described(right[:, :I], by.tile.columns, by.tile.step),
+        right[:, -1],
+        *(described(describable(x), by.tile.rows, by.tile.step) for x in rows),
         Q,
-        K,
         B,
         T,
         O,
         I,
+        by.chunks,
         by.rows,
         *out.stride(),
-        *L.stride(),
-        *R.stride(),
-        *R.stride()[:2],
-        *g.stride(),
-        *a.stride(),
+        right.stride(0),
         RANK=by.rank,
         PER_TOKEN=by.flat,
         ADD=whole,

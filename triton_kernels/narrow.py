@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Chip, Shape, cdiv, chip, fold, options
+from .launch import Chip, Shape, cdiv, chip, fold, options, run
 
 ROWS, BLOCK = 64, 32
 
@@ -183,7 +183,9 @@ def narrow(
         to = out[:, None, None]
     else:
         to = torch.empty((strips, len(out)), device=out.device).T[..., None]
-    narrow_kernel[by.grid](
+    run(
+        narrow_kernel,
+        by.grid,
         to,
         x,
         y,

@@ -1,4 +1,7 @@
-"""P_b[o,j] = G_b[o,j] / (lam[o,j] + damping), G_b rotated: divided where the tile was computed."""
+"""P_b[o,j] = G_b[o,j] / (lam[o,j] + damping), G_b rotated: divided where the tile was computed.
+
+A program holds 1 / (lam + damping) of its tile for some sequences in turn.
+"""
 
 from functools import lru_cache
 
@@ -7,8 +10,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gradient_tile import gradient_tile, tile_at, tile_of
-from .launch import Chip, Config, Shape, cdiv, chip, launcher, precision, side_by_side, tile
+from .gradient_tile import gradient_tile, grouped, tile_at
+from .launch import (
+    Chip,
+    Config,
+    Shape,
+    chip,
+    described,
+    launcher,
+    precision,
+    run,
+    sequences,
+    tile,
+)
 from .narrow import narrow
 from .rotations import operands
 
@@ -16,68 +30,52 @@ from .rotations import operands
 @triton.jit
 def precondition_kernel(
     P,  # [B,O,J]
-    g,  # [B,T,>=O]
-    a,  # [B,T,>=J]
+    g,  # descriptor of [B,T,O]
+    a,  # descriptor of [B,T,J]
+    each_g,  # 0 if all sequences have the same
+    each_a,
     lam,  # [O,J]
     damping,
+    B,
     T,
     O,
     J,
-    g_width,
-    a_width,
     P_b,
     P_o,
     P_j,
-    g_b,
-    g_t,
-    g_o,
-    a_b,
-    a_t,
-    a_j,
     lam_o,
     lam_j,
-    TOGETHER: tl.constexpr,
+    per_split,
     BLOCK_O: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_T: tl.constexpr,
     PRECISION: tl.constexpr,
+    FLAT: tl.constexpr,
 ):
-    """One tile of one sequence's P; `g` and `a` may be wider than O and J, padded by anything."""
-    rows, columns = tl.cdiv(O, BLOCK_O), tl.cdiv(J, BLOCK_J)
-    b, _, row, column = tile_of(tl.program_id(0), rows, columns, TOGETHER)
-    o = row * BLOCK_O + tl.arange(0, BLOCK_O)
-    j = column * BLOCK_J + tl.arange(0, BLOCK_J)
-    G = gradient_tile(
-        g + b * g_b,
-        a + b * a_b,
-        o,
-        j,
-        T,
-        g_width,
-        a_width,
-        g_t,
-        g_o,
-        a_t,
-        a_j,
-        False,
-        BLOCK_O,
-        BLOCK_J,
-        BLOCK_T,
-        PRECISION,
-    )
-    inside = (o < O)[:, None] & (j < J)[None, :]
-    at = tile_at(lam, row * BLOCK_O, column * BLOCK_J, lam_o, lam_j, BLOCK_O, BLOCK_J)
-    scale = tl.load(at, mask=inside, other=1.0) + damping
-    at = tile_at(P + b * P_b, row * BLOCK_O, column * BLOCK_J, P_o, P_j, BLOCK_O, BLOCK_J)
-    tl.store(at, G / scale, mask=inside)
+    """One tile of P of `per_split` sequences in turn."""
+    p, split = tl.program_id(0), tl.program_id(1)
+    row, column = grouped(p, tl.cdiv(O, BLOCK_O), tl.cdiv(J, BLOCK_J), 8)
+    o, j = row * BLOCK_O, column * BLOCK_J
+    inside = (o + tl.arange(0, BLOCK_O) < O)[:, None] & (j + tl.arange(0, BLOCK_J) < J)[None, :]
+    lam = tile_at(lam, o, j, lam_o, lam_j, BLOCK_O, BLOCK_J)
+    scale = 1 / (tl.load(lam, mask=inside, other=1.0) + damping)
+    first = split * per_split
+    for b in tl.range(first, min(B, first + per_split), flatten=FLAT):
+        G = gradient_tile(
+            g, a, b * each_g, b * each_a, o, j, T, BLOCK_O, BLOCK_J, BLOCK_T, PRECISION
+        )
+        at = tile_at(P + tl.cast(b, tl.int64) * P_b, o, j, P_o, P_j, BLOCK_O, BLOCK_J)
+        tl.store(at, G * scale, mask=inside)
 
 
 @lru_cache(maxsize=4096)
 def config(shape: Shape, chip: Chip) -> Config:
-    """Tiles of every sequence on rotated inputs; narrow layers that `narrow.py` takes apart."""
+    """Tiles of lam, each for some sequences; narrow layers that `narrow.py` takes apart."""
     by = tile(shape.O, shape.J, shape.itemsize, chip, accumulators=2)
-    tiles = cdiv(shape.O, by.rows) * cdiv(shape.J, by.columns)
-    return Config(by, (tiles * shape.B,), together=side_by_side(shape.B))
+    if shape.J % 4:
+        # Rows of odd length are stored number by number: addresses take the registers of half.
+        by = by._replace(rows=64)
+    return sequences(shape, by, chip)
 
 
 @launcher
@@ -99,28 +97,30 @@ def precondition(
     if narrow(P, g, a, Qg, Qa, lam, damping, bias, order):
         return P
     for part, x, y in operands(g, a, Qg, Qa, bias, order):
-        B, T = x.shape[:2]
+        T, B = x.shape[1], max(len(x), len(y))
         by = config(Shape(x.element_size(), B=B, T=T, I=J, O=O), chip(g.device))
-        precondition_kernel[by.grid](
+        run(
+            precondition_kernel,
+            by.grid,
             P[part],
-            x,
-            y,
+            described(x, by.tile.step, by.tile.rows),
+            described(y, by.tile.step, by.tile.columns),
+            int(len(x) > 1),
+            int(len(y) > 1),
             lam,
             damping,
+            B,
             T,
             O,
             J,
-            x.shape[2],
-            y.shape[2],
             *P.stride(),
-            *x.stride(),
-            *y.stride(),
             *lam.stride(),
-            TOGETHER=by.together,
+            by.per_split,
             BLOCK_O=by.tile.rows,
             BLOCK_J=by.tile.columns,
             BLOCK_T=by.tile.step,
             PRECISION=precision(g.dtype),
+            FLAT=by.flat,
             **by.tile.options,
         )
     return P

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .launch import padded
+from .launch import describable, padded
 
 # Gradients rotated as such are formed a few sequences at a time: what is written stays in L2.
 CHUNK_BYTES = 32 << 20
@@ -22,18 +22,15 @@ def cheapest_order(T: int, O: int, J: int) -> str:
 
 
 def rotate(x: Tensor, Q: Tensor, bias: bool) -> Tensor:
-    """(x, 1) Q without the ones column: x [B,T,I], Q [J,J] -> [B,T,padded(J)].
-
-    Columns past J are uninitialised: kernels may load them, and drop what comes of them.
-    """
-    rows = x.reshape(-1, x.shape[-1])
-    out = x.new_empty(rows.shape[0], padded(Q.shape[1]))
-    inside = out[:, : Q.shape[1]]
+    """(x, 1) Q without the ones column: x [B,T,I], Q [J,J] -> [B,T,J], rows `padded(J)` apart."""
+    J = Q.shape[1]
+    out = x.new_empty(*x.shape[:-1], padded(J))
+    rows, inside = x.reshape(-1, x.shape[-1]), out.view(-1, padded(J))[:, :J]
     if bias:
         torch.addmm(Q[-1], rows, Q[:-1], out=inside)
     else:
         torch.mm(rows, Q, out=inside)
-    return out.view(*x.shape[:-1], -1)
+    return out[..., :J]
 
 
 def operands(
@@ -44,7 +41,10 @@ def operands(
     bias: bool,
     order: str | None,
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Sequences with the x [b,t,>=O] and y [b,t,>=J] for which sum_t x_t y_t^T = Qg^T G_b Qa."""
+    """Sequences with the x [b,t,O] and y [b,t,J] for which sum_t x_t y_t^T = Qg^T G_b Qa.
+
+    Both are `describable`; a side that is the same for all sequences has b = 1.
+    """
     B, T, O = g.shape
     J = a.shape[-1] + bias
     by = order or cheapest_order(T, O, J)
@@ -53,19 +53,27 @@ def operands(
     if Qa is not None and by in ("tokens", "a_tokens"):
         a, Qa, bias = rotate(a, Qa, bias), None, False
     if Qg is None and Qa is None:
-        yield slice(0, B), g, a
+        # Of a layer that is not rotated, the ones are a column like others.
+        yield slice(0, B), describable(g), describable(_with_ones(a) if bias else a)
         return
     step = max(1, CHUNK_BYTES // (g.element_size() * O * padded(J)))
     for first in range(0, B, step):
         part = slice(first, min(first + step, B))
-        G = _gradients(g[part, :, :O], a[part, :, : J - bias], bias)
-        n = G.shape[0]
         if Qa is None:
-            yield part, Qg.expand(n, O, O), G
+            yield part, describable(Qg[None]), _gradients(g[part], a[part], bias)
         elif Qg is None:
-            yield part, G.mT, Qa.expand(n, J, J)
+            yield part, _transposed(g[part], a[part], bias), describable(Qa[None])
         else:
-            yield part, Qg.expand(n, O, O), rotate(G, Qa, False)
+            yield part, describable(Qg[None]), rotate(_gradients(g[part], a[part], bias), Qa, False)
+
+
+def _with_ones(a: Tensor) -> Tensor:
+    """(a, 1): [B,T,J], rows `padded(J)` apart."""
+    B, T, I = a.shape
+    out = a.new_empty(B, T, padded(I + 1))[..., : I + 1]
+    out[..., :I] = a
+    out[..., I] = 1
+    return out
 
 
 def _gradients(g: Tensor, a: Tensor, bias: bool) -> Tensor:
@@ -75,4 +83,14 @@ def _gradients(g: Tensor, a: Tensor, bias: bool) -> Tensor:
     torch.bmm(g.mT, a, out=G[..., :I])
     if bias:
         torch.sum(g, 1, out=G[..., I])
+    return G
+
+
+def _transposed(g: Tensor, a: Tensor, bias: bool) -> Tensor:
+    """The same with inputs as rows: [b,J,O], rows `padded(O)` apart."""
+    (b, _, O), I = g.shape, a.shape[-1]
+    G = g.new_empty(b, I + bias, padded(O))[..., :O]
+    torch.bmm(a.mT, g, out=G[:, :I])
+    if bias:
+        torch.sum(g, 1, out=G[:, I])
     return G

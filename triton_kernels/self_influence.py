@@ -10,8 +10,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gradient_tile import gradient_tile, tile_at, tile_of
-from .launch import Chip, Config, Shape, cdiv, chip, fold, launcher, precision, side_by_side, tile
+from .gradient_tile import gradient_tile, grouped, tile_at
+from .launch import (
+    Chip,
+    Config,
+    Shape,
+    chip,
+    described,
+    fold,
+    launcher,
+    precision,
+    run,
+    sequences,
+    tile,
+)
 from .narrow import narrow
 from .rotations import operands
 
@@ -19,71 +31,52 @@ from .rotations import operands
 @triton.jit
 def self_influence_kernel(
     out,  # s [B], or parts [tiles,B]
-    g,  # [B,T,>=O]
-    a,  # [B,T,>=J]
+    g,  # descriptor of [B,T,O]
+    a,  # descriptor of [B,T,J]
+    each_g,  # 0 if all sequences have the same
+    each_a,
     lam,  # [O,J]
     damping,
+    B,
     T,
     O,
     J,
-    g_width,
-    a_width,
     out_tile,
     out_b,
-    g_b,
-    g_t,
-    g_o,
-    a_b,
-    a_t,
-    a_j,
     lam_o,
     lam_j,
+    per_split,
     ADD: tl.constexpr,
-    TOGETHER: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_T: tl.constexpr,
     PRECISION: tl.constexpr,
+    FLAT: tl.constexpr,
 ):
-    """The share of one tile in one sequence's score; padding as in `precondition_kernel`."""
-    rows, columns = tl.cdiv(O, BLOCK_O), tl.cdiv(J, BLOCK_J)
-    b, tile, row, column = tile_of(tl.program_id(0), rows, columns, TOGETHER)
-    o = row * BLOCK_O + tl.arange(0, BLOCK_O)
-    j = column * BLOCK_J + tl.arange(0, BLOCK_J)
-    G = gradient_tile(
-        g + b * g_b,
-        a + b * a_b,
-        o,
-        j,
-        T,
-        g_width,
-        a_width,
-        g_t,
-        g_o,
-        a_t,
-        a_j,
-        False,
-        BLOCK_O,
-        BLOCK_J,
-        BLOCK_T,
-        PRECISION,
-    )
-    inside = (o < O)[:, None] & (j < J)[None, :]
-    at = tile_at(lam, row * BLOCK_O, column * BLOCK_J, lam_o, lam_j, BLOCK_O, BLOCK_J)
-    scale = tl.load(at, mask=inside, other=1.0) + damping
-    value = tl.sum(tl.where(inside, G * G / scale, 0.0))
-    at = out + tile * out_tile + b * out_b
-    if ADD:
-        value += tl.load(at)
-    tl.store(at, value)
+    """The share of one tile in the scores of `per_split` sequences in turn."""
+    p, split = tl.program_id(0), tl.program_id(1)
+    row, column = grouped(p, tl.cdiv(O, BLOCK_O), tl.cdiv(J, BLOCK_J), 8)
+    o, j = row * BLOCK_O, column * BLOCK_J
+    inside = (o + tl.arange(0, BLOCK_O) < O)[:, None] & (j + tl.arange(0, BLOCK_J) < J)[None, :]
+    lam = tile_at(lam, o, j, lam_o, lam_j, BLOCK_O, BLOCK_J)
+    scale = tl.where(inside, 1 / (tl.load(lam, mask=inside, other=1.0) + damping), 0.0)
+    out += p.to(tl.int64) * out_tile
+    first = split * per_split
+    for b in tl.range(first, min(B, first + per_split), flatten=FLAT):
+        G = gradient_tile(
+            g, a, b * each_g, b * each_a, o, j, T, BLOCK_O, BLOCK_J, BLOCK_T, PRECISION
+        )
+        value = tl.sum(G * G * scale)
+        at = out + tl.cast(b, tl.int64) * out_b
+        if ADD:
+            value += tl.load(at)
+        tl.store(at, value)
 
 
 @lru_cache(maxsize=4096)
 def config(shape: Shape, chip: Chip) -> Config:
-    """Tiles of every sequence on rotated inputs; narrow layers that `narrow.py` takes apart."""
-    by = tile(shape.O, shape.J, shape.itemsize, chip, accumulators=1)
-    tiles = cdiv(shape.O, by.rows) * cdiv(shape.J, by.columns)
-    return Config(by, (tiles * shape.B,), parts=tiles, together=side_by_side(shape.B))
+    """Tiles of lam, each for some sequences; narrow layers that `narrow.py` takes apart."""
+    return sequences(shape, tile(shape.O, shape.J, shape.itemsize, chip, accumulators=2), chip)
 
 
 @launcher
@@ -105,30 +98,32 @@ def self_influence(
     if narrow(s, g, a, Qg, Qa, lam, damping, bias, order):
         return
     for part, x, y in operands(g, a, Qg, Qa, bias, order):
-        B, T = x.shape[:2]
+        T, B = x.shape[1], max(len(x), len(y))
         by = config(Shape(x.element_size(), B=B, T=T, I=J, O=O), chip(g.device))
         out = s[None, part] if by.parts == 1 else torch.empty((by.parts, B), device=g.device)
-        self_influence_kernel[by.grid](
+        run(
+            self_influence_kernel,
+            by.grid,
             out,
-            x,
-            y,
+            described(x, by.tile.step, by.tile.rows),
+            described(y, by.tile.step, by.tile.columns),
+            int(len(x) > 1),
+            int(len(y) > 1),
             lam,
             damping,
+            B,
             T,
             O,
             J,
-            x.shape[2],
-            y.shape[2],
             *out.stride(),
-            *x.stride(),
-            *y.stride(),
             *lam.stride(),
+            by.per_split,
             ADD=by.parts == 1,
-            TOGETHER=by.together,
             BLOCK_O=by.tile.rows,
             BLOCK_J=by.tile.columns,
             BLOCK_T=by.tile.step,
             PRECISION=precision(g.dtype),
+            FLAT=by.flat,
             **by.tile.options,
         )
         if by.parts > 1:
