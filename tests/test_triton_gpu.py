@@ -56,7 +56,7 @@ def test_parity_in_tf32(card):
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        # Both make TF32 products of 10-bit operands, each in its own order: fp16's floor.
+        # Both make TF32 products of 10-bit operands, which Triton cuts off and cuBLAS rounds.
         sample = layer_sample(card, torch.float32)
         exact = tuple(x.double() if isinstance(x, torch.Tensor) else x for x in sample.args)
         exact = parity.run(card.reference, exact)
@@ -64,7 +64,7 @@ def test_parity_in_tf32(card):
             (parity.run(op, sample.args).double() - exact).square().mean().sqrt()
             for op in (ops.call(card), card.reference)
         )
-        floor = torch.finfo(torch.float16).eps * exact.square().mean().sqrt()
+        floor = 2 * torch.finfo(torch.float16).eps * exact.square().mean().sqrt()
         assert got <= 2 * reference + floor
     finally:
         torch.set_float32_matmul_precision(before)

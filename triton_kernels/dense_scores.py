@@ -1,12 +1,13 @@
 """s[q,b] += sum_oj P_q[o,j] G_b[o,j], and per token s[q,b,t] += sum_j (g_bt P_q)[j] (a_bt, 1)[j].
 
-Three ways, by shape. A few queries: each gradient tile meets every P_q in registers, one number a
-tile, query and sequence, summed by a second launch. Many queries: a multiply-add a query and
-element would cost more than the tile itself, so strips of G that stay in L2 are contracted with all
-queries by cuBLAS. Per token: a program closes tiles of g P_q with a before they leave registers.
+Three ways, by shape. One or two queries: each gradient tile meets every P_q in registers, one
+number a tile, query and sequence, summed by a second launch. More: every P_q would come from L2
+again for every sequence, so strips of G that stay there are contracted with all queries at once.
+Per token: a program closes tiles of g P_q with a before they leave registers.
 """
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,6 +19,7 @@ from .launch import (
     Chip,
     Config,
     Shape,
+    Tile,
     aligned,
     cdiv,
     chip,
@@ -33,9 +35,10 @@ from .launch import (
     tile,
 )
 
-# Above this, multiply-adds on plain cores (1/15 of the tensor cores' rate) outweigh the tile.
-FEW_QUERIES = 8
-STRIP_BYTES = 24 << 20
+# Beyond these, fetching P_q for every sequence takes longer than writing G (H200: 1.9 to 1.6 ms).
+FEW_QUERIES = 2
+# Most of it stays in L2, and the host, which launches twice a strip, is not what is waited for.
+STRIP_BYTES = 44 << 20
 
 
 @triton.jit
@@ -79,6 +82,43 @@ def dense_scores_kernel(
             if ADD:
                 value += tl.load(at)
             tl.store(at, value)
+
+
+@triton.jit
+def strip_kernel(
+    out,  # parts [S,Q,B]
+    P,  # [Q,rows,I]
+    G,  # [B,rows I]
+    Q,
+    B,
+    I,
+    K,  # rows I
+    P_q,
+    P_o,
+    P_i,
+    per_split,
+    QUERIES: tl.constexpr,
+    SEQUENCES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Products of all queries and sequences over `per_split` of a strip's elements."""
+    split = tl.program_id(0)
+    q = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
+    b = tl.program_id(2) * SEQUENCES + tl.arange(0, SEQUENCES)
+    q_in, b_in = (q < Q)[:, None], (b < B)[None, :]
+    P += q[:, None].to(tl.int64) * P_q
+    G += b[None, :].to(tl.int64) * K
+    S = tl.zeros((QUERIES, SEQUENCES), tl.float32)
+    for first in range(split * per_split, min(K, (split + 1) * per_split), BLOCK):
+        k = first + tl.arange(0, BLOCK)
+        k_in = k < K
+        at = (k // I).to(tl.int64) * P_o + (k % I).to(tl.int64) * P_i
+        x = tl.load(P + at[None, :], mask=q_in & k_in[None, :], other=0.0)
+        y = tl.load(G + k[:, None], mask=b_in & k_in[:, None], other=0.0)
+        S = tl.dot(x, y, S, input_precision=PRECISION)
+    at = (tl.cast(split, tl.int64) * Q + q[:, None]) * B + b[None, :]
+    tl.store(out + at, S, mask=q_in & b_in)
 
 
 @triton.jit
@@ -148,14 +188,26 @@ def dense_token_scores_kernel(
     tl.store(at, score, mask=n < N)
 
 
+class Strips(NamedTuple):
+    """Rows of a strip of G, all strips' parts; a part's elements; programs and tile of a product.
+
+    The tile: queries by sequences, and a step along the elements.
+    """
+
+    rows: int
+    parts: int
+    per_split: int
+    tile: Tile
+
+
 @lru_cache(maxsize=4096)
-def config(shape: Shape, chip: Chip) -> Config | None:
-    """Rows of tokens by columns of P; tiles of a gradient; None where cuBLAS contracts its strips.
+def config(shape: Shape, chip: Chip) -> Config:
+    """Rows of tokens by columns of P, or tiles of a gradient.
 
     `parts` are, per token, parts of those columns, else tiles.
     """
     if shape.per_token:
-        J = even(shape.J, shape.bias)  # of P when it is `aligned`
+        J = even(shape.J)  # of P when it is `aligned`
         by = tile(shape.N, J, shape.itemsize, chip, accumulators=2)
         if chip.capability >= 100:
             by = by._replace(step=min(by.step, 32))  # 64 spills, here only
@@ -163,10 +215,22 @@ def config(shape: Shape, chip: Chip) -> Config | None:
         per_split = cdiv(steps, splits(programs, steps * shape.O, steps, chip)) * by.columns
         parts = cdiv(J, per_split)
         return Config(by, (programs, parts), parts, per_split)
-    if shape.Q > FEW_QUERIES:
-        return None
-    shape = shape._replace(bias=False)
-    return sequences(shape, tile(shape.O, shape.I, shape.itemsize, chip, accumulators=2), chip)
+    return sequences(shape._replace(bias=False), chip)
+
+
+@lru_cache(maxsize=4096)
+def strips(shape: Shape, chip: Chip) -> Strips:
+    """How a gradient is cut, and the products of its strips with the queries."""
+    B, I, O = shape.B, shape.I, shape.O
+    queries, sequences = (min(64, max(16, 1 << (n - 1).bit_length())) for n in (shape.Q, B))
+    step = 128 if queries * sequences > 512 else 256
+    if shape.itemsize == 4:
+        step = 32
+    rows = min(O, max(16, STRIP_BYTES // (B * I * shape.itemsize)))
+    tiles = cdiv(shape.Q, queries) * cdiv(B, sequences)
+    per_split = cdiv(cdiv(rows * I, max(1, 4 * chip.processors // tiles)), step) * step
+    parts = O // rows * cdiv(rows * I, per_split) + cdiv(O % rows * I, per_split)
+    return Strips(rows, parts, per_split, Tile(queries, sequences, step, 4, 3))
 
 
 @launcher
@@ -176,14 +240,14 @@ def dense_scores(s: Tensor, P: Tensor, g: Tensor, a: Tensor, bias: bool = False)
     if 0 in (Q, B, T):
         return
     shape = Shape(g.element_size(), B=B, T=T, I=I, O=O, Q=Q, bias=bias, per_token=tokens)
-    by = config(shape, chip(g.device))
     if tokens:
-        per_token(s, aligned(P, bias), g, a, by)
+        rows = describable(g), describable(a)  # loaded number by number, odd ones spill
+        per_token(s, aligned(P), *rows, config(shape, chip(g.device)))
         return
-    if by is None:
-        many_queries(s, P, g, a)
+    if Q > FEW_QUERIES:
+        many_queries(s, P, g, a, strips(shape, chip(g.device)))
     else:
-        few_queries(s, aligned(P, bias), g, a, by)
+        few_queries(s, aligned(P), g, a, config(shape, chip(g.device)))
     if bias:
         # The ones: one number a query and output feature.
         s += P[..., -1].float() @ g.sum(1, dtype=torch.float32).T
@@ -219,23 +283,36 @@ def few_queries(s: Tensor, P: Tensor, g: Tensor, a: Tensor, by: Config) -> None:
         fold(s, out)
 
 
-def many_queries(s: Tensor, P: Tensor, g: Tensor, a: Tensor) -> None:
+def many_queries(s: Tensor, P: Tensor, g: Tensor, a: Tensor, by: Strips) -> None:
     """Strips of G, [B,rows,I] in the operands' dtype, contracted with all queries: s [Q,B]."""
-    (B, _, I), (Q, O, _) = a.shape, P.shape
-    rows = min(O, max(16, STRIP_BYTES // (B * I * g.element_size())))
-    G = g.new_empty(B * rows * I)
-    for first in range(0, O, rows):
-        gs, Ps = g[:, :, first : first + rows], P[:, first : first + rows, :I]
-        strip = G[: B * gs.shape[2] * I].view(B, -1, I)
-        torch.bmm(gs.mT, a, out=strip)
-        s += wide_product(Ps.reshape(Q, -1), strip.view(B, -1).T)
-
-
-def wide_product(x: Tensor, y: Tensor) -> Tensor:
-    """x y in fp32 from operands of either width; without a GPU, where only tests run, by a cast."""
-    if x.dtype == torch.float32 or not x.is_cuda:
-        return x.float() @ y.float()
-    return torch.mm(x, y, out_dtype=torch.float32)
+    (B, _, I), (Q, O, _), (queries, sequences, step, *_) = a.shape, P.shape, by.tile
+    G = g.new_empty(B * by.rows * I)
+    out, done = torch.empty((by.parts, Q, B), device=g.device), 0
+    for first in range(0, O, by.rows):
+        gs, Ps = g[:, :, first : first + by.rows], P[:, first : first + by.rows]
+        K = Ps.shape[1] * I
+        torch.bmm(gs.mT, a, out=G[: B * K].view(B, -1, I))
+        grid = cdiv(K, by.per_split), cdiv(Q, queries), cdiv(B, sequences)
+        run(
+            strip_kernel,
+            grid,
+            out[done:],
+            Ps,
+            G,
+            Q,
+            B,
+            I,
+            K,
+            *Ps.stride(),
+            by.per_split,
+            QUERIES=queries,
+            SEQUENCES=sequences,
+            BLOCK=step,
+            PRECISION=precision(g.dtype),
+            **by.tile.options,
+        )
+        done += grid[0]
+    fold(s, out)
 
 
 def per_token(s: Tensor, P: Tensor, g: Tensor, a: Tensor, by: Config) -> None:

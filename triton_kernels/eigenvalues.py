@@ -1,7 +1,7 @@
 """lam_sum[o,j] += sum_b G_b[o,j]^2, G_b rotated: a program keeps one tile of lam over sequences.
 
 Two fp32 tiles live in registers, the gradient and the sum: 128x128 on 8 warps holds both, 128x256
-spills. Sequences are split between programs where tiles alone do not fill the chip.
+spills, and is no faster. Sequences are split between programs where tiles do not fill the chip.
 """
 
 from functools import lru_cache
@@ -20,6 +20,7 @@ from .launch import (
     chip,
     described,
     fold,
+    hopper,
     launcher,
     precision,
     run,
@@ -73,6 +74,8 @@ def eigenvalues_kernel(
 def config(shape: Shape, chip: Chip) -> Config:
     """Tiles of lam on rotated inputs, over all sequences or parts of them."""
     by = tile(shape.O, shape.J, shape.itemsize, chip, accumulators=2)
+    if by.rows == 128 and hopper(chip) and 2 * chip.processors * 128 * 128 > shape.O * shape.J:
+        by = by._replace(rows=64, warps=4)  # more of them, rather than a second launch
     tiles = cdiv(shape.O, by.rows) * cdiv(shape.J, by.columns)
     per_split = cdiv(shape.B, splits(tiles, shape.N, shape.B, chip))
     parts = cdiv(shape.B, per_split)

@@ -97,9 +97,14 @@ def chip(device: torch.device) -> Chip:
     return Chip(capability, has.multi_processor_count, has.shared_memory_per_block_optin)
 
 
-def stages(rows: int, columns: int, step: int, itemsize: int, chip: Chip) -> int:
-    """Loads in flight: as many pipeline stages as shared memory holds, at most 4."""
-    return max(2, min(4, (chip.shared - 2048) // ((rows + columns) * step * itemsize)))
+def stages(rows: int, columns: int, step: int, itemsize: int, chip: Chip, most: int = 4) -> int:
+    """Loads in flight: as many pipeline stages as shared memory holds, at most `most`."""
+    return max(2, min(most, (chip.shared - 2048) // ((rows + columns) * step * itemsize)))
+
+
+def hopper(chip: Chip) -> bool:
+    """Whether tiles are those that were measured, on an H200."""
+    return chip.capability // 10 == 9
 
 
 def tile(rows: int, columns: int, itemsize: int, chip: Chip, *, accumulators: int) -> Tile:
@@ -111,10 +116,10 @@ def tile(rows: int, columns: int, itemsize: int, chip: Chip, *, accumulators: in
     """
     if itemsize == 4:
         return Tile(128, 64, 16, 8, 4) if accumulators == 1 else Tile(64, 64, 16, 4, 4)
-    hopper = chip.capability // 10 == 9 and accumulators == 1
-    if not hopper and (min(rows, columns) <= 64 or chip.shared < 99 * 1024):
+    one = hopper(chip) and accumulators == 1
+    if not one and (min(rows, columns) <= 64 or chip.shared < 99 * 1024):
         return Tile(64, 64, 32, 4, 4)
-    wide = 256 if hopper and columns > 128 and columns % 8 == 0 else 128
+    wide = 256 if one and columns > 128 and columns % 8 == 0 else 128
     step = 64 if chip.capability >= 90 else 32
     return Tile(128, wide, step, 8, stages(128, wide, step, itemsize, chip))
 
@@ -129,17 +134,17 @@ def padded(width: int) -> int:
     return cdiv(width, 16) * 16
 
 
-def even(width: int, bias: bool) -> int:
-    """`width`, or `padded` where a bias made it odd."""
-    return padded(width) if bias and width % 8 else width
+def even(width: int) -> int:
+    """`width`, or `padded` where rows of it would lie at odd places: a bias, say."""
+    return padded(width) if width % 8 else width
 
 
-def aligned(x: Tensor, bias: bool) -> Tensor:
+def aligned(x: Tensor) -> Tensor:
     """`x`, or a copy with zero columns up to its `even` width.
 
     Tiles of odd rows are loaded number by number, past the pipeline, and spill registers.
     """
-    width = even(x.shape[-1], bias)
+    width = even(x.shape[-1])
     if width == x.shape[-1]:
         return x
     out = x.new_zeros(*x.shape[:-1], width)
@@ -159,24 +164,30 @@ def splits(tiles: int, terms: int, limit: int, chip: Chip, *, begin: int = 0) ->
 
     Time in units of one term of one tile: whole waves of the longest part, each after what a
     program takes to `begin`. Where that is nothing, parts are sums that a second launch adds: about
-    8 a tile to write and read it back and 500 for the launch. At most four waves of tiles are
-    parts: their memory stays at some tens of MB whatever the layer.
+    8 a tile to write and read it back and 3000 for the launch: some microseconds. At most four
+    waves of tiles are parts: their memory stays at some tens of MB whatever the layer.
     """
     limit = min(limit, 4 * chip.processors // tiles)
 
     def time(parts: int) -> float:
         waves = cdiv(tiles * parts, chip.processors)
-        second = 0 if begin or parts == 1 else 8 * tiles * parts / chip.processors + 500
+        second = 0 if begin or parts == 1 else 8 * tiles * parts / chip.processors + 3000
         return waves * (cdiv(terms, parts) + begin) + second
 
     return min(range(1, max(1, limit) + 1), key=time)
 
 
-def sequences(shape: Shape, by: Tile, chip: Chip) -> Config:
+def sequences(shape: Shape, chip: Chip) -> Config:
     """Programs of [O,J] tiles, each for some sequences in turn: what they share is loaded once.
 
-    To begin, a program waits for its tile of lam or P about as long as 500 tokens take.
+    64x256 is a tenth faster than 128x128 on an H200. Rows of odd length are stored and loaded
+    number by number, whose addresses take the registers of half a tile. To begin, a program waits
+    for its tile of lam or P about as long as 500 tokens take.
     """
+    by = tile(shape.O, shape.J, shape.itemsize, chip, accumulators=2)
+    odd = shape.J % 4 > 0
+    if by.rows == 128 and (odd or hopper(chip)):
+        by = by._replace(rows=64, columns=128 if odd or shape.J <= 128 else 256)
     tiles = cdiv(shape.O, by.rows) * cdiv(shape.J, by.columns)
     per_split = cdiv(shape.B, splits(tiles, shape.N, shape.B, chip, begin=500))
     grid = tiles, cdiv(shape.B, per_split)
@@ -260,25 +271,22 @@ def fold(out: Tensor, parts: Tensor) -> None:
 _compiled: dict[tuple, CompiledKernel] = {}
 
 
+def _kind(x: object) -> object:
+    """What a kernel is compiled for of an argument that is no integer."""
+    if isinstance(x, Tensor):
+        return x.device, x.dtype, x.data_ptr() % 16 == 0
+    if isinstance(x, TensorDescriptor):
+        return x.base.dtype, *x.block_shape
+    return type(x)
+
+
 def run(kernel: JITFunction, grid: tuple[int, ...], *args: object, **fixed: object) -> None:
     """`kernel[grid](*args, **fixed)`, without looking again for what the same call has found.
 
     Triton looks at every argument of a launch to find the kernel that was compiled for its kind;
     here a call is known by its scalars, by dtype and alignment of its tensors, and by device.
     """
-    device = None
-    known: list[object] = [kernel.fn, *fixed.values()]
-    for x in args:
-        if isinstance(x, Tensor):
-            device = x.device
-            known.append((x.dtype, x.data_ptr() % 16 == 0))
-        elif isinstance(x, TensorDescriptor):
-            known.append((x.base.dtype, *x.block_shape))
-        elif isinstance(x, float):
-            known.append(float)
-        else:
-            known.append(x)
-    key = (device, *known)
+    key = (kernel.fn, *[x if type(x) is int else _kind(x) for x in args], *fixed.values())
     if (found := _compiled.get(key)) is None:
         found = kernel[grid](*args, **fixed)
         if isinstance(found, CompiledKernel):

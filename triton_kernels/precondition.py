@@ -12,8 +12,6 @@ from torch import Tensor
 
 from .gradient_tile import gradient_tile, grouped, tile_at
 from .launch import (
-    Chip,
-    Config,
     Shape,
     chip,
     described,
@@ -21,7 +19,6 @@ from .launch import (
     precision,
     run,
     sequences,
-    tile,
 )
 from .narrow import narrow
 from .rotations import operands
@@ -68,14 +65,8 @@ def precondition_kernel(
         tl.store(at, G * scale, mask=inside)
 
 
-@lru_cache(maxsize=4096)
-def config(shape: Shape, chip: Chip) -> Config:
-    """Tiles of lam, each for some sequences; narrow layers that `narrow.py` takes apart."""
-    by = tile(shape.O, shape.J, shape.itemsize, chip, accumulators=2)
-    if shape.J % 4:
-        # Rows of odd length are stored number by number: addresses take the registers of half.
-        by = by._replace(rows=64)
-    return sequences(shape, by, chip)
+# Narrow layers that `narrow.py` takes apart are not asked for.
+config = lru_cache(maxsize=4096)(sequences)
 
 
 @launcher

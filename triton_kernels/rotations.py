@@ -53,8 +53,7 @@ def operands(
     if Qa is not None and by in ("tokens", "a_tokens"):
         a, Qa, bias = rotate(a, Qa, bias), None, False
     if Qg is None and Qa is None:
-        # Of a layer that is not rotated, the ones are a column like others.
-        yield slice(0, B), describable(g), describable(_with_ones(a) if bias else a)
+        yield slice(0, B), describable(g), describable(a)
         return
     step = max(1, CHUNK_BYTES // (g.element_size() * O * padded(J)))
     for first in range(0, B, step):
@@ -65,15 +64,6 @@ def operands(
             yield part, _transposed(g[part], a[part], bias), describable(Qa[None])
         else:
             yield part, describable(Qg[None]), rotate(_gradients(g[part], a[part], bias), Qa, False)
-
-
-def _with_ones(a: Tensor) -> Tensor:
-    """(a, 1): [B,T,J], rows `padded(J)` apart."""
-    B, T, I = a.shape
-    out = a.new_empty(B, T, padded(I + 1))[..., : I + 1]
-    out[..., :I] = a
-    out[..., I] = 1
-    return out
 
 
 def _gradients(g: Tensor, a: Tensor, bias: bool) -> Tensor:

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from .gradient_tile import gradient_tile, grouped, tile_at
 from .launch import (
-    Chip,
-    Config,
     Shape,
     chip,
     described,
@@ -22,7 +20,6 @@ from .launch import (
     precision,
     run,
     sequences,
-    tile,
 )
 from .narrow import narrow
 from .rotations import operands
@@ -73,10 +70,8 @@ def self_influence_kernel(
         tl.store(at, value)
 
 
-@lru_cache(maxsize=4096)
-def config(shape: Shape, chip: Chip) -> Config:
-    """Tiles of lam, each for some sequences; narrow layers that `narrow.py` takes apart."""
-    return sequences(shape, tile(shape.O, shape.J, shape.itemsize, chip, accumulators=2), chip)
+# Narrow layers that `narrow.py` takes apart are not asked for.
+config = lru_cache(maxsize=4096)(sequences)
 
 
 @launcher

@@ -112,8 +112,9 @@ def train_model(
             attn_pdrop=0.0,
         )
     )
-    batches, task = Batches(data, model), LanguageModelTask()
-    lowered = autocast("auto", torch.device("cpu"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batches, task = Batches(data, model.to(device)), LanguageModelTask()
+    lowered = autocast("auto", device)
     optimiser = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01
     )
@@ -130,7 +131,7 @@ def train_model(
             order += torch.randperm(len(data), generator=generator).tolist()
         batch = batches.load([order.pop() for _ in range(min(BATCH, len(order)))])
         tokens = (batch["labels"][:, 1:] >= 0).sum()
-        with torch.autocast("cpu", lowered, enabled=lowered is not None):
+        with torch.autocast(device.type, lowered, enabled=lowered is not None):
             loss = task.compute_train_loss(batch, model) / tokens
         optimiser.zero_grad()
         loss.backward()

@@ -43,15 +43,18 @@ def laid_out(L: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
     """The same L and R as many calls want them: once per stage, as much memory as they have.
 
     On a CPU the queries' factors lie side by side, [O,QK] and [J,QK] in memory, and are multiplied
-    in place; if there are fewer than `LANES`, one after the other, [QK,O] and [QK,J]. Else
-    contiguous. Any layout is right.
+    in place; if there are fewer than `LANES`, one after the other, [QK,O] and [QK,J]. Elsewhere
+    [O,QK] and [QK,J], rows at multiples of 16 bytes, as the copy engines of GPUs read them. Any
+    layout is right.
     """
     if L.device.type == "cpu":
         if len(L) * L.shape[2] < LANES:
             return L.mT.contiguous().mT, R.contiguous()
         left, right = L.permute(1, 0, 2).contiguous(), R.permute(2, 0, 1).contiguous()
         return left.permute(1, 0, 2), right.permute(1, 2, 0)
-    return L.contiguous(), R.contiguous()
+    (Q, K, J), unit = R.shape, 16 // R.element_size()
+    rows = R.new_empty(Q, K, -(-J // unit) * unit)[..., :J]
+    return L.permute(1, 0, 2).contiguous().permute(1, 0, 2), rows.copy_(R)
 
 
 def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:

@@ -134,6 +134,7 @@ def check(
             f"{op}: bias=True but Qa is None. Activations already in the eigenbasis include the "
             "bias row of Qa: pass them with bias=False"
         )
+    ones = int(bias)  # of a symbolic size no bool can be subtracted
     for name, alternatives, x in named:
         if x is None:
             continue
@@ -143,9 +144,9 @@ def check(
             raise ValueError(f"{op}: {name} has shape {list(x.shape)}, expected {expected}")
         for letter, size in zip(shape, x.shape, strict=True):
             # I and J are one letter apart from the bias, so either may be seen first.
-            key, value = ("I", size - bias) if letter == "J" else (letter, size)
+            key, value = ("I", size - ones) if letter == "J" else (letter, size)
             if letters.setdefault(key, value) != value:
-                wanted = letters[key] + (bias if letter == "J" else 0)
+                wanted = letters[key] + (ones if letter == "J" else 0)
                 raise ValueError(
                     f"{op}: {name} has shape {list(x.shape)}, expected [{','.join(shape)}] with "
                     f"{letter}={wanted} (from {where[key]}"
@@ -180,5 +181,5 @@ def check(
         raise ValueError(f"{op}: damping is {damping:g}, expected a number >= 0")
     if order is not None and order not in ORDERS:
         raise ValueError(f"{op}: order is '{order}', expected one of {', '.join(ORDERS)}")
-    letters["J"] = letters["I"] + bias
+    letters["J"] = letters["I"] + ones
     return letters
