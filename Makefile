@@ -9,7 +9,7 @@ OUT ?= build/gpu-check
 BIN := .venv/bin
 SITE = $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 PINS := $(wildcard requirements/*.txt)
-CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu* tests/*.h)
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
 SHORT := $(addprefix tests/test_,ops.py ops_errors.py math.py queries.py)
 
 # Test files beside each other, one a core, in the order of their names: fixtures are made once a file.

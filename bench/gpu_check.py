@@ -26,7 +26,18 @@ ROOT = Path(__file__).parents[1]
 SITE = ROOT / "build" / "gpu-site"
 BENCH = ROOT / "bench"
 NEEDED = ("pytest", "hypothesis", "opt_einsum", "transformers", "safetensors", "typer", "rich")
-GPU_TESTS = ("tests/test_triton_gpu.py", "tests/test_cuda_gpu.py")
+GPU_TESTS = ("tests/test_triton_gpu.py",)
+# The driver's, with their models on the GPU.
+DRIVER = (
+    "job_gpu",
+    "pipeline",
+    "blocks",
+    "experts",
+    "refine",
+    "attribution",
+    "other_losses",
+    "tied",
+)
 TAIL = 40
 # Seconds that a part which is out of time has to end by itself.
 GRACE = 5
@@ -37,7 +48,6 @@ if not torch.cuda.is_available():
     sys.exit(f"torch {torch.__version__} in {sys.executable} sees no GPU")
 has = torch.cuda.get_device_properties(0)
 print(f"{has.name}, {has.total_memory >> 30} GiB, torch {torch.__version__}, {sys.executable}")
-print(f"{has.major}.{has.minor}{'a' * (has.major >= 9)}")
 """
 
 
@@ -50,7 +60,6 @@ class Part:
     command: tuple[str, ...]
     # Where its output goes; parts of one subject share a file.
     text: str
-    cuda: bool = False  # EKFAC_FAST_CUDA=1
 
 
 def parts(out: Path) -> list[Part]:
@@ -62,22 +71,20 @@ def parts(out: Path) -> list[Part]:
     found = []
     if wheels := sorted(glob(str(ROOT / "wheels" / "*.whl"))):
         found.append(Part("wheels", 30, (*install, *wheels), "build.txt"))
-    if nvcc() is not None:
-        found.append(Part("build with csrc/cuda", 130, build, "build.txt", cuda=True))
-    else:
-        found.append(Part("build", 130, build, "build.txt"))
-    tests = [path for path in GPU_TESTS if (ROOT / path).exists()]
+    found.append(Part("build", 130, build, "build.txt"))
     # Many small kernels are compiled: in parallel where the machine has pytest-xdist. Its Python
     # and torch are not the pinned ones, so their warnings do not fail a test.
-    spread = ("-n", "8") if find_spec("xdist") else ()
+    spread, by_file = (("-n", "8"), ("--dist", "loadfile")) if find_spec("xdist") else ((), ())
     options = ("-p", "no:benchmark", "-p", "no:cacheprovider", "-W", "default", "--durations", "5")
-    found.append(
-        Part("tests", 230, (python, "-m", "pytest", *options, *spread, *tests), "tests.txt")
-    )
+    pytest = (python, "-m", "pytest", *options, *spread)
+    found.append(Part("tests of kernels", 220, (*pytest, *GPU_TESTS), "tests.txt"))
+    driver = [f"tests/test_{name}.py" for name in DRIVER]
+    driver = (*pytest, *by_file, "--device", "cuda", *driver)
+    found.append(Part("tests of the driver", 290, driver, "tests.txt"))
     ops = (python, str(BENCH / "ops.py"), "--device", "cuda", "--shapes", "acceptance")
-    ops = (*ops, "--keep-going", "--out", str(out / "ops.jsonl"))
+    ops = (*ops, "--no-compile", "--keep-going", "--out", str(out / "ops.jsonl"))
     found.append(Part("ops", 370, ops, "ops.txt"))
-    stages = (python, str(BENCH / "stages.py"), "--device", "cuda")
+    stages = (python, str(BENCH / "stages.py"), "--device", "cuda", "--no-compile")
     stages = (*stages, "--out", str(out / "stages.jsonl"), "--models")
     for name, end, words in (
         ("scan of Llama-3-8B", 420, ("llama-3-8b", "--stages", "scoring")),
@@ -88,22 +95,13 @@ def parts(out: Path) -> list[Part]:
     return found
 
 
-def nvcc() -> str | None:
-    """The CUDA compiler, where torch's build tools will look for it."""
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
-
-
-def run(part: Part, start: float, out: Path, architecture: str) -> str:
+def run(part: Part, start: float, out: Path) -> str:
     """One part: "ok", or how it went wrong; its output goes to its file and its tail is shown."""
     # PYTHONSAFEPATH: the package is the one that was built, not the sources in this folder.
     path = os.pathsep.join(map(str, (SITE, BENCH)))
     environment = os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
     # ninja is installed beside Python.
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment["EKFAC_FAST_CUDA"] = "1" if part.cuda else "0"
-    # Only for the GPU that is here: half of the compiler's time.
-    environment.setdefault("TORCH_CUDA_ARCH_LIST", architecture)
     limit = part.end - (time.monotonic() - start)
     print(f"\n{part.name}: at most {limit:.0f} s: {' '.join(part.command)}", flush=True)
     with (out / part.text).open("a+") as text:
@@ -148,8 +146,7 @@ def main() -> None:
     out = chosen.out.resolve()
     if chosen.list:
         for part in parts(out):
-            flag = "EKFAC_FAST_CUDA=1 " if part.cuda else ""
-            print(f"{part.name} (by {part.end} s): {flag}{' '.join(part.command)}")
+            print(f"{part.name} (by {part.end} s): {' '.join(part.command)}")
         return
     seen = subprocess.run([sys.executable, "-c", GPU], capture_output=True, text=True)
     if seen.returncode:
@@ -161,27 +158,20 @@ def main() -> None:
         (out / name).unlink(missing_ok=True)  # of an earlier check
     for stale in (SITE, *(ROOT / "build").glob("lib*")):
         shutil.rmtree(stale, ignore_errors=True)
-    *_, gpu, architecture = seen.stdout.splitlines()
+    *_, gpu = seen.stdout.splitlines()
     print(gpu)
-    if nvcc() is None:
-        print("nvcc is not here: csrc/cuda is not built, and not measured")
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         print(f"not installed here, unless wheels/ brings them: {', '.join(missing)}")
     start, results = time.monotonic(), []
     while waiting:
         part = waiting.pop(0)
         before = time.monotonic()
-        result = run(part, start, out, architecture)
+        result = run(part, start, out)
         took = round(time.monotonic() - before, 1)
         results.append({"part": part.name, "seconds": took, "result": result})
         print(f"{part.name}: {result}, {took} s", flush=True)
-        if result == "ok" or not part.name.startswith("build"):
-            continue
-        if not part.cuda:
+        if result != "ok" and part.name == "build":
             break
-        # The GPU's minutes are not lost to one compiler error; the check has failed all the same.
-        print("csrc/cuda did not build: WITHOUT it from here on", flush=True)
-        waiting.insert(0, Part("build", part.end + 60, part.command, part.text))
     (out / "summary.json").write_text(json.dumps({"gpu": gpu, "parts": results}, indent=1) + "\n")
     lines = [f"{x['part']:<40}{x['seconds']:>7.1f} s  {x['result']}" for x in results]
     print("\n".join([f"\n{gpu}", *lines, f"in {out}"]))

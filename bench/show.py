@@ -1,14 +1,12 @@
-"""The pages: tables of measured rows, the roofline, this machine's roofs; bounds for other GPUs.
+"""The pages: tables of measured rows, the roofline, this machine's roofs.
 
     python bench/show.py tables [--check]
     python bench/show.py roofline bench/results/acceptance.jsonl [--plot roofline.svg]
     python bench/show.py roofs [--device cpu|cuda] [--out roofs.jsonl]
-    python bench/show.py predict h200
 
 `tables` writes every marked table of README.md and bench/README.md anew; with --check it only tells
-whether they say what bench/results/ and the kernels' tiles say, and ends with 1 if not. `roofline`
-shows what `ops.py --out` wrote: a Markdown table, and with --plot one figure, FLOPs a byte against
-GFLOP/s.
+whether they say what bench/results/ says, and ends with 1 if not. `roofline` shows what
+`ops.py --out` wrote: a Markdown table, and with --plot one figure, FLOPs a byte against GFLOP/s.
 """
 
 import argparse
@@ -20,7 +18,7 @@ import torch
 from measure import roofs
 from measure.environment import device
 from measure.rows import append
-from pages import predict, roofline, tables
+from pages import roofline, tables
 from pages.markdown import table
 
 ROOT = Path(__file__).parents[1]
@@ -33,7 +31,7 @@ def show_tables(chosen: argparse.Namespace) -> None:
     if chosen.check and old:
         names = ", ".join(str(page.relative_to(ROOT)) for page in old)
         command = "python bench/show.py tables"
-        sys.exit(f"not what bench/results/ and the kernels say: {names}; run {command}")
+        sys.exit(f"not what bench/results/ says: {names}; run {command}")
     for page in old:
         page.write_text(tables.filled(page.read_text()))
         print(f"{page.relative_to(ROOT)} written")
@@ -63,14 +61,8 @@ def show_roofs(chosen: argparse.Namespace) -> None:
         append(chosen.out, rows)
 
 
-def show_predictions(chosen: argparse.Namespace) -> None:
-    """Bounds for a GPU, not measured."""
-    print(predict.report(chosen.gpu))
-    print(f"\n{predict.narrow_layers(chosen.gpu)}")
-
-
 def main(words: list[str] | None = None) -> None:
-    """One of the four."""
+    """One of the three."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     pages = parser.add_subparsers(required=True, metavar="page")
     made = pages.add_parser("tables", help="the tables of README.md and bench/README.md")
@@ -84,9 +76,6 @@ def main(words: list[str] | None = None) -> None:
     made.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU if there is one")
     made.add_argument("--out", type=Path, help="append them as JSON lines to this file")
     made.set_defaults(show=show_roofs)
-    made = pages.add_parser("predict", help="bounds for a GPU, not measured")
-    made.add_argument("gpu", choices=predict.GPUS)
-    made.set_defaults(show=show_predictions)
     chosen = parser.parse_args(words)
     chosen.show(chosen)
 

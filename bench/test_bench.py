@@ -9,14 +9,14 @@ import pytest
 import torch
 
 import ops
+from ekfac_fast.triton_kernels.launch import Chip
 from measure.rows import append, read
-from pages import predict
 from ways.op_ways import Ways, agree, check, in_one_launch, work
 from ways.shapes import ACCEPTANCE, GRADIENTS, ROOF, Case, layers
 
 DTYPES = (torch.float32, torch.bfloat16)
 CPU = torch.device("cpu")
-H100 = predict.GPUS["h100"].chip
+H100 = Chip(90, 132, 232448)
 BENCH = Path(ops.__file__).parent
 SMALL = ["--shapes", "small", "--op", "covariance", "--repeats", "1", "--device", "cpu"]
 

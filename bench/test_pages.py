@@ -5,8 +5,7 @@ import pytest
 import show
 from measure import roofs
 from measure.rows import Row, append, read
-from pages import markdown, predict, tables
-from ways.shapes import ACCEPTANCE
+from pages import markdown, tables
 
 FACTS = {"cpu": "Some CPU", "threads": 2, "torch": "2.13.0", "revision": "a" * 40 + "+changes"}
 FACTS["date"] = "2026-01-02T03:04:05+00:00"
@@ -126,7 +125,6 @@ def test_the_roofline_refuses_files_without_rows(tmp_path):
     [
         ([], "the following arguments are required: page"),
         (["roofline"], "the following arguments are required: files"),
-        (["predict", "h7"], "invalid choice: 'h7'"),
     ],
 )
 def test_it_asks_what_to_show(words, message, capsys):
@@ -151,26 +149,3 @@ def test_a_line_that_is_no_row_is_told(tmp_path):
         lines.write('{"case": "small-gpt", "plain_s": 1.0}\n')
     with pytest.raises(ValueError, match=r"ops\.jsonl:2: not a measured row: .*'case'"):
         read(file)
-
-
-@pytest.mark.parametrize("name", predict.GPUS)
-def test_a_prediction_says_so_and_is_a_bound(name, capsys):
-    show.main(["predict", name])
-    shown = capsys.readouterr().out
-    assert shown.startswith(f"PREDICTION for {name.upper()}, not measured")
-    gpu = predict.GPUS[name]
-    for case in predict.cases():
-        launch = predict.kernel(case, gpu.chip)
-        work = 2 * launch.rows * launch.columns * launch.terms * launch.products
-        assert launch.seconds(gpu)["tensor cores"] >= work * launch.programs / gpu.flops
-        assert case.label in shown
-    assert shown.count("not measured") == 2
-
-
-def test_narrow_layers_are_taken_as_predicted():
-    gpu = predict.GPUS["h100"]
-    for need in ACCEPTANCE["cuda"]:
-        if need.against == "three launches":
-            one = predict.in_one_launch(need.case.shape, gpu)
-            three = predict.in_three_launches(need.case.shape, gpu)
-            assert three >= one * need.ratio, need.case.label

@@ -1,6 +1,5 @@
-// Module `ekfac_fast._C`: loading it registers the CPU kernels, and those of csrc/cuda in a build
-// that asked for them, with the dispatcher, through which ops are called; pybind11 carries only
-// `build_info`, for `doctor`.
+// Module `ekfac_fast._C`: loading it registers the CPU kernels with the dispatcher, through which
+// ops are called; pybind11 carries only `build_info`, for `doctor`.
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 

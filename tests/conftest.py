@@ -33,7 +33,7 @@ def pytest_configure(config):
         on_device.send_to(device)
 
 
-KERNELS = ("math", "ops", "cuda", "triton", "package")
+KERNELS = ("math", "ops", "triton", "package")
 
 
 def pytest_collection_modifyitems(items):

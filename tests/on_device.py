@@ -6,6 +6,7 @@ references, in fp64 and by autograd, stay where they are. kronfluence works ther
 
 import functools
 import importlib
+from importlib.util import find_spec
 
 import dense_ekfac
 from torch import nn
@@ -28,8 +29,9 @@ def send_to(device: str) -> None:
         for function in functions:
             setattr(module, function, there(getattr(module, function), device))
     dense_ekfac.close = _nearly(dense_ekfac.close)
-    kronfluence = importlib.import_module("kronfluence.analyzer")
-    kronfluence.Analyzer.__init__ = _not_on_the_cpu(kronfluence.Analyzer.__init__)
+    if find_spec("kronfluence") is not None:
+        analyzer = importlib.import_module("kronfluence.analyzer").Analyzer
+        analyzer.__init__ = _not_on_the_cpu(analyzer.__init__)
 
 
 def there(stage, device):

@@ -39,8 +39,8 @@ LIMITS = {
     "scan": {"to": 4, "from": 1, "wait": 4},
     "detail": {"to": 5, "from": 1, "wait": 4},
 }
-# Eigendecompositions of a truncation: torch asks each whether it converged.
-SOLVES = 2 * low_rank.POWER_ITERATIONS + 2
+# The eigendecomposition of a truncation: torch asks whether it converged.
+SOLVES = 1
 
 
 @pytest.fixture(scope="module", autouse=True)

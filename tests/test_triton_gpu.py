@@ -1,7 +1,12 @@
-"""The registered kernels on a real GPU, through the dispatcher: parity, graphs, streams, bits.
-
-`test_cuda_gpu.py` runs compute-sanitizer over them.
+"""The registered kernels on a real GPU, through the dispatcher: parity, graphs, streams, bits, and
+compute-sanitizer over all of them.
 """
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +21,22 @@ from ekfac_fast.ops.shapes import Shape
 from ekfac_fast.ops.testing import parity
 from ekfac_fast.ops.testing.sampling import Sample, draw, orthogonal
 
+HERE = Path(__file__).parent
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SANITIZER = shutil.which("compute-sanitizer") or shutil.which(
+    "compute-sanitizer", path=os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
+)
+# Every kernel at two small sizes: one tile cut on all sides, and several.
+SANITIZED = """
+import torch
+from test_triton_gpu import layer_sample
+from ekfac_fast import ops
+for card in ops.ALL:
+    for dtype in (torch.bfloat16, torch.float16):
+        for sizes in (dict(B=2, T=37, O=19, I=21, Q=3, K=5), dict(B=2, T=70, O=200, I=135)):
+            ops.call(card)(*layer_sample(card, dtype, **sizes).args)
+torch.cuda.synchronize()
+"""
 CARDS = pytest.mark.parametrize("card", ops.ALL, ids=ops.stem)
 
 
@@ -167,3 +187,21 @@ def test_another_device(card):
     want = parity.run(ops.call(card), sample.args)
     args = tuple(x.to("cuda:1") if isinstance(x, torch.Tensor) else x for x in sample.args)
     assert torch.equal(parity.run(ops.call(card), args).to("cuda:0"), want)
+
+
+@pytest.mark.skipif(SANITIZER is None, reason="no compute-sanitizer on this machine")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_sanitized(tool):
+    done = subprocess.run(
+        [SANITIZER, f"--tool={tool}", "--error-exitcode=9", sys.executable, "-c", SANITIZED],
+        cwd=HERE,
+        env=os.environ
+        | {
+            # Without its cache torch allocates each tensor alone: an access beyond one is seen.
+            "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
+            "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]

@@ -6,12 +6,10 @@ among them.
 
 import re
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from measure.rows import GEMM, OURS, Row, latest, read
 
-from . import predict
 from .markdown import cell, duration, table
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -213,10 +211,8 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], str], str]] = {
     ),
     "race": ("race.jsonl", race, "python bench/race.py"),
     "stages": ("stages.jsonl", stages, "python bench/stages.py"),
+    "stages-cuda": ("stages-cuda.jsonl", stages, "make gpu-check"),
 }
-
-PREDICTED = {f"predicted-{name}": partial(predict.report, name) for name in predict.GPUS}
-PREDICTED["predicted-narrow"] = partial(predict.narrow_layers, "h100")
 
 
 def render(name: str, results: Path = RESULTS) -> str:
@@ -225,8 +221,6 @@ def render(name: str, results: Path = RESULTS) -> str:
     Raises:
         KeyError: no such table.
     """
-    if name in PREDICTED:
-        return PREDICTED[name]()
     file, show, command = TABLES[name]
     if not (results / file).exists():
         return f"Not measured yet: `{command}`."

@@ -113,7 +113,7 @@ def build(
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
         "labels": ids,
-        "index": torch.arange(B),
+        "index": torch.arange(B, device=device),
     }
     blocks = config.num_hidden_layers, whole
     name += " (smoke)" * smoke

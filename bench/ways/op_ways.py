@@ -81,6 +81,9 @@ def work(case: Case, dtype: torch.dtype, device: torch.device, ways: Ways) -> Wo
         others = _their_queries(made, s) if ways.kronfluence else {}
         return Work(lambda: _queries(made, s), others, _queries_cost(s))
     card = _card(case)
+    if case.quantity == "low_rank_scores":
+        # As scans hold them: laid out once and for all calls, for every way.
+        made |= dict(zip("LR", ops.low_rank_scores.laid_out(made["L"], made["R"]), strict=True))
     args = _call(card, made, s.bias)
     call = partial(_called, args=args, into=card.SCHEMA.startswith("(Tensor(a!)"))
     others, beside = {}, {}
@@ -98,8 +101,6 @@ def work(case: Case, dtype: torch.dtype, device: torch.device, ways: Ways) -> Wo
     if device.type == "cuda" and in_one_launch(case, dtype, chip(device)):
         forced = (*args[:-1], card.order(s))
         others["three launches"] = call(ops.call(card).default, args=forced)
-    if device.type == "cuda" and hasattr(torch.ops.ekfac_fast_cuda, case.quantity):
-        others["CUDA C++"] = call(getattr(torch.ops.ekfac_fast_cuda, case.quantity).default)
     found = Work(call(ops.call(card).default), others, _cost(card, case, dtype), beside)
     if case.quantity != "precondition":
         return found

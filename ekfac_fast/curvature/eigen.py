@@ -17,8 +17,9 @@ from .threads import spread
 
 # Matrix, its symmetrised copy, eigenvectors and LAPACK's workspace (2 n^2), in matrices.
 WORKSPACE = 5
-# A batch beyond this size gains nothing, but postpones the progress bar.
-LARGEST_BATCH = 16
+# A batch beyond this size gains nothing, but postpones the progress bar. Larger matrices fill a GPU
+# alone: side by side, those of GPT-2's MLPs took an H200 twice as long as one after another.
+LARGEST_BATCH, LARGEST_BESIDE = 16, 256
 
 # From this size on fp32 pays: half of the time, the check included (n = 1536).
 FP32_FROM = 512
@@ -94,7 +95,7 @@ def eigendecompositions(
 ) -> Iterator[Solved]:
     """(eigenvalues [J] ascending, eigenvectors [J,J] in columns) of every job, in their order.
 
-    On a CPU as many at a time as there are threads; on a GPU equal sizes, side by side, in one
+    On a CPU as many at a time as there are threads; on a GPU small ones of equal sizes in one
     call. Results are on the CPU, in the sum's dtype; eigenvalues that rounding made negative are 0.
 
     Args:
@@ -163,9 +164,10 @@ def _one_by_one(
 def _in_batches(
     jobs: Sequence[Job], device: torch.device, dtype: torch.dtype, solve: Solve
 ) -> Iterator[Solved]:
-    """Equal sizes in one call, as many as fit; one by one where they do not after all."""
+    """Small ones of equal sizes in one call, as many as fit; else one by one."""
     for n, equals in itertools.groupby(jobs, key=lambda job: len(job.sum)):
-        group, take = list(equals), min(_room(n, device, dtype), LARGEST_BATCH)
+        group, most = list(equals), LARGEST_BATCH if n <= LARGEST_BESIDE else 1
+        take = min(_room(n, device, dtype), most)
         for start in range(0, len(group), take):
             some = group[start : start + take]
             stack = torch.stack([job.mean(device, dtype) for job in some])

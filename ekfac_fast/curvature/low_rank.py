@@ -23,8 +23,8 @@ def truncate(P: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Rank-K factors L R ~ P of every query, by randomised SVD (Halko et al. 2011, Alg. 4.4, 5.1).
 
     The range is found from K + 16 random columns and two power iterations, all of them matrix
-    products; bases are orthonormalised through an fp64 Gram matrix, whose square root costs less
-    than a QR and is as accurate as the range needs. `captured_energy` tells what was kept.
+    products; bases are orthonormalised through an fp64 Gram matrix, whose Cholesky factor costs
+    less than a QR and is as accurate as the range needs. `captured_energy` tells what was kept.
 
     Args:
         P: [Q,O,J], fp32 or fp64.
@@ -94,12 +94,18 @@ def _random(J: int, columns: int, seed: int, dtype: torch.dtype, device: torch.d
 
 
 def _orthonormal(Y: Tensor) -> Tensor:
-    """Columns spanning the columns of Y [Q,n,k], orthonormal; zero where Y is rank deficient."""
+    """Columns spanning those of Y [Q,n,k], orthonormal; near zero where Y is rank deficient.
+
+    Y C^-T with C C^T = Y^T Y, shifted by what rounding makes of its zeros: no eigendecomposition,
+    for which the host would wait on a GPU.
+    """
     wide = Y.double()
-    values, vectors = torch.linalg.eigh(wide.mT @ wide)
-    floor = values[..., -1:] * torch.finfo(torch.float64).eps * Y.shape[-1]
-    scale = torch.where(values > floor, values, torch.inf).rsqrt()
-    return (wide @ (vectors * scale.unsqueeze(-2))).to(Y.dtype)
+    gram, eps = wide.mT @ wide, torch.finfo(torch.float64)
+    one = torch.eye(Y.shape[-1], dtype=wide.dtype, device=Y.device)
+    shift = gram.diagonal(dim1=-2, dim2=-1).sum(-1) * (eps.eps * len(one)) + eps.tiny
+    C, _ = torch.linalg.cholesky_ex(gram + shift[:, None, None] * one)
+    inverse = torch.linalg.solve_triangular(C, one.expand_as(C), upper=False)
+    return (wide @ inverse.mT).to(Y.dtype)
 
 
 def truncate_exactly(M: Tensor, rank: int) -> tuple[Tensor, Tensor]:
