@@ -22,6 +22,7 @@ if find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -274,6 +275,46 @@ def test_splits_fill_the_chip_and_no_more():
     assert launch.splits(1, 10**6, 4, chip) == 4
     # However long the sum, parts are a few waves of tiles.
     assert launch.splits(200, 10**6, 64, chip) * 200 <= 4 * 132
+
+
+def test_a_known_launch_is_not_looked_up_again(monkeypatch):
+    """Other scalars, dtypes and alignments are other launches; floats and addresses are not."""
+    launch, looked, started = module("launch"), [], []
+
+    class Known(CompiledKernel):
+        def __init__(self):
+            pass
+
+        def __del__(self):
+            pass
+
+        def __getitem__(self, grid):
+            return lambda *args: started.append((grid, args))
+
+    def look(self, *args, grid, warmup, **options):
+        looked.append(args)
+        return Known()
+
+    monkeypatch.setattr(JITFunction, "run", look)
+    monkeypatch.setattr(launch, "_compiled", {})
+    x, (kernel, fixed) = torch.zeros(64), (module("precondition").precondition_kernel, {})
+    named = kernel.arg_names[kernel.arg_names.index("BLOCK_O") :]
+    fixed = {name: i for i, name in enumerate(reversed(named))} | {"num_warps": 4}
+
+    def run(tensor, damping, B):
+        launch.run(kernel, (7,), tensor, damping, B, *range(14), **fixed)
+
+    run(x, 0.1, 8)
+    run(x[4:], 0.2, 8)
+    assert len(looked) == 1
+    # By position: every argument, then the constants in the order of the signature.
+    (grid, args) = started.pop()
+    assert (grid, args[1:3]) == ((7, 1, 1), (0.2, 8))
+    assert list(args[17:]) == [fixed[name] for name in named]
+    for other in ((x, 0.1, 9), (x[1:], 0.1, 8), (x.double(), 0.1, 8)):
+        run(*other)
+    assert len(looked) == 4
+    assert not started
 
 
 def test_one_launch_an_op_once_rotated(compiled):
