@@ -2,6 +2,7 @@
 compute-sanitizer over all of them.
 """
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -45,6 +46,22 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(params=[0, float("inf")], ids=["copied", "addressed"])
+def engine(request, monkeypatch):
+    """Both ways in which tiles are read, whatever the size of a call."""
+    launch = importlib.import_module("ekfac_fast.triton_kernels.launch")
+    configs = [
+        importlib.import_module(f"ekfac_fast.triton_kernels.{ops.stem(card)}").config
+        for card in ops.ALL
+    ]
+    monkeypatch.setattr(launch, "LEAST_FLOPS", request.param)
+    for config in configs:
+        config.cache_clear()
+    yield
+    for config in configs:
+        config.cache_clear()
+
+
 def layer_sample(card, dtype, B=8, T=96, I=300, O=272, Q=12, K=16, bias=True) -> Sample:
     """One call of an op on a layer of several tiles: large enough to split, small to check."""
     shape = Shape(B=B, T=T, I=I, O=O, Q=Q, K=K, bias=bias)
@@ -66,7 +83,7 @@ def layer_sample(card, dtype, B=8, T=96, I=300, O=272, Q=12, K=16, bias=True) ->
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @CARDS
-def test_parity(card, dtype):
+def test_parity(card, dtype, engine):
     for sample in card.samples(dtype, "cuda"):
         parity.check(card, sample, ops.call(card))
 
@@ -92,7 +109,7 @@ def test_parity_in_tf32(card):
 
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 @CARDS
-def test_parity_on_a_layer_of_many_tiles(card, dtype):
+def test_parity_on_a_layer_of_many_tiles(card, dtype, engine):
     parity.check(card, layer_sample(card, dtype), ops.call(card))
 
 
@@ -107,7 +124,7 @@ def test_parity_on_a_narrow_layer(card, dtype, O, I):
 
 
 @CARDS
-def test_second_run_is_bitwise_equal(card):
+def test_second_run_is_bitwise_equal(card, engine):
     sample = layer_sample(card, torch.bfloat16, B=24, T=200, I=768, O=1024)
     first, second = (parity.run(ops.call(card), sample.args) for _ in range(2))
     assert torch.equal(first, second)

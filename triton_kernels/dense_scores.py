@@ -24,11 +24,11 @@ from .launch import (
     cdiv,
     chip,
     describable,
-    described,
     even,
     fold,
     launcher,
     precision,
+    readable,
     run,
     sequences,
     splits,
@@ -45,13 +45,17 @@ STRIP_BYTES = 44 << 20
 def dense_scores_kernel(
     out,  # s [Q,B], or parts [tiles,Q,B]
     P,  # [Q,O,>=I]
-    g,  # descriptor of [B,T,O]
-    a,  # descriptor of [B,T,I]
+    g,  # [B,T,O], as `piece` reads it
+    a,  # [B,T,I]
     Q,
     B,
     T,
     O,
     I,
+    g_b,
+    g_t,
+    a_b,
+    a_t,
     out_tile,
     out_q,
     out_b,
@@ -64,6 +68,7 @@ def dense_scores_kernel(
     BLOCK_J: tl.constexpr,
     BLOCK_T: tl.constexpr,
     PRECISION: tl.constexpr,
+    COPIES: tl.constexpr,
 ):
     """The share of one tile in the scores of `per_split` sequences in turn, for all queries."""
     p, split = tl.program_id(0), tl.program_id(1)
@@ -74,7 +79,26 @@ def dense_scores_kernel(
     out += p.to(tl.int64) * out_tile
     first = split * per_split
     for b in tl.range(first, min(B, first + per_split)):
-        G = gradient_tile(g, a, b, b, o, i, T, BLOCK_O, BLOCK_J, BLOCK_T, PRECISION)
+        G = gradient_tile(
+            g,
+            a,
+            b,
+            b,
+            o,
+            i,
+            T,
+            O,
+            I,
+            g_b,
+            g_t,
+            a_b,
+            a_t,
+            BLOCK_O,
+            BLOCK_J,
+            BLOCK_T,
+            PRECISION,
+            COPIES,
+        )
         for q in range(Q):
             query = tl.load(tile + tl.cast(q, tl.int64) * P_q, mask=inside, other=0.0)
             value = tl.sum(G * query.to(tl.float32))
@@ -256,19 +280,22 @@ def dense_scores(s: Tensor, P: Tensor, g: Tensor, a: Tensor, bias: bool = False)
 def few_queries(s: Tensor, P: Tensor, g: Tensor, a: Tensor, by: Config) -> None:
     """One launch over tiles and sequences, one over their numbers: s [Q,B], without the ones."""
     (B, T, I), (Q, O, _) = a.shape, P.shape
+    g, a = describable(g), describable(a)
     out = s[None] if by.parts == 1 else torch.empty((by.parts, Q, B), device=g.device)
     run(
         dense_scores_kernel,
         by.grid,
         out,
         P,
-        described(describable(g), by.tile.step, by.tile.rows),
-        described(describable(a), by.tile.step, by.tile.columns),
+        readable(g, by.tile.step, by.tile.rows, by.copies),
+        readable(a, by.tile.step, by.tile.columns, by.copies),
         Q,
         B,
         T,
         O,
         I,
+        *g.stride()[:2],
+        *a.stride()[:2],
         *out.stride(),
         *P.stride(),
         by.per_split,
@@ -277,6 +304,7 @@ def few_queries(s: Tensor, P: Tensor, g: Tensor, a: Tensor, by: Config) -> None:
         BLOCK_J=by.tile.columns,
         BLOCK_T=by.tile.step,
         PRECISION=precision(g.dtype),
+        COPIES=by.copies,
         **by.tile.options,
     )
     if by.parts > 1:

@@ -18,11 +18,12 @@ from .launch import (
     Shape,
     cdiv,
     chip,
-    described,
+    copies,
     fold,
     hopper,
     launcher,
     precision,
+    readable,
     run,
     splits,
     tile,
@@ -33,14 +34,18 @@ from .rotations import operands
 @triton.jit
 def eigenvalues_kernel(
     out,  # lam_sum [O,J], or parts [S,O,J]
-    g,  # descriptor of [B,T,O]
-    a,  # descriptor of [B,T,J]
+    g,  # [B,T,O], as `piece` reads it
+    a,  # [B,T,J]
     each_g,  # 0 if all sequences have the same
     each_a,
     B,
     T,
     O,
     J,
+    g_b,
+    g_t,
+    a_b,
+    a_t,
     out_s,
     out_o,
     out_j,
@@ -50,7 +55,7 @@ def eigenvalues_kernel(
     BLOCK_J: tl.constexpr,
     BLOCK_T: tl.constexpr,
     PRECISION: tl.constexpr,
-    FLAT: tl.constexpr,
+    COPIES: tl.constexpr,
 ):
     """One tile of lam over `per_split` sequences; ADD: onto what is there."""
     p, split = tl.program_id(0), tl.program_id(1)
@@ -58,9 +63,26 @@ def eigenvalues_kernel(
     o, j = row * BLOCK_O, column * BLOCK_J
     lam = tl.zeros((BLOCK_O, BLOCK_J), tl.float32)
     first = split * per_split
-    for b in tl.range(first, min(B, first + per_split), flatten=FLAT):
+    for b in tl.range(first, min(B, first + per_split), flatten=COPIES):
         G = gradient_tile(
-            g, a, b * each_g, b * each_a, o, j, T, BLOCK_O, BLOCK_J, BLOCK_T, PRECISION
+            g,
+            a,
+            b * each_g,
+            b * each_a,
+            o,
+            j,
+            T,
+            O,
+            J,
+            g_b,
+            g_t,
+            a_b,
+            a_t,
+            BLOCK_O,
+            BLOCK_J,
+            BLOCK_T,
+            PRECISION,
+            COPIES,
         )
         lam += G * G
     inside = (o + tl.arange(0, BLOCK_O) < O)[:, None] & (j + tl.arange(0, BLOCK_J) < J)[None, :]
@@ -74,12 +96,16 @@ def eigenvalues_kernel(
 def config(shape: Shape, chip: Chip) -> Config:
     """Tiles of lam on rotated inputs, over all sequences or parts of them."""
     by = tile(shape.O, shape.J, shape.itemsize, chip, accumulators=2)
-    if by.rows == 128 and hopper(chip) and 2 * chip.processors * 128 * 128 > shape.O * shape.J:
+    engine = copies(2.0 * shape.N * shape.O * shape.J, chip)
+    few = cdiv(shape.O, 128) * cdiv(shape.J, 128) < 2 * chip.processors
+    if by.rows == 128 and engine and few and hopper(chip):
         by = by._replace(rows=64, warps=4)  # more of them, rather than a second launch
+    if by.rows == 128 and not engine and shape.J % 4:
+        by = by._replace(rows=64)  # addresses of odd rows take registers
     tiles = cdiv(shape.O, by.rows) * cdiv(shape.J, by.columns)
     per_split = cdiv(shape.B, splits(tiles, shape.N, shape.B, chip))
     parts = cdiv(shape.B, per_split)
-    return Config(by, (tiles, parts), parts, per_split, flat=chip.capability >= 90)
+    return Config(by, (tiles, parts), parts, per_split, engine)
 
 
 @launcher
@@ -107,14 +133,16 @@ def _accumulate(lam_sum: Tensor, g: Tensor, a: Tensor) -> None:
         eigenvalues_kernel,
         by.grid,
         out,
-        described(g, by.tile.step, by.tile.rows),
-        described(a, by.tile.step, by.tile.columns),
+        readable(g, by.tile.step, by.tile.rows, by.copies),
+        readable(a, by.tile.step, by.tile.columns, by.copies),
         int(len(g) > 1),
         int(len(a) > 1),
         B,
         T,
         O,
         J,
+        *g.stride()[:2],
+        *a.stride()[:2],
         *out.stride(),
         by.per_split,
         ADD=by.parts == 1,
@@ -122,7 +150,7 @@ def _accumulate(lam_sum: Tensor, g: Tensor, a: Tensor) -> None:
         BLOCK_J=by.tile.columns,
         BLOCK_T=by.tile.step,
         PRECISION=precision(g.dtype),
-        FLAT=by.flat,
+        COPIES=by.copies,
         **by.tile.options,
     )
     if by.parts > 1:

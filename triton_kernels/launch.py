@@ -18,6 +18,9 @@ from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+# An H200 computes for as long as its host takes to describe two tensors: 20 us each, every launch.
+LEAST_FLOPS = 2e10
+
 
 class Chip(NamedTuple):
     """What tiles depend on: 90 for sm_90, multiprocessors, bytes of shared memory a program."""
@@ -70,16 +73,16 @@ class Config(NamedTuple):
     """How a kernel is launched: its tile, programs, and what each of them does.
 
     `parts` results are folded into one by a second launch, if there is more than one; where sums
-    or sequences are cut into parts, `per_split` of them are a program's. `flat`: its loops over
-    sequences and their tokens are one, so that a sequence is on its way while another is closed;
-    without a copy engine that one loop would not be pipelined.
+    or sequences are cut into parts, `per_split` of them are a program's. `copies`: tiles come by
+    the copy engine, and loops over sequences and their tokens are one, so that a sequence is on its
+    way while another is closed; of loads from addresses that one loop would not be pipelined.
     """
 
     tile: Tile
     grid: tuple[int, ...]
     parts: int = 1
     per_split: int = 0
-    flat: bool = False
+    copies: bool = False
 
 
 def options(warps: int, stages: int = 2) -> dict[str, int | bool]:
@@ -107,10 +110,15 @@ def hopper(chip: Chip) -> bool:
     return chip.capability // 10 == 9
 
 
+def copies(flops: float, chip: Chip) -> bool:
+    """Whether the copy engine is worth what the host takes to describe tensors to it."""
+    return chip.capability >= 90 and flops >= LEAST_FLOPS
+
+
 def tile(rows: int, columns: int, itemsize: int, chip: Chip, *, accumulators: int) -> Tile:
     """Tile of a [rows,columns] product whose kernel holds `accumulators` fp32 tiles at once.
 
-    At most four configurations a kernel and architecture. What lost, by registers spilled:
+    At most five configurations a kernel and architecture. What lost, by registers spilled:
     128x256 with two accumulators, where it is stored, on rows of odd length (a bias: loaded singly
     by the endings) and on sm_100; fp32 by steps of 32, since IEEE products have no tensor cores.
     """
@@ -180,24 +188,28 @@ def splits(tiles: int, terms: int, limit: int, chip: Chip, *, begin: int = 0) ->
 def sequences(shape: Shape, chip: Chip) -> Config:
     """Programs of [O,J] tiles, each for some sequences in turn: what they share is loaded once.
 
-    64x256 is a tenth faster than 128x128 on an H200. Rows of odd length are stored and loaded
-    number by number, whose addresses take the registers of half a tile. To begin, a program waits
-    for its tile of lam or P about as long as 500 tokens take.
+    64x256 is a tenth faster than 128x128 on an H200. Addresses, of rows of odd length or without a
+    copy engine, take the registers of half a tile. To begin, a program waits for its tile of lam or
+    P about as long as 500 tokens take.
     """
     by = tile(shape.O, shape.J, shape.itemsize, chip, accumulators=2)
-    odd = shape.J % 4 > 0
-    if by.rows == 128 and (odd or hopper(chip)):
-        by = by._replace(rows=64, columns=128 if odd or shape.J <= 128 else 256)
+    engine = copies(2.0 * shape.N * shape.O * shape.J, chip)
+    if by.rows == 128 and (shape.J % 4 or not engine):
+        by = by._replace(rows=64)
+    elif by.rows == 128 and hopper(chip):
+        by = by._replace(rows=64, columns=256 if shape.J > 128 else 128)
     tiles = cdiv(shape.O, by.rows) * cdiv(shape.J, by.columns)
     per_split = cdiv(shape.B, splits(tiles, shape.N, shape.B, chip, begin=500))
-    grid = tiles, cdiv(shape.B, per_split)
-    return Config(by, grid, tiles, per_split, flat=chip.capability >= 90)
+    return Config(by, (tiles, cdiv(shape.B, per_split)), tiles, per_split, engine)
 
 
-def described(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """How the copy engine reads tiles of x, [...,rows,columns]; x is `describable`."""
-    block = [1] * (x.ndim - 2) + [rows, columns]
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), block)
+def readable(x: Tensor, rows: int, columns: int, engine: bool) -> Tensor | TensorDescriptor:
+    """x [B,T,F], `describable`, as `piece` reads tiles of it: described to the copy engine, or as
+    it is.
+    """
+    if not engine:
+        return x
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, columns])
 
 
 def describable(x: Tensor) -> Tensor:

@@ -17,19 +17,20 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .gradient_tile import grouped
+from .gradient_tile import grouped, piece
 from .launch import (
     Chip,
     Shape,
     Tile,
     cdiv,
     chip,
+    copies,
     describable,
-    described,
     fold,
     hopper,
     launcher,
     precision,
+    readable,
     run,
     tile,
 )
@@ -38,11 +39,11 @@ from .launch import (
 @triton.jit
 def low_rank_scores_kernel(
     out,  # [S,Q,B,T] by strides: s, or parts of it
-    L,  # descriptor of [O,QK]
-    R,  # descriptor of [QK,I]
+    L,  # [1,O,QK], as `piece` reads it
+    R,  # [1,QK,I]
     last,  # the column of R that meets the ones, [QK]
-    g,  # descriptor of [B,T,O], or of [1,BT,O] with PER_TOKEN
-    a,  # descriptor of [B,T,I], or of [1,BT,I]
+    g,  # [B,T,O], or [1,BT,O] with PER_TOKEN
+    a,  # [B,T,I], or [1,BT,I]
     Q,
     B,
     T,
@@ -50,11 +51,16 @@ def low_rank_scores_kernel(
     I,
     chunks,
     blocks,
+    L_o,
+    R_n,
+    g_b,
+    g_t,
+    a_b,
+    a_t,
     out_s,
     out_q,
     out_b,
     out_t,
-    last_n,
     RANK: tl.constexpr,
     PER_TOKEN: tl.constexpr,
     ADD: tl.constexpr,
@@ -63,6 +69,7 @@ def low_rank_scores_kernel(
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
+    COPIES: tl.constexpr,
 ):
     """Scores of ROWS tokens by COLUMNS / RANK queries, summed over tokens unless PER_TOKEN."""
     QUERIES: tl.constexpr = COLUMNS // RANK
@@ -71,18 +78,20 @@ def low_rank_scores_kernel(
     length = B * T if PER_TOKEN else T
     row, column = grouped(tl.program_id(0), sequences * blocks, tl.cdiv(Q, QUERIES) * chunks, 8)
     sequence, first, c = row // blocks, row % blocks * ROWS, column * COLUMNS
+    N = Q * chunks * RANK
     U = tl.zeros((ROWS, COLUMNS), tl.float32)
     for o in range(0, O, BLOCK):
-        x = g.load([sequence, first, o]).reshape(ROWS, BLOCK)
-        U = tl.dot(x, L.load([o, c]), U, input_precision=PRECISION)
+        x = piece(g, sequence, first, o, length, O, g_b, g_t, ROWS, BLOCK, COPIES)
+        left = piece(L, 0, o, c, O, N, 0, L_o, BLOCK, COLUMNS, COPIES)
+        U = tl.dot(x, left, U, input_precision=PRECISION)
     V = tl.zeros((ROWS, COLUMNS), tl.float32)
     for i in range(0, I, BLOCK):
-        x = a.load([sequence, first, i]).reshape(ROWS, BLOCK)
-        V = tl.dot(x, R.load([c, i]).T, V, input_precision=PRECISION)
+        x = piece(a, sequence, first, i, length, I, a_b, a_t, ROWS, BLOCK, COPIES)
+        right = piece(R, 0, c, i, N, I, 0, R_n, COLUMNS, BLOCK, COPIES)
+        V = tl.dot(x, right.T, V, input_precision=PRECISION)
     if BIAS:
         n = c + tl.arange(0, COLUMNS)
-        inside = n < Q * chunks * RANK
-        V += tl.load(last + n.to(tl.int64) * last_n, mask=inside, other=0.0)[None, :]
+        V += tl.load(last + n.to(tl.int64) * R_n, mask=n < N, other=0.0)[None, :]
     q = (column // chunks * QUERIES + tl.arange(0, QUERIES)).to(tl.int64)
     part = column % chunks
     if PER_TOKEN:
@@ -105,7 +114,8 @@ def low_rank_scores_kernel(
 class Config(NamedTuple):
     """Tile and programs; ranks of a tile's queries, and how many tiles take one; tiles of rows.
 
-    `flat`: rows are those of all sequences, `rows` of them in all, else in each sequence.
+    `flat`: rows are those of all sequences, `rows` of them in all, else in each sequence. `copies`
+    as in `launch.Config`.
     """
 
     tile: Tile
@@ -114,6 +124,7 @@ class Config(NamedTuple):
     chunks: int
     rows: int
     flat: bool
+    copies: bool
 
 
 @lru_cache(maxsize=4096)
@@ -121,7 +132,8 @@ def config(shape: Shape, chip: Chip) -> Config:
     """Tiles of tokens by queries and ranks."""
     rank = 1 << (shape.K - 1).bit_length()
     by = tile(shape.N, shape.Q * rank, shape.itemsize, chip, accumulators=2)
-    if hopper(chip) and by.rows == 128:
+    engine = copies(2.0 * shape.N * shape.Q * rank * (shape.O + shape.I), chip)
+    if engine and hopper(chip) and by.rows == 128:
         by = by._replace(stages=5)  # long sums: 700 of an H200's 750 TFLOP/s, with 4 stages 645
     chunks = max(1, rank // by.columns)
     rank = min(rank, by.columns)
@@ -130,17 +142,17 @@ def config(shape: Shape, chip: Chip) -> Config:
     flat = shape.per_token or by.rows > shape.T
     rows = cdiv(shape.N if flat else shape.T, by.rows)
     programs = rows * (1 if flat else shape.B) * columns
-    return Config(by, (programs,), rank, chunks, rows, flat)
+    return Config(by, (programs,), rank, chunks, rows, flat, engine)
 
 
 def beside(L: Tensor, R: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Factors of all queries side by side, [O,Q rank] and [Q rank,J], copied only if they must."""
+    """Factors of all queries side by side, [1,O,Q rank] and [1,Q rank,J]; copied if they must."""
     (Q, O, K), J = L.shape, R.shape[2]
     if rank > K:
         L, R = pad(L, (0, rank - K)), pad(R, (0, 0, 0, rank - K))
     return (
-        describable(L.permute(1, 0, 2).reshape(O, Q * rank)),
-        describable(R.reshape(Q * rank, J)),
+        describable(L.permute(1, 0, 2).reshape(1, O, Q * rank)),
+        describable(R.reshape(1, Q * rank, J)),
     )
 
 
@@ -166,15 +178,17 @@ def low_rank_scores(
     else:
         parts = torch.empty((by.chunks * by.rows, Q, B), device=g.device)
         out = parts[..., None]
-    rows = [x.reshape(1, B * T, -1) if by.flat else x for x in (g, a)]
+    g, a = (describable(x.reshape(1, B * T, -1) if by.flat else x) for x in (g, a))
+    rows, columns, step, *_ = by.tile
     run(
         low_rank_scores_kernel,
         by.grid,
         out,
-        described(left, by.tile.step, by.tile.columns),
-        described(right[:, :I], by.tile.columns, by.tile.step),
-        right[:, -1],
-        *(described(describable(x), by.tile.rows, by.tile.step) for x in rows),
+        readable(left, step, columns, by.copies),
+        readable(right[..., :I], columns, step, by.copies),
+        right[0, :, -1],
+        readable(g, rows, step, by.copies),
+        readable(a, rows, step, by.copies),
         Q,
         B,
         T,
@@ -182,16 +196,20 @@ def low_rank_scores(
         I,
         by.chunks,
         by.rows,
+        left.stride(1),
+        right.stride(1),
+        *g.stride()[:2],
+        *a.stride()[:2],
         *out.stride(),
-        right.stride(0),
         RANK=by.rank,
         PER_TOKEN=by.flat,
         ADD=whole,
         BIAS=bias,
-        ROWS=by.tile.rows,
-        COLUMNS=by.tile.columns,
-        BLOCK=by.tile.step,
+        ROWS=rows,
+        COLUMNS=columns,
+        BLOCK=step,
         PRECISION=precision(g.dtype),
+        COPIES=by.copies,
         **by.tile.options,
     )
     if not whole:

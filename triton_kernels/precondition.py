@@ -14,9 +14,9 @@ from .gradient_tile import gradient_tile, grouped, tile_at
 from .launch import (
     Shape,
     chip,
-    described,
     launcher,
     precision,
+    readable,
     run,
     sequences,
 )
@@ -27,8 +27,8 @@ from .rotations import operands
 @triton.jit
 def precondition_kernel(
     P,  # [B,O,J]
-    g,  # descriptor of [B,T,O]
-    a,  # descriptor of [B,T,J]
+    g,  # [B,T,O], as `piece` reads it
+    a,  # [B,T,J]
     each_g,  # 0 if all sequences have the same
     each_a,
     lam,  # [O,J]
@@ -37,6 +37,10 @@ def precondition_kernel(
     T,
     O,
     J,
+    g_b,
+    g_t,
+    a_b,
+    a_t,
     P_b,
     P_o,
     P_j,
@@ -47,7 +51,7 @@ def precondition_kernel(
     BLOCK_J: tl.constexpr,
     BLOCK_T: tl.constexpr,
     PRECISION: tl.constexpr,
-    FLAT: tl.constexpr,
+    COPIES: tl.constexpr,
 ):
     """One tile of P of `per_split` sequences in turn."""
     p, split = tl.program_id(0), tl.program_id(1)
@@ -57,9 +61,26 @@ def precondition_kernel(
     lam = tile_at(lam, o, j, lam_o, lam_j, BLOCK_O, BLOCK_J)
     scale = 1 / (tl.load(lam, mask=inside, other=1.0) + damping)
     first = split * per_split
-    for b in tl.range(first, min(B, first + per_split), flatten=FLAT):
+    for b in tl.range(first, min(B, first + per_split), flatten=COPIES):
         G = gradient_tile(
-            g, a, b * each_g, b * each_a, o, j, T, BLOCK_O, BLOCK_J, BLOCK_T, PRECISION
+            g,
+            a,
+            b * each_g,
+            b * each_a,
+            o,
+            j,
+            T,
+            O,
+            J,
+            g_b,
+            g_t,
+            a_b,
+            a_t,
+            BLOCK_O,
+            BLOCK_J,
+            BLOCK_T,
+            PRECISION,
+            COPIES,
         )
         at = tile_at(P + tl.cast(b, tl.int64) * P_b, o, j, P_o, P_j, BLOCK_O, BLOCK_J)
         tl.store(at, G * scale, mask=inside)
@@ -94,8 +115,8 @@ def precondition(
             precondition_kernel,
             by.grid,
             P[part],
-            described(x, by.tile.step, by.tile.rows),
-            described(y, by.tile.step, by.tile.columns),
+            readable(x, by.tile.step, by.tile.rows, by.copies),
+            readable(y, by.tile.step, by.tile.columns, by.copies),
             int(len(x) > 1),
             int(len(y) > 1),
             lam,
@@ -104,6 +125,8 @@ def precondition(
             T,
             O,
             J,
+            *x.stride()[:2],
+            *y.stride()[:2],
             *P.stride(),
             *lam.stride(),
             by.per_split,
@@ -111,7 +134,7 @@ def precondition(
             BLOCK_J=by.tile.columns,
             BLOCK_T=by.tile.step,
             PRECISION=precision(g.dtype),
-            FLAT=by.flat,
+            COPIES=by.copies,
             **by.tile.options,
         )
     return P

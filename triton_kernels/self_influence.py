@@ -14,10 +14,10 @@ from .gradient_tile import gradient_tile, grouped, tile_at
 from .launch import (
     Shape,
     chip,
-    described,
     fold,
     launcher,
     precision,
+    readable,
     run,
     sequences,
 )
@@ -28,8 +28,8 @@ from .rotations import operands
 @triton.jit
 def self_influence_kernel(
     out,  # s [B], or parts [tiles,B]
-    g,  # descriptor of [B,T,O]
-    a,  # descriptor of [B,T,J]
+    g,  # [B,T,O], as `piece` reads it
+    a,  # [B,T,J]
     each_g,  # 0 if all sequences have the same
     each_a,
     lam,  # [O,J]
@@ -38,6 +38,10 @@ def self_influence_kernel(
     T,
     O,
     J,
+    g_b,
+    g_t,
+    a_b,
+    a_t,
     out_tile,
     out_b,
     lam_o,
@@ -48,7 +52,7 @@ def self_influence_kernel(
     BLOCK_J: tl.constexpr,
     BLOCK_T: tl.constexpr,
     PRECISION: tl.constexpr,
-    FLAT: tl.constexpr,
+    COPIES: tl.constexpr,
 ):
     """The share of one tile in the scores of `per_split` sequences in turn."""
     p, split = tl.program_id(0), tl.program_id(1)
@@ -59,9 +63,26 @@ def self_influence_kernel(
     scale = tl.where(inside, 1 / (tl.load(lam, mask=inside, other=1.0) + damping), 0.0)
     out += p.to(tl.int64) * out_tile
     first = split * per_split
-    for b in tl.range(first, min(B, first + per_split), flatten=FLAT):
+    for b in tl.range(first, min(B, first + per_split), flatten=COPIES):
         G = gradient_tile(
-            g, a, b * each_g, b * each_a, o, j, T, BLOCK_O, BLOCK_J, BLOCK_T, PRECISION
+            g,
+            a,
+            b * each_g,
+            b * each_a,
+            o,
+            j,
+            T,
+            O,
+            J,
+            g_b,
+            g_t,
+            a_b,
+            a_t,
+            BLOCK_O,
+            BLOCK_J,
+            BLOCK_T,
+            PRECISION,
+            COPIES,
         )
         value = tl.sum(G * G * scale)
         at = out + tl.cast(b, tl.int64) * out_b
@@ -100,8 +121,8 @@ def self_influence(
             self_influence_kernel,
             by.grid,
             out,
-            described(x, by.tile.step, by.tile.rows),
-            described(y, by.tile.step, by.tile.columns),
+            readable(x, by.tile.step, by.tile.rows, by.copies),
+            readable(y, by.tile.step, by.tile.columns, by.copies),
             int(len(x) > 1),
             int(len(y) > 1),
             lam,
@@ -110,6 +131,8 @@ def self_influence(
             T,
             O,
             J,
+            *x.stride()[:2],
+            *y.stride()[:2],
             *out.stride(),
             *lam.stride(),
             by.per_split,
@@ -118,7 +141,7 @@ def self_influence(
             BLOCK_J=by.tile.columns,
             BLOCK_T=by.tile.step,
             PRECISION=precision(g.dtype),
-            FLAT=by.flat,
+            COPIES=by.copies,
             **by.tile.options,
         )
         if by.parts > 1:
