@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gradient_tile import gradient_tile, grouped, product_tile, tile_at
+from .gradient_tile import gradient_tile, inside_of, product_tile, tile_at, tile_of
 from .launch import (
     Chip,
     Config,
@@ -72,9 +72,8 @@ def dense_scores_kernel(
 ):
     """The share of one tile in the scores of `per_split` sequences in turn, for all queries."""
     p, split = tl.program_id(0), tl.program_id(1)
-    row, column = grouped(p, tl.cdiv(O, BLOCK_O), tl.cdiv(I, BLOCK_J), 8)
-    o, i = row * BLOCK_O, column * BLOCK_J
-    inside = (o + tl.arange(0, BLOCK_O) < O)[:, None] & (i + tl.arange(0, BLOCK_J) < I)[None, :]
+    o, i = tile_of(p, O, I, BLOCK_O, BLOCK_J)
+    inside = inside_of(o, i, O, I, BLOCK_O, BLOCK_J)
     tile = tile_at(P, o, i, P_o, P_i, BLOCK_O, BLOCK_J)
     out += p.to(tl.int64) * out_tile
     first = split * per_split

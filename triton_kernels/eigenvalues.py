@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gradient_tile import gradient_tile, grouped, tile_at
+from .gradient_tile import gradient_tile, inside_of, tile_at, tile_of
 from .launch import (
     Chip,
     Config,
@@ -59,8 +59,7 @@ def eigenvalues_kernel(
 ):
     """One tile of lam over `per_split` sequences; ADD: onto what is there."""
     p, split = tl.program_id(0), tl.program_id(1)
-    row, column = grouped(p, tl.cdiv(O, BLOCK_O), tl.cdiv(J, BLOCK_J), 8)
-    o, j = row * BLOCK_O, column * BLOCK_J
+    o, j = tile_of(p, O, J, BLOCK_O, BLOCK_J)
     lam = tl.zeros((BLOCK_O, BLOCK_J), tl.float32)
     first = split * per_split
     for b in tl.range(first, min(B, first + per_split), flatten=COPIES):
@@ -85,7 +84,7 @@ def eigenvalues_kernel(
             COPIES,
         )
         lam += G * G
-    inside = (o + tl.arange(0, BLOCK_O) < O)[:, None] & (j + tl.arange(0, BLOCK_J) < J)[None, :]
+    inside = inside_of(o, j, O, J, BLOCK_O, BLOCK_J)
     at = tile_at(out + split.to(tl.int64) * out_s, o, j, out_o, out_j, BLOCK_O, BLOCK_J)
     if ADD:
         lam += tl.load(at, mask=inside)

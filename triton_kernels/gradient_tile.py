@@ -23,6 +23,21 @@ def grouped(p, rows, columns, GROUP: tl.constexpr):
 
 
 @triton.jit
+def tile_of(p, O, J, BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr):
+    """First row and column of tile p of [O,J]."""
+    row, column = grouped(p, tl.cdiv(O, BLOCK_O), tl.cdiv(J, BLOCK_J), 8)
+    return row * BLOCK_O, column * BLOCK_J
+
+
+@triton.jit
+def inside_of(o, j, O, J, BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr):
+    """What of the tile from element [o,j] on is in [O,J]. Asked for where it is needed: masks that
+    live through a loop take registers.
+    """
+    return (o + tl.arange(0, BLOCK_O) < O)[:, None] & (j + tl.arange(0, BLOCK_J) < J)[None, :]
+
+
+@triton.jit
 def tile_at(x, row, column, x_row, x_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Pointers to a tile of x, from element [row,column] on: [ROWS,COLUMNS].
 

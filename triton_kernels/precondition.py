@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gradient_tile import gradient_tile, grouped, tile_at
+from .gradient_tile import gradient_tile, inside_of, tile_at, tile_of
 from .launch import (
     Shape,
     chip,
@@ -55,9 +55,8 @@ def precondition_kernel(
 ):
     """One tile of P of `per_split` sequences in turn."""
     p, split = tl.program_id(0), tl.program_id(1)
-    row, column = grouped(p, tl.cdiv(O, BLOCK_O), tl.cdiv(J, BLOCK_J), 8)
-    o, j = row * BLOCK_O, column * BLOCK_J
-    inside = (o + tl.arange(0, BLOCK_O) < O)[:, None] & (j + tl.arange(0, BLOCK_J) < J)[None, :]
+    o, j = tile_of(p, O, J, BLOCK_O, BLOCK_J)
+    inside = inside_of(o, j, O, J, BLOCK_O, BLOCK_J)
     lam = tile_at(lam, o, j, lam_o, lam_j, BLOCK_O, BLOCK_J)
     scale = 1 / (tl.load(lam, mask=inside, other=1.0) + damping)
     first = split * per_split
