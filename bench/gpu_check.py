@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 SITE = ROOT / "build" / "gpu-site"
 BENCH = ROOT / "bench"
 NEEDED = ("pytest", "hypothesis", "opt_einsum", "transformers", "safetensors", "typer", "rich")
-GPU_TESTS = ("tests/test_triton_gpu.py",)
+KERNELS = "tests/test_triton_gpu.py"
 # The driver's, with their models on the GPU.
 DRIVER = (
     "job_gpu",
@@ -77,7 +77,7 @@ def parts(out: Path) -> list[Part]:
     spread, by_file = (("-n", "8"), ("--dist", "loadfile")) if find_spec("xdist") else ((), ())
     options = ("-p", "no:benchmark", "-p", "no:cacheprovider", "-W", "default", "--durations", "5")
     pytest = (python, "-m", "pytest", *options, *spread)
-    found.append(Part("tests of kernels", 220, (*pytest, *GPU_TESTS), "tests.txt"))
+    found.append(Part("tests of kernels", 220, (*pytest, KERNELS), "tests.txt"))
     driver = [f"tests/test_{name}.py" for name in DRIVER]
     driver = (*pytest, *by_file, "--device", "cuda", *driver)
     found.append(Part("tests of the driver", 290, driver, "tests.txt"))
@@ -163,8 +163,7 @@ def main() -> None:
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         print(f"not installed here, unless wheels/ brings them: {', '.join(missing)}")
     start, results = time.monotonic(), []
-    while waiting:
-        part = waiting.pop(0)
+    for part in waiting:
         before = time.monotonic()
         result = run(part, start, out)
         took = round(time.monotonic() - before, 1)

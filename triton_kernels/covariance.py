@@ -151,7 +151,7 @@ def covariance_fold_kernel(
 def config(shape: Shape, chip: Chip) -> Config:
     """Tiles of the triangle, over all rows or parts of them."""
     # Two accumulators' tiles are square, as a triangle of them must be.
-    by = tile(shape.I, shape.I, shape.itemsize, chip, accumulators=2)
+    by = tile(shape.I, shape.I, shape.itemsize, chip)
     rows, steps = cdiv(shape.J, by.rows), cdiv(shape.N, by.step)
     tiles = rows * (rows + 1) // 2
     per_split = cdiv(steps, splits(tiles, shape.N, steps, chip)) * by.step

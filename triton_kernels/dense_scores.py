@@ -21,6 +21,7 @@ from .launch import (
     Shape,
     Tile,
     aligned,
+    blocks,
     cdiv,
     chip,
     describable,
@@ -212,9 +213,8 @@ def dense_token_scores_kernel(
 
 
 class Strips(NamedTuple):
-    """Rows of a strip of G, all strips' parts; a part's elements; programs and tile of a product.
-
-    The tile: queries by sequences, and a step along the elements.
+    """Rows of a strip of G; parts of all strips together; elements of a part; the products' tile:
+    queries by sequences, and a step along the elements.
     """
 
     rows: int
@@ -231,7 +231,7 @@ def config(shape: Shape, chip: Chip) -> Config:
     """
     if shape.per_token:
         J = even(shape.J)  # of P when it is `aligned`
-        by = tile(shape.N, J, shape.itemsize, chip, accumulators=2)
+        by = tile(shape.N, J, shape.itemsize, chip)
         if chip.capability >= 100:
             by = by._replace(step=min(by.step, 32))  # 64 spills, here only
         programs, steps = cdiv(shape.N, by.rows) * shape.Q, cdiv(J, by.columns)
@@ -264,8 +264,7 @@ def dense_scores(s: Tensor, P: Tensor, g: Tensor, a: Tensor, bias: bool = False)
         return
     shape = Shape(g.element_size(), B=B, T=T, I=I, O=O, Q=Q, bias=bias, per_token=tokens)
     if tokens:
-        rows = describable(g), describable(a)  # loaded number by number, odd ones spill
-        per_token(s, aligned(P), *rows, config(shape, chip(g.device)))
+        per_token(s, aligned(P), g, a, config(shape, chip(g.device)))
         return
     if Q > FEW_QUERIES:
         many_queries(s, P, g, a, strips(shape, chip(g.device)))
@@ -299,12 +298,7 @@ def few_queries(s: Tensor, P: Tensor, g: Tensor, a: Tensor, by: Config) -> None:
         *P.stride(),
         by.per_split,
         ADD=by.parts == 1,
-        BLOCK_O=by.tile.rows,
-        BLOCK_J=by.tile.columns,
-        BLOCK_T=by.tile.step,
-        PRECISION=precision(g.dtype),
-        COPIES=by.copies,
-        **by.tile.options,
+        **blocks(by, g.dtype),
     )
     if by.parts > 1:
         fold(s, out)
@@ -345,6 +339,7 @@ def many_queries(s: Tensor, P: Tensor, g: Tensor, a: Tensor, by: Strips) -> None
 def per_token(s: Tensor, P: Tensor, g: Tensor, a: Tensor, by: Config) -> None:
     """Rows of all sequences by tiles, columns of P_q in turn: s [Q,B,T]."""
     (B, T, I), (Q, O, J) = a.shape, P.shape
+    g, a = describable(g), describable(a)  # loaded number by number, odd rows spill
     out = s[None] if by.parts == 1 else torch.empty((by.parts, Q, B, T), device=g.device)
     run(
         dense_token_scores_kernel,

@@ -16,15 +16,15 @@ from .launch import (
     Chip,
     Config,
     Shape,
+    blocks,
     cdiv,
     chip,
     copies,
     fold,
     hopper,
     launcher,
-    precision,
-    readable,
     run,
+    sides,
     splits,
     tile,
 )
@@ -94,7 +94,7 @@ def eigenvalues_kernel(
 @lru_cache(maxsize=4096)
 def config(shape: Shape, chip: Chip) -> Config:
     """Tiles of lam on rotated inputs, over all sequences or parts of them."""
-    by = tile(shape.O, shape.J, shape.itemsize, chip, accumulators=2)
+    by = tile(shape.O, shape.J, shape.itemsize, chip)
     engine = copies(2.0 * shape.N * shape.O * shape.J, chip)
     few = cdiv(shape.O, 128) * cdiv(shape.J, 128) < 2 * chip.processors
     if by.rows == 128 and engine and few and hopper(chip):
@@ -132,10 +132,7 @@ def _accumulate(lam_sum: Tensor, g: Tensor, a: Tensor) -> None:
         eigenvalues_kernel,
         by.grid,
         out,
-        readable(g, by.tile.step, by.tile.rows, by.copies),
-        readable(a, by.tile.step, by.tile.columns, by.copies),
-        int(len(g) > 1),
-        int(len(a) > 1),
+        *sides(g, a, by),
         B,
         T,
         O,
@@ -145,12 +142,7 @@ def _accumulate(lam_sum: Tensor, g: Tensor, a: Tensor) -> None:
         *out.stride(),
         by.per_split,
         ADD=by.parts == 1,
-        BLOCK_O=by.tile.rows,
-        BLOCK_J=by.tile.columns,
-        BLOCK_T=by.tile.step,
-        PRECISION=precision(g.dtype),
-        COPIES=by.copies,
-        **by.tile.options,
+        **blocks(by, g.dtype),
     )
     if by.parts > 1:
         fold(lam_sum, out)

@@ -100,9 +100,9 @@ def chip(device: torch.device) -> Chip:
     return Chip(capability, has.multi_processor_count, has.shared_memory_per_block_optin)
 
 
-def stages(rows: int, columns: int, step: int, itemsize: int, chip: Chip, most: int = 4) -> int:
-    """Loads in flight: as many pipeline stages as shared memory holds, at most `most`."""
-    return max(2, min(most, (chip.shared - 2048) // ((rows + columns) * step * itemsize)))
+def stages(rows: int, columns: int, step: int, itemsize: int, chip: Chip) -> int:
+    """Loads in flight: as many pipeline stages as shared memory holds, at most 4."""
+    return max(2, min(4, (chip.shared - 2048) // ((rows + columns) * step * itemsize)))
 
 
 def hopper(chip: Chip) -> bool:
@@ -115,21 +115,18 @@ def copies(flops: float, chip: Chip) -> bool:
     return chip.capability >= 90 and flops >= LEAST_FLOPS
 
 
-def tile(rows: int, columns: int, itemsize: int, chip: Chip, *, accumulators: int) -> Tile:
-    """Tile of a [rows,columns] product whose kernel holds `accumulators` fp32 tiles at once.
+def tile(rows: int, columns: int, itemsize: int, chip: Chip) -> Tile:
+    """Tile of a [rows,columns] product whose kernel holds two fp32 tiles at once.
 
-    At most five configurations a kernel and architecture. What lost, by registers spilled:
-    128x256 with two accumulators, where it is stored, on rows of odd length (a bias: loaded singly
-    by the endings) and on sm_100; fp32 by steps of 32, since IEEE products have no tensor cores.
+    At most five configurations a kernel and architecture. What lost, by registers spilled: 128x256;
+    fp32 by steps of 32, since IEEE products have no tensor cores.
     """
     if itemsize == 4:
-        return Tile(128, 64, 16, 8, 4) if accumulators == 1 else Tile(64, 64, 16, 4, 4)
-    one = hopper(chip) and accumulators == 1
-    if not one and (min(rows, columns) <= 64 or chip.shared < 99 * 1024):
+        return Tile(64, 64, 16, 4, 4)
+    if min(rows, columns) <= 64 or chip.shared < 99 * 1024:
         return Tile(64, 64, 32, 4, 4)
-    wide = 256 if one and columns > 128 and columns % 8 == 0 else 128
     step = 64 if chip.capability >= 90 else 32
-    return Tile(128, wide, step, 8, stages(128, wide, step, itemsize, chip))
+    return Tile(128, 128, step, 8, stages(128, 128, step, itemsize, chip))
 
 
 def cdiv(n: int, by: int) -> int:
@@ -192,7 +189,7 @@ def sequences(shape: Shape, chip: Chip) -> Config:
     copy engine, take the registers of half a tile. To begin, a program waits for its tile of lam or
     P about as long as 500 tokens take.
     """
-    by = tile(shape.O, shape.J, shape.itemsize, chip, accumulators=2)
+    by = tile(shape.O, shape.J, shape.itemsize, chip)
     engine = copies(2.0 * shape.N * shape.O * shape.J, chip)
     if by.rows == 128 and (shape.J % 4 or not engine):
         by = by._replace(rows=64)
@@ -210,6 +207,22 @@ def readable(x: Tensor, rows: int, columns: int, engine: bool) -> Tensor | Tenso
     if not engine:
         return x
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, columns])
+
+
+def sides(x: Tensor, y: Tensor, by: Config) -> tuple[object, ...]:
+    """Arguments of the sums over tokens of x [B,T,O] and y [B,T,J]: both as `piece` reads them, and
+    of each whether every sequence has its own.
+    """
+    rows, columns, step, *_ = by.tile
+    read = readable(x, step, rows, by.copies), readable(y, step, columns, by.copies)
+    return *read, int(len(x) > 1), int(len(y) > 1)
+
+
+def blocks(by: Config, dtype: torch.dtype) -> dict[str, object]:
+    """Constants of a `gradient_tile`, and options of its launch."""
+    rows, columns, step, *_ = by.tile
+    sizes = {"BLOCK_O": rows, "BLOCK_J": columns, "BLOCK_T": step}
+    return sizes | {"PRECISION": precision(dtype), "COPIES": by.copies} | by.tile.options
 
 
 def describable(x: Tensor) -> Tensor:

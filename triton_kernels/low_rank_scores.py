@@ -131,7 +131,7 @@ class Config(NamedTuple):
 def config(shape: Shape, chip: Chip) -> Config:
     """Tiles of tokens by queries and ranks."""
     rank = 1 << (shape.K - 1).bit_length()
-    by = tile(shape.N, shape.Q * rank, shape.itemsize, chip, accumulators=2)
+    by = tile(shape.N, shape.Q * rank, shape.itemsize, chip)
     engine = copies(2.0 * shape.N * shape.Q * rank * (shape.O + shape.I), chip)
     if engine and hopper(chip) and by.rows == 128:
         by = by._replace(stages=5)  # long sums: 700 of an H200's 750 TFLOP/s, with 4 stages 645

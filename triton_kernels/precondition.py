@@ -13,12 +13,12 @@ from torch import Tensor
 from .gradient_tile import gradient_tile, inside_of, tile_at, tile_of
 from .launch import (
     Shape,
+    blocks,
     chip,
     launcher,
-    precision,
-    readable,
     run,
     sequences,
+    sides,
 )
 from .narrow import narrow
 from .rotations import operands
@@ -114,10 +114,7 @@ def precondition(
             precondition_kernel,
             by.grid,
             P[part],
-            readable(x, by.tile.step, by.tile.rows, by.copies),
-            readable(y, by.tile.step, by.tile.columns, by.copies),
-            int(len(x) > 1),
-            int(len(y) > 1),
+            *sides(x, y, by),
             lam,
             damping,
             B,
@@ -129,12 +126,7 @@ def precondition(
             *P.stride(),
             *lam.stride(),
             by.per_split,
-            BLOCK_O=by.tile.rows,
-            BLOCK_J=by.tile.columns,
-            BLOCK_T=by.tile.step,
-            PRECISION=precision(g.dtype),
-            COPIES=by.copies,
-            **by.tile.options,
+            **blocks(by, g.dtype),
         )
     return P
 

@@ -61,26 +61,19 @@ def operands(
         if Qa is None:
             yield part, describable(Qg[None]), _gradients(g[part], a[part], bias)
         elif Qg is None:
-            yield part, _transposed(g[part], a[part], bias), describable(Qa[None])
+            G = _gradients(g[part], a[part], bias, transposed=True)
+            yield part, G, describable(Qa[None])
         else:
             yield part, describable(Qg[None]), rotate(_gradients(g[part], a[part], bias), Qa, False)
 
 
-def _gradients(g: Tensor, a: Tensor, bias: bool) -> Tensor:
-    """sum_t g_bt (a_bt, 1)^T in the operands' dtype: [b,O,J], rows `padded(J)` apart."""
+def _gradients(g: Tensor, a: Tensor, bias: bool, *, transposed: bool = False) -> Tensor:
+    """sum_t g_bt (a_bt, 1)^T in the operands' dtype: [b,O,J], or [b,J,O]; rows `padded` apart."""
     (b, _, O), I = g.shape, a.shape[-1]
-    G = g.new_empty(b, O, padded(I + bias))[..., : I + bias]
+    rows, columns = (I + bias, O) if transposed else (O, I + bias)
+    out = g.new_empty(b, rows, padded(columns))[..., :columns]
+    G = out.mT if transposed else out
     torch.bmm(g.mT, a, out=G[..., :I])
     if bias:
         torch.sum(g, 1, out=G[..., I])
-    return G
-
-
-def _transposed(g: Tensor, a: Tensor, bias: bool) -> Tensor:
-    """The same with inputs as rows: [b,J,O], rows `padded(O)` apart."""
-    (b, _, O), I = g.shape, a.shape[-1]
-    G = g.new_empty(b, I + bias, padded(O))[..., :O]
-    torch.bmm(a.mT, g, out=G[:, :I])
-    if bias:
-        torch.sum(g, 1, out=G[:, I])
-    return G
+    return out

@@ -13,13 +13,13 @@ from torch import Tensor
 from .gradient_tile import gradient_tile, inside_of, tile_at, tile_of
 from .launch import (
     Shape,
+    blocks,
     chip,
     fold,
     launcher,
-    precision,
-    readable,
     run,
     sequences,
+    sides,
 )
 from .narrow import narrow
 from .rotations import operands
@@ -120,10 +120,7 @@ def self_influence(
             self_influence_kernel,
             by.grid,
             out,
-            readable(x, by.tile.step, by.tile.rows, by.copies),
-            readable(y, by.tile.step, by.tile.columns, by.copies),
-            int(len(x) > 1),
-            int(len(y) > 1),
+            *sides(x, y, by),
             lam,
             damping,
             B,
@@ -136,12 +133,7 @@ def self_influence(
             *lam.stride(),
             by.per_split,
             ADD=by.parts == 1,
-            BLOCK_O=by.tile.rows,
-            BLOCK_J=by.tile.columns,
-            BLOCK_T=by.tile.step,
-            PRECISION=precision(g.dtype),
-            COPIES=by.copies,
-            **by.tile.options,
+            **blocks(by, g.dtype),
         )
         if by.parts > 1:
             fold(s[part], out)

@@ -12,6 +12,7 @@ import torch
 
 import ekfac_fast
 from ekfac_fast import ops
+from ekfac_fast.model.weights import usual_device
 
 
 def device(name: str | None) -> torch.device:
@@ -20,7 +21,7 @@ def device(name: str | None) -> torch.device:
     Raises:
         SystemExit: there is no GPU, but one was asked for.
     """
-    chosen = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = torch.device(name) if name else usual_device()
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch sees no GPU here")
     return chosen

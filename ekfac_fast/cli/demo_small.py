@@ -16,6 +16,7 @@ from ..data.records import read
 from ..data.tokens import Tokens, tokenize
 from ..extras import optional
 from ..model.tasks import LanguageModelTask
+from ..model.weights import usual_device
 from ..store.files import save_json
 from .demo import Demo, write_queries, write_topics
 from .inputs import autocast
@@ -112,7 +113,7 @@ def train_model(
             attn_pdrop=0.0,
         )
     )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = usual_device()
     batches, task = Batches(data, model.to(device)), LanguageModelTask()
     lowered = autocast("auto", device)
     optimiser = torch.optim.AdamW(

@@ -20,6 +20,7 @@ from ..data.token_files import are_tokens, open_tokens
 from ..data.tokens import tokenize
 from ..errors import ArgumentError, Error
 from ..extras import optional
+from ..model.weights import usual_device
 from ..stages.references import Referenced, referenced
 from .options import Dtype, Kind, Stored
 from .terminal import Terminal
@@ -92,8 +93,8 @@ def load(
     if device_map is not None:
         optional("accelerate", "spread")
     transformers = optional("transformers", "hf")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    lowered = autocast(dtype, torch.device(device))
+    place = torch.device(device) if device else usual_device()
+    lowered = autocast(dtype, place)
     with loading(path):
         where, file = checkpoint(path)
         model, found = getattr(transformers, CLASSES[kind]).from_pretrained(
@@ -115,7 +116,7 @@ def load(
     # Words apart are not words after a space to byte-level tokenizers, unless they are told.
     words = model.config.model_type in SPACED and kind == "token-classification"
     tokenizer = load_tokenizer(path, trust_remote_code, chat_template, words)
-    model = model if device_map else model.to(device)
+    model = model if device_map else model.to(place)
     return Source(path, model.eval(), tokenizer, lowered, adapter)
 
 

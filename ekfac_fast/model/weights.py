@@ -11,6 +11,11 @@ from ..errors import ArgumentError
 from .spread import is_spread, offloaded
 
 
+def usual_device() -> torch.device:
+    """Where models are whose place nobody has named: on a GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def check_weights(model: nn.Module) -> None:
     """Refuse a model without weights, or whose weights are where a pass cannot find them."""
     if next(model.parameters(), None) is None:

@@ -16,6 +16,7 @@ from ..curvature.memory import free_bytes
 from ..data.batches import default_tokens
 from ..errors import ArgumentError
 from ..model.layers import Layer
+from ..model.weights import usual_device
 from ..ops.gradients import flops as gradient_flops
 from ..ops.shapes import Card, Shape
 from .budget import ACTIVATIONS, SUMS, check_weights, fitting_bytes, partitions
@@ -105,7 +106,7 @@ class _Asked:
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return usual_device()
 
     @property
     def weights(self) -> int:
