@@ -2,10 +2,12 @@
 
     python bench/shapes_sweep.py --threads 2 --out bench/results/shapes_sweep.jsonl --plot sweep.svg
     python bench/shapes_sweep.py --threads 1 --again EARLIER.jsonl      # only what lost there
+    python bench/shapes_sweep.py --device cuda --shapes 100
 
 A row is checked (ours against plain torch), then both are timed in turn and their best times
 compared: of many samples the best is what other programs on the machine disturb least. With one
-thread the clock is that of the thread. Prints the distribution of ratios per op and the worst rows.
+thread the clock is that of the thread; a GPU's calls are queued, as a stage does, and waited for
+together. Prints the distribution of ratios per op and the worst rows.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,9 +31,12 @@ from measure.environment import environment
 Call = Callable[[], Tensor]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BF16_PRODUCTS = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-# Of one case; torch has no fast products of fp16 on most CPUs, nor of bf16 on those without them.
-MOST_FLOPS = {"float32": 5e9, "bfloat16": 5e9 if BF16_PRODUCTS else 2e8, "float16": 2e8}
-MOST_ELEMENTS = 1 << 25  # of what plain torch writes, and of P
+# FLOPs of one case; torch has no fast products of fp16 on most CPUs, nor of bf16 on those without.
+MOST_FLOPS = {
+    "cpu": {"float32": 5e9, "bfloat16": 5e9 if BF16_PRODUCTS else 2e8, "float16": 2e8},
+    "cuda": {"float32": 1e11, "bfloat16": 1e12, "float16": 1e12},
+}
+MOST_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 28}  # of what plain torch writes, and of P
 BUDGET_SECONDS = 0.1  # of a row
 LEAST = 0.95  # a ratio below it is a loss
 SHORT_SECONDS = 1e-4  # below, microseconds count and not the ratio
@@ -61,9 +67,9 @@ class Case:
             return Shape(B=self.B, T=self.T, I=self.I, bias=self.bias)
         return Shape(B=self.B, T=self.T, I=self.I, O=self.O, Q=self.Q, K=self.K, bias=self.bias)
 
-    def fits(self) -> bool:
+    def fits(self, device: str) -> bool:
         """Whether it runs in half a second or so, plain torch's intermediates included."""
-        s = self.shape
+        s, most = self.shape, MOST_ELEMENTS[device]
         written = {
             "covariance": s.N * s.J,
             "dense_scores": s.Q * s.N * s.J if self.per_token else (s.B + s.Q) * s.O * s.J,
@@ -71,12 +77,12 @@ class Case:
         }.get(self.op, s.B * s.O * s.J)
         written = max(written, s.Q * s.O * s.J if self.op == "dense_scores" else 0, s.J * s.J)
         flops = getattr(ops, self.op).cost(s).flops
-        return max(written, s.N * s.O, s.O * s.O) <= MOST_ELEMENTS and (
-            flops <= MOST_FLOPS[self.dtype]
+        return (
+            max(written, s.N * s.O, s.O * s.O) <= most and flops <= MOST_FLOPS[device][self.dtype]
         )
 
 
-def draw(count: int, seed: int) -> list[Case]:
+def draw(count: int, seed: int, device: str = "cpu") -> list[Case]:
     """`count` shapes, log-uniform in every letter, each with as many of the six ops as fit."""
     chance, cases, shapes = random.Random(seed), [], 0
 
@@ -105,7 +111,7 @@ def draw(count: int, seed: int) -> list[Case]:
             )
             for card in ops.ALL
         ]
-        fitting = [case for case in drawn if case.fits()]
+        fitting = [case for case in drawn if case.fits(device)]
         cases += fitting
         shapes += len(fitting) >= 3
     return cases
@@ -135,10 +141,10 @@ def plain_gradients(g: Tensor, a: Tensor, Qg: Tensor, Qa: Tensor, bias: bool) ->
     return (Qg.mT @ G if g_late else G).float()
 
 
-def calls(case: Case) -> tuple[Call, Call]:
+def calls(case: Case, device: torch.device) -> tuple[Call, Call]:
     """Ours and plain torch's on the same tensors, queries laid out for each beforehand."""
     s, dtype = case.shape, DTYPES[case.dtype]
-    draw = torch.randn
+    draw, rand, zeros = (partial(f, device=device) for f in (torch.randn, torch.rand, torch.zeros))
 
     def operand(*sizes: int) -> Tensor:
         if case.strided and len(sizes) == 3:
@@ -146,41 +152,51 @@ def calls(case: Case) -> tuple[Call, Call]:
         return draw(*sizes).to(dtype)
 
     if case.op == "covariance":
-        x, cov, other = operand(s.B, s.T, s.I).reshape(s.N, s.I), *torch.zeros(2, s.J, s.J)
-        mask = torch.rand(s.N) < 0.8 if case.masked else None
+        x, cov, other = operand(s.B, s.T, s.I).reshape(s.N, s.I), *zeros(2, s.J, s.J)
+        mask = rand(s.N) < 0.8 if case.masked else None
 
         def plain_covariance() -> Tensor:
-            rows = with_ones(x if mask is None else x[mask], s.bias)
+            rows = with_ones(x if mask is None or x.is_cuda else x[mask], s.bias)
+            if mask is not None and x.is_cuda:  # its host would wait for the number of rows
+                rows = rows.where(mask[:, None], 0)
             if dtype == torch.float32:
                 return other.addmm_(rows.mT, rows)
+            if x.is_cuda:
+                return torch.addmm(other, rows.mT, rows, out_dtype=other.dtype, out=other)
             return other.add_(rows.mT @ rows)
 
         return _into(cov, lambda: ops.call(ops.covariance)(cov, x, mask, s.bias)), plain_covariance
     g, a = operand(s.B, s.T, s.O), operand(s.B, s.T, s.I)
+    # Queries are small, so that scores and what plain torch makes of them are numbers of fp16.
     if case.op == "dense_scores":
-        return _dense(case, g, a, operand(s.Q, s.O, s.J).contiguous())
+        return _dense(case, g, a, operand(s.Q, s.O, s.J).contiguous() / (s.O * s.J) ** 0.25)
     if case.op == "low_rank_scores":
-        return _low_rank(case, g, a, operand(s.Q, s.O, s.K), operand(s.Q, s.K, s.J))
+        L, R = operand(s.Q, s.O, s.K) / s.O**0.25, operand(s.Q, s.K, s.J) / s.J**0.25
+        return _low_rank(case, g, a, L, R)
     Qg, Qa = (draw(n, n).div(n**0.5).to(dtype) for n in (s.O, s.J))
-    lam, call = torch.rand(s.O, s.J) + DAMPING, ops.call(getattr(ops, case.op))
+    lam, call = rand(s.O, s.J) + DAMPING, ops.call(getattr(ops, case.op))
     if case.op == "precondition":
         return (
             lambda: call(g, a, Qg, Qa, lam, DAMPING, s.bias),
             lambda: plain_gradients(g, a, Qg, Qa, s.bias).div_(lam + DAMPING),
         )
     if case.op == "eigenvalues":
-        into, other = torch.zeros(2, s.O, s.J)
+        into, other = zeros(2, s.O, s.J)
         return (
             _into(into, lambda: call(into, g, a, Qg, Qa, s.bias)),
             lambda: other.add_(plain_gradients(g, a, Qg, Qa, s.bias).square_().sum(0)),
         )
-    into, other = torch.zeros(2, s.B)
+    into, other = zeros(2, s.B)
     return (
         _into(into, lambda: call(into, g, a, Qg, Qa, lam, DAMPING, s.bias)),
         lambda: other.add_(
             plain_gradients(g, a, Qg, Qa, s.bias).square_().div_(lam + DAMPING).sum((1, 2))
         ),
     )
+
+
+def _scores(case: Case) -> list[int]:
+    return [case.Q, case.B, case.T] if case.per_token else [case.Q, case.B]
 
 
 def _into(out: Tensor, call: Callable[[], None]) -> Call:
@@ -193,7 +209,7 @@ def _into(out: Tensor, call: Callable[[], None]) -> Call:
 
 def _dense(case: Case, g: Tensor, a: Tensor, P: Tensor) -> tuple[Call, Call]:
     s = case.shape
-    into, other = torch.zeros(2, *([s.Q, s.B, s.T] if case.per_token else [s.Q, s.B]))
+    into, other = g.new_zeros(2, *_scores(case), dtype=torch.float32)
     laid = ops.dense_scores.laid_out(P)
 
     def plain() -> Tensor:
@@ -209,7 +225,7 @@ def _dense(case: Case, g: Tensor, a: Tensor, P: Tensor) -> tuple[Call, Call]:
 
 def _low_rank(case: Case, g: Tensor, a: Tensor, L: Tensor, R: Tensor) -> tuple[Call, Call]:
     s = case.shape
-    into, other = torch.zeros(2, *([s.Q, s.B, s.T] if case.per_token else [s.Q, s.B]))
+    into, other = g.new_zeros(2, *_scores(case), dtype=torch.float32)
     left, right = L.permute(1, 0, 2).reshape(s.O, -1), R.permute(2, 0, 1).reshape(s.J, -1)
     laid = ops.low_rank_scores.laid_out(L, R)
 
@@ -223,6 +239,19 @@ def _low_rank(case: Case, g: Tensor, a: Tensor, L: Tensor, R: Tensor) -> tuple[C
 
     ours = _into(into, lambda: ops.call(ops.low_rank_scores)(into, *laid, g, a, s.bias))
     return ours, plain
+
+
+def clock_of(device: torch.device, threads: int) -> Callable[[], float]:
+    """Seconds, once what was queued is done."""
+    if device.type == "cuda":
+
+        def waited() -> float:
+            torch.cuda.synchronize(device)
+            return time.perf_counter()
+
+        return waited
+    # What else runs on the machine does not count where one thread does all the work.
+    return time.thread_time if threads == 1 else time.perf_counter
 
 
 def best(ways: tuple[Call, ...], clock: Callable[[], float]) -> list[float]:
@@ -241,13 +270,13 @@ def best(ways: tuple[Call, ...], clock: Callable[[], float]) -> list[float]:
     return [min(column) for column in zip(*samples, strict=True)]
 
 
-def row(case: Case, clock: Callable[[], float], gemm: float) -> dict:
+def row(case: Case, device: torch.device, clock: Callable[[], float], gemm: float) -> dict:
     """Check, then time.
 
     Raises:
         AssertionError: ours and plain torch differ by more than rounding.
     """
-    ours, plain = calls(case)
+    ours, plain = calls(case, device)
     got, want = ours().clone(), plain().float()
     error = ((got - want).norm() / want.norm().clamp(min=1e-20)).item()
     # 16-bit scores are sums of both signs, rounded once more by plain torch.
@@ -264,8 +293,13 @@ def row(case: Case, clock: Callable[[], float], gemm: float) -> dict:
     }
 
 
-def gemm_rate(dtype: torch.dtype, clock: Callable[[], float]) -> float:
-    """FLOP/s of torch.mm or oneDNN, the faster, on squares of 1536; of slow dtypes that of fp32."""
+def gemm_rate(dtype: torch.dtype, device: torch.device, clock: Callable[[], float]) -> float:
+    """FLOP/s of torch.mm on squares of 8192; on a CPU of torch.mm or oneDNN, the faster, on squares
+    of 1536, and of dtypes that are slow there that of fp32.
+    """
+    if device.type == "cuda":
+        x, y = torch.randn(2, 8192, 8192, device=device, dtype=dtype)
+        return 2 * 8192**3 / best((lambda: x @ y,), clock)[0]
     dtype = dtype if dtype == torch.bfloat16 and BF16_PRODUCTS else torch.float32
     x, y = (torch.randn(1536, 1536).to(dtype) for _ in range(2))
     linear = torch.ops.mkldnn._linear_pointwise
@@ -307,7 +341,7 @@ def summary(rows: list[dict]) -> str:
 def heat_map(rows: list[dict]) -> str:
     """SVG: ops and dtypes down, FLOPs across; a cell's colour and number are its median ratio."""
     names = list(dict.fromkeys((r["op"], r["dtype"]) for r in sorted(rows, key=lambda r: r["op"])))
-    decades = range(4, 11)
+    decades = range(4, 13)
     cells = [
         f'<text x="{230 + 64 * i}" y="16" text-anchor="middle">1e{d}</text>'
         for i, d in enumerate(decades)
@@ -331,8 +365,9 @@ def heat_map(rows: list[dict]) -> str:
                 f'fill="hsl({hue},70%,{95 - 45 * strength:.0f}%)"/>'
                 f'<text x="{231 + 64 * i}" y="{y + 15}" text-anchor="middle">{median:.2f}</text>'
             )
+    size = f'width="{210 + 64 * len(decades)}" height="{30 + 22 * len(names)}"'
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="660" height="{30 + 22 * len(names)}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} '
         f'font-family="sans-serif" font-size="12">\n' + "\n".join(cells) + "\n</svg>\n"
     )
 
@@ -343,6 +378,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--shapes", type=int, default=330)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop after so many")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--again", type=Path, help="only the rows that lost in this file")
     parser.add_argument("--op", nargs="+", choices=[ops.stem(card) for card in ops.ALL])
@@ -351,17 +387,17 @@ def main(words: list[str] | None = None) -> None:
     chosen = parser.parse_args(words)
     torch.set_num_threads(chosen.threads)
     torch.manual_seed(chosen.seed)
-    # What else runs on the machine does not count where one thread does all the work.
-    clock = time.thread_time if chosen.threads == 1 else time.perf_counter
-    gemm = {name: gemm_rate(dtype, clock) for name, dtype in DTYPES.items()}
-    facts = environment(torch.device("cpu")) | {"gemm_rates": gemm}
+    device, clock = chosen.device, clock_of(chosen.device, chosen.threads)
+    gemm = {name: gemm_rate(dtype, device, clock) for name, dtype in DTYPES.items()}
+    facts = environment(device) | {"gemm_rates": gemm}
     rows: list[dict] = []
     start = time.monotonic()
-    for case in lost(chosen.again) if chosen.again else draw(chosen.shapes, chosen.seed):
+    drawn = draw(chosen.shapes, chosen.seed, device.type)
+    for case in lost(chosen.again) if chosen.again else drawn:
         if time.monotonic() - start > chosen.seconds:
             break
         if not chosen.op or case.op in chosen.op:
-            rows.append(row(case, clock, gemm[case.dtype]))
+            rows.append(row(case, device, clock, gemm[case.dtype]))
     if chosen.out:
         chosen.out.write_text("".join(json.dumps(line) + "\n" for line in [facts, *rows]))
     if chosen.plot:

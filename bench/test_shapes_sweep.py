@@ -32,7 +32,8 @@ def test_rows_are_checked_timed_and_drawn(card, monkeypatch):
     if case.op == "covariance":
         changes.append({"masked": True})
     rows = [
-        shapes_sweep.row(replace(case, **change), perf_counter, gemm=1e11) for change in changes
+        shapes_sweep.row(replace(case, **change), torch.device("cpu"), perf_counter, gemm=1e11)
+        for change in changes
     ]
     assert all(row["seconds"] > 0 and row["ratio"] > 0 for row in rows)
     assert case.op in shapes_sweep.summary(rows)

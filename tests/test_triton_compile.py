@@ -61,7 +61,7 @@ NAMES = (
     ("ROWS", "COLUMNS", "BLOCK"),
     ("BLOCK", "BLOCK", "BLOCK_N"),
 )
-HELPERS = ("fold_kernel", "covariance_fold_kernel", "strip_kernel")
+HELPERS = ("fold_kernel", "covariance_fold_kernel", "strip_kernel", "close_kernel")
 
 
 def module(name: str):
@@ -90,7 +90,10 @@ def launch_all(dtype, T=512, O=4096, I=4096, B=16, Q=4, K=32, bias=False) -> Non
         for n in (1, many)[: 1 + (not tokens)]:
             P = operand(Q if tokens else n, O, J)
             module("dense_scores").dense_scores(wide(len(P), B, *tokens), P, g, a, bias)
-        module("low_rank_scores").low_rank_scores(wide(many, B, *tokens), L, R, g, a, bias)
+        s, low_rank = wide(many, B, *tokens), module("low_rank_scores")
+        low_rank.low_rank_scores(s, L, R, g, a, bias)
+        left, right = L.permute(1, 0, 2).reshape(O, -1), R.reshape(many * K, J)
+        module("closed").closed(s, left, right, g, a, bias)
 
 
 def chosen(sm, dtype, T=512, O=4096, I=4096, B=16, Q=4, K=32, bias=False) -> set:
@@ -148,8 +151,9 @@ def compiled(monkeypatch):
         chip = module("launch").Chip(sm, *CHIPS[sm])
         monkeypatch.setattr(driver, "_active", target)
         monkeypatch.setattr(JITFunction, "run", compile_only)
-        for name in (*map(ops.stem, ops.ALL), "narrow"):
+        for name in (*map(ops.stem, ops.ALL), "narrow", "closed"):
             monkeypatch.setattr(module(name), "chip", lambda device: chip)
+        monkeypatch.setattr(module("low_rank_scores"), "WIDE", {2: 1 << 30, 4: 1 << 30})
         torch.backends.cuda.matmul.fp32_precision = precision
         call(dtype, **sizes)
         return launches
@@ -289,12 +293,14 @@ def test_a_known_launch_is_not_looked_up_again(monkeypatch):
             pass
 
         def __getitem__(self, grid):
-            return lambda *args: started.append((grid, args))
+            return lambda *args, stream: started.append((grid, args, stream))
 
     def look(self, *args, grid, warmup, **options):
         looked.append(args)
         return Known()
 
+    here = SimpleNamespace(get_current_stream=lambda device: "the current stream")
+    monkeypatch.setattr(driver, "_active", here)
     monkeypatch.setattr(JITFunction, "run", look)
     monkeypatch.setattr(launch, "_compiled", {})
     x, kernel = torch.zeros(64), module("precondition").precondition_kernel
@@ -309,8 +315,8 @@ def test_a_known_launch_is_not_looked_up_again(monkeypatch):
     run(x[4:], 0.2, 8)
     assert len(looked) == 1
     # By position: every argument, then the constants in the order of the signature.
-    (grid, args) = started.pop()
-    assert (grid, args[1:3]) == ((7, 1, 1), (0.2, 8))
+    grid, args, stream = started.pop()
+    assert (grid, args[1:3], stream) == ((7, 1, 1), (0.2, 8), "the current stream")
     assert list(args[first:]) == [fixed[name] for name in named]
     for other in ((x, 0.1, 9), (x[1:], 0.1, 8), (x.double(), 0.1, 8)):
         run(*other)

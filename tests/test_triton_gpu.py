@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,15 +28,23 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SANITIZER = shutil.which("compute-sanitizer") or shutil.which(
     "compute-sanitizer", path=os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
 )
+# What a test of a small layer makes of it: FLOPs, bytes and widths from which on calls are large.
+ENGINES = {
+    "copied": {"launch.LEAST_FLOPS": 0, "rotations.FORMED_BYTES": 0, "dense_scores.STRIP_BYTES": 0},
+    "addressed": {"launch.LEAST_FLOPS": float("inf"), "rotations.FORMED_BYTES": 0},
+    "left to cuBLAS": {"low_rank_scores.WIDE": {2: 0, 4: 0}},
+}
 # Every kernel at two small sizes: one tile cut on all sides, and several.
 SANITIZED = """
 import torch
-from test_triton_gpu import layer_sample
+from test_triton_gpu import ENGINES, layer_sample, set_engine
 from ekfac_fast import ops
-for card in ops.ALL:
-    for dtype in (torch.bfloat16, torch.float16):
-        for sizes in (dict(B=2, T=37, O=19, I=21, Q=3, K=5), dict(B=2, T=70, O=200, I=135)):
-            ops.call(card)(*layer_sample(card, dtype, **sizes).args)
+for engine in ENGINES:
+    set_engine(engine)
+    for card in ops.ALL:
+        for dtype in (torch.bfloat16, torch.float16):
+            for sizes in (dict(B=2, T=37, O=19, I=21, Q=3, K=5), dict(B=2, T=70, O=200, I=135)):
+                ops.call(card)(*layer_sample(card, dtype, **sizes).args)
 torch.cuda.synchronize()
 """
 CARDS = pytest.mark.parametrize("card", ops.ALL, ids=ops.stem)
@@ -46,20 +55,32 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=[0, float("inf")], ids=["copied", "addressed"])
+def kernels(name: str):
+    return importlib.import_module(f"ekfac_fast.triton_kernels.{name}")
+
+
+def set_engine(name: str, put: Callable = setattr) -> None:
+    """Let small layers be computed in one of the ways that there are."""
+    for path, value in ENGINES[name].items():
+        module, constant = path.split(".")
+        put(kernels(module), constant, value)
+    forget()
+
+
+def forget() -> None:
+    """What is kept of earlier calls' sizes."""
+    kernels("dense_scores").strips.cache_clear()
+    for card in ops.ALL:
+        kernels(ops.stem(card)).config.cache_clear()
+
+
+@pytest.fixture(params=ENGINES)
 def engine(request, monkeypatch):
-    """Both ways in which tiles are read, whatever the size of a call."""
-    launch = importlib.import_module("ekfac_fast.triton_kernels.launch")
-    configs = [
-        importlib.import_module(f"ekfac_fast.triton_kernels.{ops.stem(card)}").config
-        for card in ops.ALL
-    ]
-    monkeypatch.setattr(launch, "LEAST_FLOPS", request.param)
-    for config in configs:
-        config.cache_clear()
+    """All ways, whatever the size of a call."""
+    set_engine(request.param, monkeypatch.setattr)
     yield
-    for config in configs:
-        config.cache_clear()
+    monkeypatch.undo()
+    forget()
 
 
 def layer_sample(card, dtype, B=8, T=96, I=300, O=272, Q=12, K=16, bias=True) -> Sample:

@@ -45,7 +45,7 @@ def launcher(card):
 
 def use_chip(monkeypatch, name: str) -> None:
     chip = kernels("launch").Chip(*CHIPS[name])
-    for name in (*map(ops.stem, ops.ALL), "narrow"):
+    for name in (*map(ops.stem, ops.ALL), "narrow", "closed"):
         monkeypatch.setattr(kernels(name), "chip", lambda device: chip)
 
 
@@ -123,6 +123,18 @@ def test_second_run_is_bitwise_equal(card, monkeypatch):
     for sample in list(card.samples(torch.float16))[1::4]:
         first, second = (parity.run(launcher(card), sample.args) for _ in range(2))
         assert torch.equal(first, second), sample.why
+
+
+@pytest.mark.parametrize("chip", ["small", "wide"])
+def test_products_of_cublas_are_closed(chip, monkeypatch):
+    use_chip(monkeypatch, chip)
+    monkeypatch.setattr(kernels("low_rank_scores"), "WIDE", {2: 0, 4: 0})
+    monkeypatch.setattr(kernels("closed"), "LEAST_STEPS", 1)
+    for chunk, first in ((4000, 0), (1 << 20, 1)):  # some tokens of a sequence; some sequences
+        monkeypatch.setattr(kernels("closed"), "CHUNK_BYTES", chunk)
+        for dtype in DTYPES[:2]:
+            samples = list(ops.low_rank_scores.samples(dtype))[first::2]
+            agree(ops.low_rank_scores, samples, launcher(ops.low_rank_scores))
 
 
 @pytest.mark.parametrize("card", [c for c in ops.ALL if hasattr(c, "order")], ids=ops.stem)

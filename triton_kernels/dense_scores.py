@@ -1,8 +1,9 @@
 """s[q,b] += sum_oj P_q[o,j] G_b[o,j], and per token s[q,b,t] += sum_j (g_bt P_q)[j] (a_bt, 1)[j].
 
-Three ways, by shape. One or two queries: each gradient tile meets every P_q in registers, one
+Four ways, by shape. One or two queries: each gradient tile meets every P_q in registers, one
 number a tile, query and sequence, summed by a second launch. More: every P_q would come from L2
-again for every sequence, so strips of G that stay there are contracted with all queries at once.
+again for every sequence, so strips of G that stay there are contracted with all queries at once;
+where one strip is all of G, by cuBLAS.
 Per token: a program closes tiles of g P_q with a before they leave registers.
 """
 
@@ -266,6 +267,9 @@ def dense_scores(s: Tensor, P: Tensor, g: Tensor, a: Tensor, bias: bool = False)
     if tokens:
         per_token(s, aligned(P), g, a, config(shape, chip(g.device)))
         return
+    if g.is_cuda and Q > FEW_QUERIES and B * O * P.shape[2] * g.element_size() <= STRIP_BYTES:
+        whole_gradients(s, P, g, a, bias)
+        return
     if Q > FEW_QUERIES:
         many_queries(s, P, g, a, strips(shape, chip(g.device)))
     else:
@@ -302,6 +306,20 @@ def few_queries(s: Tensor, P: Tensor, g: Tensor, a: Tensor, by: Config) -> None:
     )
     if by.parts > 1:
         fold(s, out)
+
+
+def whole_gradients(s: Tensor, P: Tensor, g: Tensor, a: Tensor, bias: bool) -> None:
+    """G of all sequences times all queries: s [Q,B]."""
+    (B, _, O), (I, J) = g.shape, (a.shape[2], P.shape[2])
+    G = g.new_empty(B, O, J)
+    torch.bmm(g.mT, a, out=G[..., :I])
+    if bias:
+        torch.sum(g, 1, out=G[..., I])
+    P, G = P.reshape(-1, O * J), G.view(B, -1).T
+    if s.dtype == G.dtype:
+        s.addmm_(P, G)
+    else:
+        torch.addmm(s, P, G, out_dtype=s.dtype, out=s)
 
 
 def many_queries(s: Tensor, P: Tensor, g: Tensor, a: Tensor, by: Strips) -> None:

@@ -28,7 +28,7 @@ from .launch import (
     splits,
     tile,
 )
-from .rotations import operands
+from .rotations import formed, operands
 
 
 @triton.jit
@@ -121,7 +121,10 @@ def eigenvalues(
     if g.numel() == 0:
         return
     for _, x, y in operands(g, a, Qg, Qa, bias, order):
-        _accumulate(lam_sum, x, y)
+        if (G := formed(x, y)) is not None:
+            lam_sum += G.square_().sum(0)
+        else:
+            _accumulate(lam_sum, x, y)
 
 
 def _accumulate(lam_sum: Tensor, g: Tensor, a: Tensor) -> None:

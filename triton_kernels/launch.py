@@ -15,11 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.compiler import CompiledKernel
+from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# An H200 computes for as long as its host takes to describe two tensors: 20 us each, every launch.
+# An H200 computes products of 16 bits for as long as its host takes to describe two tensors to it:
+# 20 us each, every launch.
 LEAST_FLOPS = 2e10
+# Those of fp32 have no tensor cores.
+FP32_SLOWER = 10
 
 
 class Chip(NamedTuple):
@@ -110,9 +114,14 @@ def hopper(chip: Chip) -> bool:
     return chip.capability // 10 == 9
 
 
+def small(flops: float, itemsize: int = 2) -> bool:
+    """Whether a call computes for less time than its host takes to prepare a launch or two."""
+    return flops * (FP32_SLOWER if itemsize == 4 else 1) < LEAST_FLOPS
+
+
 def copies(flops: float, chip: Chip) -> bool:
     """Whether the copy engine is worth what the host takes to describe tensors to it."""
-    return chip.capability >= 90 and flops >= LEAST_FLOPS
+    return chip.capability >= 90 and not small(flops)
 
 
 def tile(rows: int, columns: int, itemsize: int, chip: Chip) -> Tile:
@@ -293,32 +302,36 @@ def fold(out: Tensor, parts: Tensor) -> None:
     )
 
 
-_compiled: dict[tuple, CompiledKernel] = {}
+_compiled: dict[tuple, tuple[Callable, list[object]]] = {}
 
 
 def _kind(x: object) -> object:
     """What a kernel is compiled for of an argument that is no integer."""
     if isinstance(x, Tensor):
-        return x.device, x.dtype, x.data_ptr() % 16 == 0
+        return x.dtype, x.data_ptr() % 16 == 0
     if isinstance(x, TensorDescriptor):
         return x.base.dtype, *x.block_shape
     return type(x)
 
 
-def run(kernel: JITFunction, grid: tuple[int, ...], *args: object, **fixed: object) -> None:
-    """`kernel[grid](*args, **fixed)`, without looking again for what the same call has found.
+def run(
+    kernel: JITFunction, grid: tuple[int, ...], out: Tensor, *args: object, **fixed: object
+) -> None:
+    """`kernel[grid](out, *args, **fixed)`, without looking again for what the same call has found.
 
     Triton looks at every argument of a launch to find the kernel that was compiled for its kind;
     here a call is known by its scalars, by dtype and alignment of its tensors, and by device.
     """
-    key = (kernel.fn, *[x if type(x) is int else _kind(x) for x in args], *fixed.values())
-    if (found := _compiled.get(key)) is None:
-        found = kernel[grid](*args, **fixed)
-        if isinstance(found, CompiledKernel):
-            _compiled[key] = found
+    device, kinds = out.device, [x if type(x) is int else _kind(x) for x in (out, *args)]
+    key = (kernel.fn, device, grid, *kinds, *fixed.values())
+    if (found := _compiled.get(key)) is not None:
+        start, constants = found
+        start(out, *args, *constants, stream=driver.active.get_current_stream(device.index))
         return
-    constants = [fixed[name] for name in kernel.arg_names[len(args) :]]
-    found[(*grid, 1, 1)[:3]](*args, *constants)
+    compiled = kernel[grid](out, *args, **fixed)
+    if isinstance(compiled, CompiledKernel):
+        constants = [fixed[name] for name in kernel.arg_names[1 + len(args) :]]
+        _compiled[key] = compiled[(*grid, 1, 1)[:3]], constants
 
 
 @lru_cache(maxsize=4096)

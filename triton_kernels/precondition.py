@@ -21,7 +21,7 @@ from .launch import (
     sides,
 )
 from .narrow import narrow
-from .rotations import operands
+from .rotations import formed, operands
 
 
 @triton.jit
@@ -108,6 +108,9 @@ def precondition(
     if narrow(P, g, a, Qg, Qa, lam, damping, bias, order):
         return P
     for part, x, y in operands(g, a, Qg, Qa, bias, order):
+        if (G := formed(x, y)) is not None:
+            torch.div(G, lam + damping, out=P[part])
+            continue
         T, B = x.shape[1], max(len(x), len(y))
         by = config(Shape(x.element_size(), B=B, T=T, I=J, O=O), chip(g.device))
         run(

@@ -1,5 +1,7 @@
 """Rotation into the eigenbasis, left to cuBLAS, so that one gradient tile finishes the product.
 
+Where the gradients are few megabytes, that last product is cuBLAS's, too: `formed`.
+
 `operands` reduces Qg^T G_b Qa to sum_t x_t y_t^T whatever the contraction order: sides rotated by
 tokens are rotated first; where a side is rotated on the gradient, the last such rotation is itself
 a sum of that form, its "tokens" being the rows of the eigenvectors. Kernels need one loop, then.
@@ -12,6 +14,8 @@ from torch import Tensor
 
 from .launch import describable, padded
 
+# Fewer bytes are written and read again before the host has launched a kernel of ours.
+FORMED_BYTES = 16 << 20
 # Gradients rotated as such are formed a few sequences at a time: what is written stays in L2.
 CHUNK_BYTES = 32 << 20
 
@@ -23,14 +27,16 @@ def cheapest_order(T: int, O: int, J: int) -> str:
 
 def rotate(x: Tensor, Q: Tensor, bias: bool) -> Tensor:
     """(x, 1) Q without the ones column: x [B,T,I], Q [J,J] -> [B,T,J], rows `padded(J)` apart."""
-    J = Q.shape[1]
-    out = x.new_empty(*x.shape[:-1], padded(J))
-    rows, inside = x.reshape(-1, x.shape[-1]), out.view(-1, padded(J))[:, :J]
+    J, rows = Q.shape[1], x.reshape(-1, x.shape[-1])
+    if J % 16 == 0:
+        out = torch.addmm(Q[-1], rows, Q[:-1]) if bias else rows @ Q
+        return out.view(*x.shape[:-1], J)
+    out = x.new_empty(len(rows), padded(J))
     if bias:
-        torch.addmm(Q[-1], rows, Q[:-1], out=inside)
+        torch.addmm(Q[-1], rows, Q[:-1], out=out[:, :J])
     else:
-        torch.mm(rows, Q, out=inside)
-    return out[..., :J]
+        torch.mm(rows, Q, out=out[:, :J])
+    return out.view(*x.shape[:-1], padded(J))[..., :J]
 
 
 def operands(
@@ -65,6 +71,17 @@ def operands(
             yield part, G, describable(Qa[None])
         else:
             yield part, describable(Qg[None]), rotate(_gradients(g[part], a[part], bias), Qa, False)
+
+
+def formed(x: Tensor, y: Tensor) -> Tensor | None:
+    """sum_t x_t y_t^T of every sequence in fp32, [b,O,J], where that is small; see `operands`."""
+    B, O, J = max(len(x), len(y)), x.shape[2], y.shape[2]
+    if x.device.type != "cuda" or 4 * B * O * J > FORMED_BYTES:
+        return None
+    x, y = x.mT.expand(B, -1, -1), y.expand(B, -1, -1)
+    if x.dtype == torch.float32:
+        return torch.bmm(x, y)
+    return torch.bmm(x, y, out_dtype=torch.float32)
 
 
 def _gradients(g: Tensor, a: Tensor, bias: bool, *, transposed: bool = False) -> Tensor:

@@ -69,7 +69,8 @@ class Job:
 
     def mean(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The covariance [J,J], exactly symmetric."""
-        cov = self.sum.to(device, dtype) / self.count.to(device)
+        # Moved as it is: to(device, dtype) of both would convert, and move more, on the CPU.
+        cov = self.sum.to(device).to(dtype) / self.count.to(device)
         return (cov + cov.mT) / 2
 
 
@@ -144,8 +145,10 @@ def cheap_eigendecomposition(matrix: Tensor) -> Solved:
 
 
 def _stored(job: Job, solved: Solved) -> Solved:
-    """In the memory and dtype that results have; LAPACK's vectors lie column by column."""
-    values, vectors = (x.to("cpu", job.sum.dtype).contiguous() for x in solved)
+    """In the memory and dtype that results have; LAPACK's vectors lie column by column, and are
+    turned where they were computed.
+    """
+    values, vectors = (x.to(job.sum.dtype).contiguous().cpu() for x in solved)
     return values.clamp(min=0), vectors
 
 

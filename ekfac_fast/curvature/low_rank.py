@@ -53,7 +53,9 @@ def truncate(P: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     small = basis.mT @ P
     # Left singular vectors of the small matrix, largest first (eigh is ascending).
     wide = small.double()
-    directions = torch.linalg.eigh(wide @ wide.mT)[1].flip(-1)[..., :rank].to(P.dtype)
+    # On the CPU: of a matrix of this size a GPU takes twice as long, and the host waits for both.
+    vectors = torch.linalg.eigh((wide @ wide.mT).cpu())[1].to(P.dtype)
+    directions = vectors.flip(-1)[..., :rank].to(P.device)
     return basis @ directions, directions.mT @ small
 
 
@@ -62,9 +64,11 @@ def captured_energy(P: Tensor, L: Tensor, R: Tensor) -> Tensor:
 
     Far below 1 means a flat spectrum: low rank does not represent this query, use a higher one.
     """
-    # A few rows at a time: a copy of P in fp64 would take longer than `truncate`.
-    some = P.split(max(1, ENERGY_ELEMENTS // max(1, P.shape[2])), dim=1)
-    total = sum(torch.linalg.vector_norm(x.double(), dim=(1, 2)).square() for x in some)
+    # On a CPU a few rows at a time: a copy of P in fp64 would take longer than `truncate`.
+    rows = max(1, ENERGY_ELEMENTS // max(1, P.shape[2]))
+    some = (x.double() for x in P.split(rows, dim=1)) if P.device.type == "cpu" else (P,)
+    norms = (torch.linalg.vector_norm(x, dim=(1, 2), dtype=torch.float64) for x in some)
+    total = sum(x.square() for x in norms)
     # ||L R||^2 = <L^T L, R R^T>, for any factors.
     L, R = L.double(), R.double()
     kept = ((L.mT @ L) * (R @ R.mT)).sum((1, 2))

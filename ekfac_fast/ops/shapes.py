@@ -44,7 +44,7 @@ class Shape:
     @property
     def J(self) -> int:
         """Input features with the bias column."""
-        return self.I + self.bias
+        return self.I + int(self.bias)  # a bool is no summand of a symbolic size
 
     @property
     def N(self) -> int:
