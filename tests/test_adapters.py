@@ -2,13 +2,15 @@
 
 import peft
 import pytest
-from dense_ekfac import corpus
+import torch
+from dense_ekfac import asked, batch_of, close, corpus, gpt2
 from test_experts import MIXTRAL
 from test_model_families import check, made
 
-from ekfac_fast import fit
-from ekfac_fast.errors import ArgumentError, Notice
+from ekfac_fast import LanguageModelTask, fit, prepare_queries, score
+from ekfac_fast.errors import ArgumentError, ModelError, Notice
 from ekfac_fast.model.layers import select_layers
+from ekfac_fast.model.linearised import Linearised
 
 # peft asks transformers by a name that is about to go.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -85,8 +87,76 @@ def test_an_adapter_on_a_parameter_is_no_layer():
     assert all("q_proj.lora_" in name for name in names)
 
 
-def test_an_adapter_of_vectors_has_no_default(tmp_path):
+@pytest.mark.parametrize(
+    ("base", "targets"),
+    [
+        pytest.param(made("Llama", **LLAMA), ("k_proj", "v_proj", "down_proj"), id="Llama"),
+        # With biases, and weights that lie turned.
+        pytest.param(gpt2(torch.float64), ("c_attn", "mlp.c_proj"), id="GPT-2"),
+    ],
+)
+def test_vectors_of_ia3(base, targets, tmp_path):
+    config = peft.IA3Config(
+        target_modules=[*targets],
+        feedforward_modules=[targets[-1]],
+        fan_in_fan_out="c_attn" in targets,
+        init_ia3_weights=False,
+    )
+    model = peft.get_peft_model(base, config).eval()
+    held = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    layers = select_layers(model)
+    assert {x.name for x in layers} == held.keys()
+    data, queries = ([x | {"id": i} for i, x in enumerate(some)] for some in (corpus(8), asked(2)))
+    f = fit(model, data, out=tmp_path / "f", batch_tokens=60)
+    prepared = prepare_queries(model, f, queries, rank=None, batch_tokens=60)
+    found = score(model, prepared, data, out=tmp_path / "s", batch_tokens=60).matrix
+    task, expected = LanguageModelTask(), 0
+
+    def gradients(examples, loss):
+        each = [torch.autograd.grad(loss(batch_of(e), model), [*held.values()]) for e in examples]
+        return [torch.stack([x.flatten() for x in of]) for of in zip(*each, strict=True)]
+
+    own = gradients(data, task.compute_train_loss)
+    sampled = gradients(data, lambda b, m: task.compute_train_loss(b, m, sample=True))
+    measured = gradients(queries, task.compute_measurement)
+    for name, G, S, M in zip(held, own, sampled, measured, strict=True):
+        lam = S.square().mean(0)
+        close(f[name].lam[:, 0], lam, 1e-6)
+        expected = expected + M / (lam + 0.1 * lam.mean()) @ G.T
+    close(found, expected, 1e-6)
+    step = prepared.parameters(model)
+    assert {n: x.shape for n, x in step.items()} == {n: p.shape for n, p in held.items()}
+    # J^T J of a direction, as refinements ask for it.
+    W = {n: torch.randn(1, p.numel(), 1, dtype=p.dtype) for n, p in held.items()}
+    got = {n: torch.zeros_like(x) for n, x in W.items()}
+    ids = batch_of(data[0])["input_ids"]
+
+    def logits():
+        return model(input_ids=ids).logits
+
+    Linearised(model, layers).add_product(lambda: (logits(), lambda v: v), W, got)
+    u = torch.zeros_like(logits(), requires_grad=True)
+    Ju = torch.autograd.grad((logits() * u).sum(), [*held.values()], create_graph=True)
+    along = sum((x.flatten() * W[n].flatten()).sum() for n, x in zip(held, Ju, strict=True))
+    (dy,) = torch.autograd.grad(along, u)
+    for n, x in zip(
+        held, torch.autograd.grad((logits() * dy).sum(), [*held.values()]), strict=True
+    ):
+        close(got[n].flatten(), x.flatten(), 1e-10)
+
+
+def test_merged_vectors_of_ia3_are_refused(tmp_path):
     config = peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[])
     model = peft.get_peft_model(made("Llama", **LLAMA), config)
-    with pytest.raises(ArgumentError, match=r"an adapter \(ia3\) without a linear layer"):
+    for p in model.parameters():
+        p.data.mul_(1.5)
+    model.merge_adapter()
+    with pytest.raises(ModelError, match=r"ia3_l\.default .*does not multiply by it \(merged"):
         fit(model, corpus(4), out=tmp_path / "f")
+
+
+def test_an_adapter_of_other_things_has_no_default():
+    config = peft.LoHaConfig(target_modules=["k_proj"])
+    model = peft.get_peft_model(made("Llama", **LLAMA), config)
+    with pytest.raises(ArgumentError, match=r"an adapter \(loha\) without a layer that can be"):
+        select_layers(model)

@@ -1,4 +1,4 @@
-"""Adapters as peft puts them into a model: which linear layers they are made of."""
+"""Adapters as peft puts them into a model: which layers they are made of."""
 
 import sys
 import warnings
@@ -10,12 +10,12 @@ from ..checks import listed
 from ..errors import ArgumentError, Notice
 
 
-def adapter_layers(model: nn.Module, linear: Collection[str]) -> list[str] | None:
-    """The linear layers of the active adapters and of the modules saved with them, by name; None of
-    a model without adapters.
+def adapter_layers(model: nn.Module, layers: Collection[str]) -> list[str] | None:
+    """Which of these layers are of the active adapters or of modules saved with them; None of a
+    model without adapters.
 
     Raises:
-        ArgumentError: an adapter is made of other things (IA3's vectors).
+        ArgumentError: an adapter is made of other things.
     """
     # No module of peft's can exist before peft is imported.
     if "peft" not in sys.modules:
@@ -40,18 +40,18 @@ def adapter_layers(model: nn.Module, linear: Collection[str]) -> list[str] | Non
             continue
         active = module.active_adapters
         tuned = [f"{name}.{part}.{adapter}" for part in parts for adapter in active]
-        own = [x for x in linear if any(x == t or x.startswith(f"{t}.") for t in tuned)]
+        own = [x for x in layers if any(x == t or x.startswith(f"{t}.") for t in tuned)]
         found += own
         for n, p in module.named_parameters(prefix=name):
             part = any(n == t or n.startswith(f"{t}.") for t in tuned)
-            if part and n.rpartition(".")[0] not in own:
+            if part and not {n, n.rpartition(".")[0]} & {*own}:
                 others[n] = p.numel()
     if not kinds:
         return None
     if not found:
         raise ArgumentError(
-            f"layers: the model has an adapter ({listed(sorted(kinds))}) without a linear layer, "
-            "and its frozen base is no default. Name the layers you want"
+            f"layers: the model has an adapter ({listed(sorted(kinds))}) without a layer that "
+            "can be tracked, and its frozen base is no default. Name the layers you want"
         )
     for name in wrapped:
         module = model.get_submodule(name)

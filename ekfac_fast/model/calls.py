@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from .experts import Routing
-from .layers import Layer, is_plain, is_product
+from .layers import Layer
+from .products import is_plain, is_product
 from .rows import Grid
 from .weights import is_packed
 

@@ -2,7 +2,7 @@
 
 convolution   y = W patch + b: a row is a patch of the input, and a position of the output
 embedding     y = W^T x: of a row x of one 1 is kept where that stands, never V numbers
-vector        y = f(x, p), each element with its own of p: a = 1, and g times dy/dp
+vector        y = f(x, p), each element with its own of p: a = 1, and g times dy/dp; see `ia3`, too
 """
 
 import copy
@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ModelError
+from . import ia3
 from .calls import given
-from .layers import Layer, is_conv1d, is_plain
+from .layers import Layer
+from .products import is_conv1d, is_plain
 
 # Norms whose code multiplies by a vector that cannot be given row by row: what that multiplies.
 NORMS: dict[Any, Any] = {
@@ -36,6 +38,8 @@ def read(layer: Layer, module: nn.Module, args: tuple, kwargs: dict, output: Any
         raise _refused(layer, module, f"returns a {type(output).__name__}")
     if layer.kind != "vector":
         return x
+    if ia3.is_ia3(module):
+        return ia3.multiplied(module, str(layer.parameter), x)
     if _is_linear(module):
         return output.new_ones(()).expand(output.shape)
     if (normalised := NORMS.get(type(module).forward)) is not None:
@@ -95,6 +99,7 @@ def operands(layer: Layer, module: nn.Module, x: Tensor, g: Tensor) -> tuple[Ten
     if layer.kind == "embedding":
         return x.unsqueeze(-1), _looked_up(module, x, g)
     if layer.kind == "vector":
+        g = ia3.arriving(module, x, g) if ia3.is_ia3(module) else g
         return x.new_ones(()).expand(*x.shape[:-1], 1), g * x
     return x, g
 
@@ -106,7 +111,8 @@ def product(layer: Layer, module: nn.Module, x: Tensor, dW: Tensor) -> Tensor:
         return F.linear(a, dW[:, :I], dW[:, I] if layer.bias else None).mT
     if layer.kind == "embedding":
         return _looked_up(module, x, dW.mT[x])
-    return dW[:, 0] * x
+    dy = dW[:, 0] * x
+    return ia3.moved(module, dy) if ia3.is_ia3(module) else dy
 
 
 def _patches(module: Any, x: Tensor) -> Tensor:
@@ -141,6 +147,12 @@ def _verify_vector(
 ) -> None:
     """Refuse a vector that, given to every row anew, does something else, or to other rows, too."""
     if _is_linear(module) or type(module).forward in NORMS:
+        return
+    if ia3.is_ia3(module):
+        l = module.get_parameter(str(layer.parameter)).flatten()
+        u = ia3.multiplied(module, str(layer.parameter), given(args, kwargs))
+        if not _near(ia3.output(module, l * u), output):
+            raise _refused(layer, module, "does not multiply by it (merged, or not active?)")
         return
     p = _by_row(layer, module, output)
     y = _run(layer, module, p, args, kwargs)

@@ -6,19 +6,18 @@ import difflib
 import fnmatch
 import math
 import re
-import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..checks import flag, instance, require
 from ..errors import ArgumentError, Notice
-from . import experts
+from . import experts, ia3
 from .adapters import adapter_layers
+from .products import is_conv1d, is_embedding
 from .spread import is_spread, tied
 from .weights import is_packed, is_sharded
 
@@ -43,7 +42,7 @@ class Layer:
 
     `kind`: of others than linear layers, what x is. A convolution reads patches, an embedding [V,d]
     rows of one 1 (I = V, O = d); a vector, the scale or bias of a norm or the bias of a linear
-    layer, is an [O,1] that reads a constant 1, and its name is `<module>.<parameter>`.
+    layer or of IA3, is an [O,1] that reads a constant 1, and its name is `<module>.<parameter>`.
     `diagonal`: the covariance of output gradients is its diagonal.
 
     `also`: further modules with the very same parameters, whose gradients are added to its own:
@@ -66,14 +65,14 @@ class Layer:
     def module(self) -> str:
         """The module that computes it."""
         if self.kind == "vector":
-            return self.name.rpartition(".")[0]
+            return ia3.split(self.name) or self.name.rpartition(".")[0]
         return self.name if self.expert is None else self.name.rsplit(".", 2)[0]
 
     @property
     def parameter(self) -> str | None:
         """Of an expert, the parameter of its module that holds its matrix; of a vector, itself."""
         if self.kind == "vector":
-            return self.name.rpartition(".")[2]
+            return self.name.removeprefix(f"{self.module}.")
         return None if self.expert is None else self.name.rsplit(".", 2)[1]
 
     @property
@@ -122,7 +121,8 @@ def linear_layers(model: nn.Module) -> dict[str, Layer]:
 
 def other_layers(model: nn.Module) -> dict[str, Layer]:
     """What can be tracked beside linear layers, by name: convolutions (`nn.Conv1d`, `nn.Conv2d`),
-    embeddings, and vectors: parameters [d] of modules without children, biases of linear layers.
+    embeddings, and vectors: parameters [d] of modules without children, biases of linear layers,
+    IA3's.
     """
     found = {}
     for name, module in model.named_modules():
@@ -133,6 +133,9 @@ def other_layers(model: nn.Module) -> dict[str, Layer]:
         elif isinstance(module, nn.Embedding):
             V, d = module.weight.shape
             found[name] = Layer(name, V, d, False, kind="embedding")
+        elif ia3.is_ia3(module):
+            for of, d in ia3.vectors(name, module).items():
+                found[of] = Layer(of, 1, d, False, kind="vector", diagonal=True)
         elif next(module.children(), None) is None:
             for parameter, p in module.named_parameters(recurse=False):
                 if p.ndim == 1 and p.is_floating_point():
@@ -182,7 +185,7 @@ def select_layers(
         elif pattern == "all":
             matched = set(layers)
         elif pattern == "mlp":
-            matched = _mlps(model, layers)
+            matched = _mlps(model, layers, others)
         else:
             matched = {*(fnmatch.filter(layers, pattern) or fnmatch.filter(others, pattern))}
         if not matched:
@@ -250,11 +253,12 @@ def _no_layer(pattern: str, names: list[str], others: list[str]) -> str:
     return f"layers: no layer matches {pattern!r}; the nearest are {', '.join(near)}"
 
 
-def _mlps(model: nn.Module, layers: dict[str, Layer]) -> set[str]:
+def _mlps(model: nn.Module, layers: dict[str, Layer], others: dict[str, Layer]) -> set[str]:
     """The default: matrices of MLPs that train, without routers, and without towers of images; of a
-    model with an adapter, all linear layers of that.
+    model with an adapter, all linear layers of that, or IA3's vectors.
     """
-    if (adapter := adapter_layers(model, layers)) is not None:
+    own = [*layers, *(name for name in others if ia3.split(name))]
+    if (adapter := adapter_layers(model, own)) is not None:
         return {*adapter}
     found = {
         name
@@ -306,7 +310,8 @@ def _distinct(model: nn.Module, chosen: list[Layer], shared: bool, everything: b
         modules: dict[int, str] = {}
         for u in (u for p in own for u in users[id(same.get(id(p), p))]):
             modules.setdefault(id(model.get_submodule(u)), u)
-        others = sorted({*modules.values()} - {layer.module})
+        holder = layer.name.rpartition(".")[0] if layer.kind == "vector" else layer.module
+        others = sorted({*modules.values()} - {layer.module, holder})
         if not others:
             result[layer.name] = layer
         elif any(layer.name in kept.also for kept in result.values()):
@@ -347,49 +352,3 @@ def _tied(name: str, others: list[str], what: str) -> str:
         f"layer {name} shares a parameter with {', '.join(others)}: its gradient alone is not that "
         f"of the parameter ({what}); leave it out of `layers`"
     )
-
-
-def weights(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """W [O,I] of a linear layer, and b in fp32, if it has one."""
-    W, b = module.weight, module.bias
-    assert isinstance(W, Tensor)
-    return W.t() if is_conv1d(module) else W, b.float() if isinstance(b, Tensor) else None
-
-
-@torch.no_grad()
-def is_product(module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Whether y [...,O] is W x + b of every row x [...,I], as far as y's dtype tells: one bool."""
-    W, b = weights(module)
-    with torch.autocast(x.device.type, enabled=False):
-        error = (nn.functional.linear(x.float(), W.float(), b) - y.float()).abs()
-    slack = max(1e-3, 8 * torch.finfo(y.dtype).eps) * y.abs().max()
-    return (error <= slack).all()
-
-
-def is_embedding(module: nn.Module) -> bool:
-    """Whether a module looks up rows of its weight, and the gradient of each is what arrives."""
-    return (
-        isinstance(module, nn.Embedding)
-        and type(module).forward is nn.Embedding.forward
-        and module.max_norm is None
-        and not module.scale_grad_by_freq
-    )
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Whether a layer computes W x + b by the code of `nn.Linear` or `Conv1D` itself (or W^T x, by
-    that of `nn.Embedding`).
-    """
-    if type(module).forward is nn.Linear.forward or is_embedding(module):
-        return True
-    return is_conv1d(module) and type(module).__module__ == "transformers.pytorch_utils"
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is Hugging Face's `Conv1D`: a linear layer with a transposed weight."""
-    # No transformers module can exist before transformers is imported.
-    if "transformers" not in sys.modules:
-        return False
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, Conv1D)

@@ -6,7 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from .layers import Layer, is_product
+from .layers import Layer
+from .products import is_product
 
 
 def tensors_of(outputs: Any) -> list[Tensor]:

@@ -19,9 +19,10 @@ from ..errors import ModelError, Notice
 from .calls import given
 from .graph import reshaped
 from .layer_batch import LayerBatch
-from .layers import Layer, is_plain, is_product
+from .layers import Layer
 from .outputs import tensors_of
 from .own_loss import ASK, check_own_loss, own_loss
+from .products import is_plain, is_product
 from .rows import Grid, Layout, Rows, trusted
 from .weights import is_packed
 

@@ -10,8 +10,9 @@ from ..checks import is_number, require
 from ..errors import ArgumentError
 from ..model import experts
 from ..model.alone import alone, restored
-from ..model.layers import Layer, is_conv1d
+from ..model.layers import Layer
 from ..model.packed import refuse_packed
+from ..model.products import is_conv1d
 
 
 def as_parameters(model: nn.Module, layers: Mapping[Layer, Tensor]) -> dict[str, Tensor]:
@@ -48,7 +49,7 @@ def as_parameters(model: nn.Module, layers: Mapping[Layer, Tensor]) -> dict[str,
                 raise ArgumentError(f"model has no parameter {name}: it is another model")
             name = first[id(held[name])]
             like = held[name] if layer.expert is None else held[name][layer.expert]
-            if layer.kind == "convolution" and part.numel() == like.numel():
+            if layer.kind in ("convolution", "vector") and part.numel() == like.numel():
                 part = part.reshape(like.shape)
             if part.shape != like.shape:
                 raise ArgumentError(
