@@ -9,6 +9,7 @@ import torch
 
 import shapes_sweep
 from ekfac_fast import ops
+from pages.heat_map import heat_map
 
 
 def test_draws_are_repeatable_and_cover_what_is_promised():
@@ -37,4 +38,4 @@ def test_rows_are_checked_timed_and_drawn(card, monkeypatch):
     ]
     assert all(row["seconds"] > 0 and row["ratio"] > 0 for row in rows)
     assert case.op in shapes_sweep.summary(rows)
-    ElementTree.fromstring(shapes_sweep.heat_map(rows))
+    ElementTree.fromstring(heat_map(rows))

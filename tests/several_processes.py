@@ -45,7 +45,7 @@ def job(
     """Every stage, into folders below `out`.
 
     changed: "other data", in a process of that number; "broken", an example whose loss is NaN;
-    "sharded", the weights over all processes, by blocks.
+    "sharded", the weights over all processes, by blocks; "query_shards", of the scans.
     """
     rank = Processes.here().rank
     network, data, questions = MODELS[model]().eval(), corpus(examples), asked(3)
@@ -73,10 +73,11 @@ def job(
         refined = {"refine": "cg:2", "dataset": data, "refine_examples": 3}
         prepare_queries(network, factors, questions, out=out / "cg", **refined, **settings)
     del settings["rank"]
-    score(network, kept, data, out=out / "scores", attribution=True, **settings)
-    score(network, kept, data, out=out / "heap", top_k=3, **settings)
+    scans = settings | {"query_shards": changed.get("query_shards", 1)}
+    score(network, kept, data, out=out / "scores", attribution=True, **scans)
+    score(network, kept, data, out=out / "heap", top_k=3, **scans)
     some = {"candidates": [[0, 1], [2], [examples - 1]]}
-    score(network, kept, data, out=out / "some", **some, **settings)
+    score(network, kept, data, out=out / "some", **some, **scans)
     self_scores(network, factors, data, out=out / "self", **settings)
     # What does not share its work is whole in each.
     np.save(out / f"dot-{rank}.npy", gradient_dot(network, questions, data, **settings))

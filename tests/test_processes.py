@@ -159,6 +159,20 @@ def test_several_are_one(machine, alone, model, tolerance, size):
     same(out, alone(model=model), tolerance)
 
 
+@pytest.mark.parametrize(("size", "shards"), [(2, 2), (4, 2), (3, 3)])
+def test_queries_shared_out(machine, alone, size, shards):
+    """A mesh of processes: batches by queries, of which there are 3."""
+    out = machine.root / f"shards-{size}-{shards}"
+    run(machine, size, out, model="llama fp64", query_shards=shards)
+    same(out, alone(model="llama fp64"), 1e-12)
+
+
+def test_shards_that_do_not_divide_the_processes(machine):
+    out = machine.root / "shards"
+    assert machine(3, out, model="gpt2", query_shards=2) == [1, 1, 1]
+    assert "query_shards is 2, which does not divide 3 processes" in told(out, 3)[0]
+
+
 @pytest.mark.parametrize("model", ["gpt2 fp64", "llama fp64"])
 @pytest.mark.parametrize("arguments", [{}, {"examples": 3, "batch_tokens": 1000}])
 def test_a_sharded_model_is_the_whole_one(machine, alone, model, arguments):
@@ -294,6 +308,15 @@ def killed(machine: Machine, whole: Path, count: int, **arguments) -> str:
         shutil.rmtree(out)
         runs += 1
     return f"{kills} kills in {runs} runs: all equal"
+
+
+def test_killed_while_queries_are_shared_out(machine, alone):
+    arguments = {"model": "gpt2 fp64", "examples": 40, "batch_tokens": 32}
+    out = machine.root / "killed-shards"
+    codes = machine(2, out, [1, 4.0], query_shards=2, **arguments)
+    run(machine, 4, out, query_shards=2, **arguments)
+    same(out, alone(**arguments), 1e-11)
+    assert set(codes) <= {0, 1, -9}
 
 
 def test_killed_and_continued_by_another_number(machine, alone):

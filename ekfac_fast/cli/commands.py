@@ -31,6 +31,7 @@ from .options import (
     Memory,
     Model,
     Out,
+    Packed,
     Precision,
     Reduce,
     Reference,
@@ -85,6 +86,7 @@ def fit(
     context: Context = None,
     split: SplitBy = "file",
     on_long: TooLong = "chunk",
+    packed: Packed = False,
     adapter: Adapter = None,
     fields: Fields = None,
     chat_template: ChatTemplate = None,
@@ -109,7 +111,7 @@ def fit(
 
     asked = tasks.Asked(task or tasks.LANGUAGE, beta, reference=reference)
     source, _, corpus = loaded(
-        model, adapter, data, context, split, on_long, fields, chat_template, dtype,
+        model, adapter, data, context, split, on_long, packed, fields, chat_template, dtype,
         trust_remote_code, shard, device_map, asked, [out],
     )  # fmt: skip
     runs.fit_job(
@@ -159,6 +161,9 @@ def score(
     train_size: Annotated[
         int | None, typer.Option(help="N that displayed scores divide by")
     ] = None,
+    query_shards: Annotated[
+        int, typer.Option(help="so many of torchrun's processes share the queries out")
+    ] = 1,
     task: Task = None,
     reference: Reference = None,
     measure: Measure = "loss",
@@ -178,6 +183,7 @@ def score(
     context: Context = None,
     split: SplitBy = "file",
     on_long: TooLong = "chunk",
+    packed: Packed = False,
     adapter: Adapter = None,
     fields: Fields = None,
     chat_template: ChatTemplate = None,
@@ -195,7 +201,7 @@ def score(
 
     asked = tasks.fitted(task, factors, runs.RUN, measure=measure, reference=reference)
     source, cutting, corpus = loaded(
-        model, adapter, data, context, split, on_long, fields, chat_template, dtype,
+        model, adapter, data, context, split, on_long, packed, fields, chat_template, dtype,
         trust_remote_code, shard, device_map, asked, [factors, out],
     )  # fmt: skip
     questions = tasks.Questions(queries, sets, reduce, trust_remote_code)
@@ -203,7 +209,7 @@ def score(
         source, Factors(factors), questions, corpus, cutting, out, console, asked,
         rank=rank or None, damping=damping, refine=refine, refine_examples=refine_examples,
         refine_seed=refine_seed, top_k=top_k, candidates=candidates, train_size=train_size,
-        batch_tokens=batch_tokens, memory=memory, detail=detail,
+        query_shards=query_shards, batch_tokens=batch_tokens, memory=memory, detail=detail,
         attribution=detail and attribution,
     )  # fmt: skip
     runs.print_top(console, out, corpus, source.tokenizer)
@@ -221,6 +227,7 @@ def self_influence(
     context: Context = None,
     split: SplitBy = "file",
     on_long: TooLong = "chunk",
+    packed: Packed = False,
     adapter: Adapter = None,
     fields: Fields = None,
     chat_template: ChatTemplate = None,
@@ -240,7 +247,7 @@ def self_influence(
 
     asked = tasks.fitted(task, factors, runs.RUN, reference=reference)
     source, _, corpus = loaded(
-        model, adapter, data, context, split, on_long, fields, chat_template, dtype,
+        model, adapter, data, context, split, on_long, packed, fields, chat_template, dtype,
         trust_remote_code, shard, device_map, asked, [factors, out],
     )  # fmt: skip
     scores = runs.self_job(

@@ -14,6 +14,7 @@ from ..data.batches import positions
 from ..data.choices import OnLong, Split
 from ..data.examples import Corpus
 from ..data.labelled import Labelled, read_labelled
+from ..data.packing import pack
 from ..data.pairs import Pairs, read_pairs
 from ..data.records import read
 from ..data.token_files import are_tokens, open_tokens
@@ -43,8 +44,9 @@ SPACED = ("gpt2", "roberta", "deberta", "bloom", "bart", "longformer")
 class Cutting:
     """How text becomes sequences: of at most `context` tokens, from records that `split` makes of
     a text file, or that `fields` finds in others; longer ones are cut in chunks, truncated or
-    refused. `chat_template`: of conversations, in place of the tokenizer's own. Of a `task` that is
-    no language model's: `labels` by name, and the file of pairs' log-probabilities.
+    refused; `packed`, several are one sequence. `chat_template`: of conversations, in place of the
+    tokenizer's own. Of a `task` that is no language model's: `labels` by name, and the file of
+    pairs' log-probabilities.
     """
 
     context: int
@@ -55,6 +57,7 @@ class Cutting:
     task: Kind | None = None
     labels: dict[str, int] | None = None
     references: str | None = None
+    packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -263,7 +266,11 @@ def read_data(
     path: Path, tokenizer: Any, cutting: Cutting, console: Terminal, keep: Sequence[str] = ()
 ) -> Corpus:
     """A corpus as examples; says what was cut off or left out."""
-    if cutting.task not in (None, "language-model"):
+    text = cutting.task in (None, "language-model")
+    if cutting.packed and not (text and (cutting.fields is not None or not are_tokens(path))):
+        what = "tokens: its sequences are made" if text else f"a corpus for {cutting.task}"
+        raise ArgumentError(f"--packed is of records of text or conversations; {path} holds {what}")
+    if not text:
         examples = read_examples(path, tokenizer, cutting, keep)
         told = f"; {examples.truncated} lost {examples.dropped} tokens" * (examples.truncated > 0)
         console.say(f"{path}: {len(examples)} examples for {cutting.task}{told}")
@@ -276,10 +283,13 @@ def read_data(
         return mapped
     records = read(path, split=cutting.split, fields=cutting.fields, keep=keep)
     data = tokenize(records, tokenizer, cutting.context, on_long=cutting.on_long, on_empty="skip")
-    notes = [f"{len(data)} sequences of at most {cutting.context} tokens"]
+    corpus = pack(data, cutting.context) if cutting.packed else data
+    notes = [f"{len(corpus)} sequences of at most {cutting.context} tokens"]
+    if cutting.packed:
+        notes[0] += f", of {len(data)} documents"
     if data.truncated:
         notes.append(f"{data.truncated} records lost {data.dropped} tokens")
     if data.skipped:
         notes.append(f"{data.skipped} empty records skipped")
     console.say(f"{path}: {'; '.join(notes)}")
-    return data
+    return corpus

@@ -18,6 +18,7 @@ def loaded(
     context: int | None,
     split: Split,
     on_long: OnLong,
+    packed: bool,
     fields: str | None,
     chat_template: Path | None,
     dtype: Dtype,
@@ -40,7 +41,9 @@ def loaded(
     if shard:
         source = replace(source, model=sharded(source.model))
     console.say(f"passes in {'float32' if source.autocast is None else 'bfloat16'}")
-    cutting = inputs.Cutting(source.context(context), split, on_long, mapping, template)
+    cutting = inputs.Cutting(
+        source.context(context), split, on_long, mapping, template, packed=packed
+    )
     if asked.kind != tasks.LANGUAGE:
         cutting = replace(cutting, task=asked.kind, labels=tasks.labels_of(source, asked.kind))
     corpus = inputs.read_data(data, source.tokenizer, cutting, console)

@@ -25,6 +25,9 @@ Adapter = Annotated[str | None, typer.Option(help="peft adapter to put in: a fol
 Context = Annotated[int | None, typer.Option(help="tokens a sequence, at most; default 512")]
 SplitBy = Annotated[Split, typer.Option(help="a .txt record is a: file, paragraph or line")]
 TooLong = Annotated[OnLong, typer.Option(help="what becomes of a record over the context")]
+Packed = Annotated[
+    bool, typer.Option("--packed", help="records end to end in a sequence, kept apart by positions")
+]
 Fields = Annotated[
     str | None,
     typer.Option(help="of the corpus: prompt=question,completion=answer; user=a+b,assistant=c"),

@@ -8,6 +8,7 @@ from ..lazy import loader
 if TYPE_CHECKING:
     from .labelled import Labelled, read_labelled
     from .mapped import MappedTokens
+    from .packing import Packed, pack
     from .pairs import Pairs, read_pairs, read_queries
     from .records import read
     from .token_files import open_tokens
@@ -17,9 +18,11 @@ __all__ = [
     "DataError",
     "Labelled",
     "MappedTokens",
+    "Packed",
     "Pairs",
     "Tokens",
     "open_tokens",
+    "pack",
     "read",
     "read_labelled",
     "read_pairs",
@@ -32,9 +35,11 @@ __getattr__ = loader(
     {
         "Labelled": "labelled",
         "MappedTokens": "mapped",
+        "Packed": "packing",
         "Pairs": "pairs",
         "Tokens": "tokens",
         "open_tokens": "token_files",
+        "pack": "packing",
         "read": "records",
         "read_labelled": "labelled",
         "read_pairs": "pairs",

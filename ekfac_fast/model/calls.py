@@ -38,7 +38,8 @@ class Calls:
         # Layers to be run again, in a graph that starts with their input.
         self.unstarted: set[str] = set()
         self.consumed: set[str] = set()
-        self._products: dict[str, list[Tensor]] = {}
+        # Of every use the output's size, dtype and device.
+        self._outputs: dict[str, list[tuple[torch.Size, torch.dtype, torch.device]]] = {}
         self._versions: dict[str, list[tuple[Tensor, int]]] = {}
         self._checks: list[tuple[str, str, Tensor]] = []
         self._first: dict[tuple[int, int, bool], str] = {}
@@ -96,8 +97,8 @@ class Calls:
             self.turned.add((name, len(self.inputs.get(name, ()))))
         self._versions.setdefault(name, []).append((x, x._version))
         self.inputs.setdefault(name, []).append(x.detach().clone() if copy else x.detach())
-        # One number stands for the whole output until a zero gradient is asked for.
-        self._products.setdefault(name, []).append(output.new_zeros(()).expand(output.shape))
+        told = output.shape, output.dtype, output.device
+        self._outputs.setdefault(name, []).append(told)
         # Tensors in `_versions` stay alive until the pass ends, so ids are unique.
         key = id(x), x._version, layer.bias
         # Others read a tensor each in a way of its own.
@@ -116,11 +117,12 @@ class Calls:
         return owner, max(1, self._sizes[owner])
 
     def _again(self, name: str) -> bool:
-        return len(self._products[name]) > 1
+        return len(self._outputs[name]) > 1
 
-    def outputs(self, name: str) -> list[Tensor]:
-        """A zero of the shape of every output, in the order of the uses."""
-        return self._products[name]
+    def zero(self, name: str, use: int) -> Tensor:
+        """The gradient of an output that reaches no loss: one number, in the output's shape."""
+        shape, dtype, device = self._outputs[name][use]
+        return torch.zeros((), dtype=dtype, device=device).expand(shape)
 
     def changed_in_place(self) -> set[str]:
         """Layers whose input is no longer what they read."""
@@ -141,7 +143,7 @@ class Calls:
         self.consumed.clear()
         self.gradients.clear()
         for name in self._late:
-            for seen in (self.inputs, self._products, self._shared, self.routed):
+            for seen in (self.inputs, self._outputs, self._shared, self.routed):
                 seen.pop(name, None)
             self.routes.pop(self.layers[name].module, None)
         self._groups = None

@@ -331,10 +331,11 @@ class Capture:
             )
         # A layer used several times has the sum of its uses' gradients: their tokens, end to end.
         uses = []
-        for use, (x, zero) in enumerate(zip(inputs, calls.outputs(name), strict=True)):
+        for use, x in enumerate(inputs):
             if gradients and use not in gradients:
                 continue  # for something that no loss depends on
-            a, g = kinds.operands(layer, calls.modules[name], x, gradients.get(use, zero))
+            g = gradients[use] if gradients else calls.zero(name, use)
+            a, g = kinds.operands(layer, calls.modules[name], x, g)
             if (name, use) in calls.turned:
                 # Rows that no loss reaches (padding) count for nothing on either side.
                 a, g = g, a * (g != 0).any(-1, keepdim=True)
@@ -366,8 +367,8 @@ class Capture:
         calls.consumed.add(name)
         gradients, uses = calls.gradients.pop(name, {}), []
         for use, routing in enumerate(calls.routed.get(name, [])):
-            x, zero = calls.inputs[name][use], calls.outputs(name)[use]
-            uses.append((routing, x, gradients.get(use, zero)))
+            g = gradients[use] if use in gradients else calls.zero(name, use)
+            uses.append((routing, calls.inputs[name][use], g))
         if not uses:
             first = calls.routes[module][0]
             a, g = (first.like.new_zeros(0, F) for F in (layer.I, layer.O))

@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Self, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import Error, Notice, ProcessError
+from ..errors import ArgumentError, Error, Notice, ProcessError
 from ..store.fingerprint import differences
 
 T = TypeVar("T")
@@ -40,6 +41,8 @@ class Processes:
         self.rank, self.size = rank, size
         # The group's own keys and counters: to ask them waits for nobody.
         self._keys = keys
+        # How many take each batch together, and their group.
+        self.shards, self._group = 1, None
 
     @classmethod
     def here(cls) -> Self:
@@ -60,8 +63,50 @@ class Processes:
         return int(os.environ.get("LOCAL_WORLD_SIZE", self.size)) if self.size > 1 else 1
 
     def mine(self, items: Sequence[T]) -> Sequence[T]:
-        """This process's part: every `size`-th."""
-        return items[self.rank :: self.size]
+        """This process's part: every `size`-th; of those that take each batch together, theirs."""
+        return items[self.rank // self.shards :: self.size // self.shards]
+
+    @contextmanager
+    def sharing(self, shards: int) -> Iterator[None]:
+        """In a block, so many processes take each batch together: a mesh, batches by `shards`.
+
+        Raises:
+            ArgumentError: the processes cannot be divided so.
+        """
+        if self.size % shards:
+            raise ArgumentError(
+                f"query_shards is {shards}, which does not divide {self.size} processes"
+            )
+        if shards == 1:
+            yield
+            return
+        ranks = [range(first, first + shards) for first in range(0, self.size, shards)]
+        with self._reaching():
+            groups = [dist.new_group([*some]) for some in ranks]  # all are made by everyone
+        self.shards, self._group = shards, groups[self.rank // shards]
+        try:
+            yield
+        finally:
+            self.shards, self._group = 1, None
+
+    @property
+    def shard(self) -> int:
+        """Which of those that take each batch together this one is; the first keeps the results."""
+        return self.rank % self.shards
+
+    def part(self, n: int) -> slice:
+        """Of n things, those of this shard: as many as of the others, or one more."""
+        return slice(n * self.shard // self.shards, n * (self.shard + 1) // self.shards)
+
+    def joined(self, x: Tensor) -> Tensor | None:
+        """[n,...] of those that take a batch together, end to end, in the first; elsewhere None."""
+        if self.shards == 1:
+            return x
+        self.check()
+        found: list[Any] | None = None if self.shard else [None] * self.shards
+        with self._reaching():
+            dist.gather_object(x, found, dst=self.rank - self.shard, group=self._group)
+        return torch.cat(found) if found else None
 
     def meet(self) -> None:
         """Go on when all are here."""

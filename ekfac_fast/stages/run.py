@@ -296,7 +296,8 @@ class Run:
             except NotFiniteError as error:
                 again = (self._batch(n, batches[n]) for n in since if batches[n])
                 raise NotFiniteError(f"{error}{origin(self, capture, loss, again)}") from error
-            self.report(stage, before + count(self.batches.tokens(indices)), total)
+            told = 0 if self.processes.shard else self.batches.tokens(indices)
+            self.report(stage, before + count(told), total)
         # For its weights, a process keeps up with the one that has the most passes.
         for _ in range(len(passing), most):
             one = self._batch(0, next(filter(None, batches)))

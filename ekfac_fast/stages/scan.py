@@ -60,6 +60,7 @@ def score(
     top_k: int | None = None,
     candidates: str | Sequence[Sequence[int]] | None = None,
     train_size: int | None = None,
+    query_shards: int = 1,
     **arguments: Unpack[RunArguments],
 ) -> Scores:
     """Score every sequence of `dataset` against every query, into the folder `out`.
@@ -80,6 +81,8 @@ def score(
         candidates: "tfidf:10000" for the paper's filter (Eq. 28), or indices per query; sequences
             that are nobody's candidate are not scanned.
         train_size: N by which a display divides; None: the size of `dataset`.
+        query_shards: of several processes, how many share the queries out, each with a part of
+            them on its device, and pass the same batches; for queries that do not fit one.
         arguments: see `RunArguments`.
 
     Raises:
@@ -96,6 +99,7 @@ def score(
         flag(name, value)
     detail = per_token or per_layer or attribution
     run = Run(model, dataset, arguments, processes=Processes.here())
+    shards = whole("query_shards", query_shards, 1, len(queries))
     ranked = _candidates(candidates, queries, run)
     facts = _facts(run, train_size) | {
         "queries": queries.identity,
@@ -107,17 +111,22 @@ def score(
     queries.check_run(facts, "score")
     with run.opened(out, "scores", facts) as store:
         layers = [q.layer for q in queries.layers]
-        gradients = None if store.finished else on_device(run, queries)
-        if gradients is not None:
+        gradients = None
+        if not store.finished:
             chosen = None if ranked is None else [np.unique(indices) for indices in ranked]
-            _scan(run, layers, len(queries), store, chosen, top_k, adding(gradients))
+            with run.processes.sharing(shards):
+                own = run.processes.part(len(queries))
+                gradients = on_device(run, queries, own)
+                add = adding(gradients)
+                _scan(run, layers, len(queries), store, chosen, top_k, add, own)
+            gradients = gradients if shards == 1 else None
         later = run.processes.told(attribution and store.state.get("attribution") is None)
         if detail and (later or not store.finished):
             order = ranked if isinstance(candidates, str) else None
             counts = (top_k or DETAILED, 0 if top_k else LOWEST)
             with store.threads():
-                own = thin(run, queries, gradients)
-                explain(run, layers, own, store, counts, order, attribution)
+                placed = thin(run, queries, gradients)
+                explain(run, layers, placed, store, counts, order, attribution)
         if store.finished and later:
             store.update(seconds=store.state["seconds"] | run.seconds)
         elif not store.finished:
@@ -235,15 +244,18 @@ def _scan(
     chosen: list[np.ndarray] | None,
     top_k: int | None,
     add: Callable[[Tensor, LayerBatch], None],
+    own: slice = slice(None),
 ) -> None:
-    """One pass over the data: add(s [Q,B], LayerBatch) for every layer of every batch."""
+    """One pass over the data: add(s [Q,B], LayerBatch) for every layer of every batch; of a process
+    that has its `own` queries, for those.
+    """
     batches = run.planned(store)
     scanned = batches
     if chosen is not None:
         wanted = np.zeros(run.batches.size, dtype=bool)
         wanted[np.concatenate(chosen)] = True
         scanned = batches.only(wanted)
-    consumer = Scan(run, store, Q, batches, chosen, top_k, add)
+    consumer = Scan(run, store, Q, batches, chosen, top_k, add, own)
     run.each(Stage.SCAN, layers, scanned, consumer, done=consumer.done)
     consumer.collect()
     if not run.processes.first:
@@ -271,11 +283,12 @@ class Scan(Consumer):
         chosen: list[np.ndarray] | None,
         top_k: int | None,
         add: Callable[[Tensor, LayerBatch], None],
+        own: slice = slice(None),
     ) -> None:
         self.run, self.store, self.batches = run, store, batches
         self.chosen, self._add = chosen, add
         dtype = accumulator(run.model)
-        self.Q, self.dtype = Q, dtype
+        self.Q, self.dtype = len(range(Q)[own]), dtype
         # Of every device that layers are on.
         self.s: dict[torch.device, Tensor] = {}
         shape, kind = (Q, run.batches.size), "float64" if dtype == torch.float64 else "float32"
@@ -303,7 +316,9 @@ class Scan(Consumer):
     def end(self, batch: Batch) -> None:
         """The scores of a batch, NaN where a sequence is not a query's candidate."""
         first, *others = (x.cpu() for x in self.s.values())
-        s, indices = sum(others, start=first), batch.indices
+        s, indices = self.run.processes.joined(sum(others, start=first)), batch.indices
+        if s is None:
+            return  # another process has them
         finite = s.isfinite()
         if not bool(finite.all()):
             q, b = (int(i) for i in (~finite).nonzero()[0])
@@ -322,7 +337,8 @@ class Scan(Consumer):
 
     def save(self, done: Collection[int]) -> None:
         """The matrix and its marks, or the heap."""
-        self.kept.save(done, self.run.seconds[Stage.SCAN])
+        if not self.run.processes.shard:
+            self.kept.save(done, self.run.seconds[Stage.SCAN])
 
     def collect(self) -> None:
         """What all processes have scored, in the first."""
@@ -349,8 +365,9 @@ def adding(gradients: dict[str, QueryGradients]) -> Callable[[Tensor, LayerBatch
     return add
 
 
-def on_device(run: Run, queries: Queries) -> dict[str, QueryGradients]:
-    """Every layer's queries where and as the model computes, in the form that scores cheapest.
+def on_device(run: Run, queries: Queries, own: slice = slice(None)) -> dict[str, QueryGradients]:
+    """Every layer's queries (`own` of them) where and as the model computes, in the form that
+    scores cheapest.
 
     They are multiplied out once and for all where all of those that should be fit in half of the
     free memory; else, where that still pays, for each batch.
@@ -358,28 +375,24 @@ def on_device(run: Run, queries: Queries) -> dict[str, QueryGradients]:
     batches = run.batches
     tokens = round(float(batches.lengths.mean()))
 
-    def pays(own: LayerQueries) -> bool:
-        K = 0 if own.R is None else own.R.shape[1]
+    Q = len(range(len(queries))[own])
+
+    def pays(x: LayerQueries) -> bool:
+        K, layer = 0 if x.R is None else x.R.shape[1], x.layer
         shape = Shape(
-            B=batches.size,
-            T=tokens,
-            I=own.layer.I,
-            O=own.layer.O,
-            Q=len(queries),
-            K=K,
-            bias=own.layer.bias,
-        )
-        return bool(K) and own.layer.kind != "embedding" and contraction(shape) == "dense"
+            B=batches.size, T=tokens, I=layer.I, O=layer.O, Q=Q, K=K, bias=layer.bias
+        )  # fmt: skip
+        return bool(K) and layer.kind != "embedding" and contraction(shape) == "dense"
 
-    gains = {own.layer.name for own in queries.layers if pays(own)}
+    gains = {x.layer.name for x in queries.layers if pays(x)}
     size = sum(x.layer.O * x.layer.J for x in queries.layers if x.layer.name in gains)
-    places = run.places([own.layer for own in queries.layers])
-    fits = size * len(queries) * run.dtype.itemsize < SHARE_OF_A_STAGE * free_bytes(run.device)
+    places = run.places([x.layer for x in queries.layers])
+    fits = size * Q * run.dtype.itemsize < SHARE_OF_A_STAGE * free_bytes(run.device)
 
-    def kept(own: LayerQueries) -> QueryGradients:
-        moved = own.gradients.each(lambda x: x.to(places[own.layer.name], run.dtype))
-        if fits and own.layer.name in gains:
+    def kept(x: LayerQueries) -> QueryGradients:
+        moved = x.gradients.each(lambda part: part[own].to(places[x.layer.name], run.dtype))
+        if fits and x.layer.name in gains:
             moved = Dense(moved.dense())
         return moved.laid_out()
 
-    return {own.layer.name: kept(own) for own in queries.layers}
+    return {x.layer.name: kept(x) for x in queries.layers}
