@@ -53,9 +53,7 @@ def truncate(P: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     small = basis.mT @ P
     # Left singular vectors of the small matrix, largest first (eigh is ascending).
     wide = small.double()
-    # On the CPU: of a matrix of this size a GPU takes twice as long, and the host waits for both.
-    vectors = torch.linalg.eigh((wide @ wide.mT).cpu())[1].to(P.dtype)
-    directions = vectors.flip(-1)[..., :rank].to(P.device)
+    directions = torch.linalg.eigh(wide @ wide.mT)[1].flip(-1)[..., :rank].to(P.dtype)
     return basis @ directions, directions.mT @ small
 
 
