@@ -61,7 +61,7 @@ NAMES = (
     ("ROWS", "COLUMNS", "BLOCK"),
     ("BLOCK", "BLOCK", "BLOCK_N"),
 )
-HELPERS = ("fold_kernel", "covariance_fold_kernel", "strip_kernel", "close_kernel")
+HELPERS = ("fold_kernel", "covariance_fold_kernel", "strip_kernel")
 
 
 def module(name: str):
@@ -90,9 +90,17 @@ def launch_all(dtype, T=512, O=4096, I=4096, B=16, Q=4, K=32, bias=False) -> Non
         for n in (1, many)[: 1 + (not tokens)]:
             P = operand(Q if tokens else n, O, J)
             module("dense_scores").dense_scores(wide(len(P), B, *tokens), P, g, a, bias)
-        s, low_rank = wide(many, B, *tokens), module("low_rank_scores")
-        low_rank.low_rank_scores(s, L, R, g, a, bias)
-        left, right = L.permute(1, 0, 2).reshape(O, -1), R.reshape(many * K, J)
+        module("low_rank_scores").low_rank_scores(wide(many, B, *tokens), L, R, g, a, bias)
+
+
+def launch_closed(dtype, T=512, O=4096, I=4096, B=16, Q=4, K=32, bias=False) -> None:
+    """Low-rank scores of a wide layer, per sequence and per token: cuBLAS's products, closed."""
+    left, right, g, a = (
+        torch.empty(shape, dtype=dtype, device="meta")
+        for shape in ((O, 16 * Q * K), (16 * Q * K, I + bias), (B, T, O), (B, T, I))
+    )
+    for tokens in ((), (T,)):
+        s = torch.empty((16 * Q, B, *tokens), device="meta")
         module("closed").closed(s, left, right, g, a, bias)
 
 
@@ -322,6 +330,16 @@ def test_a_known_launch_is_not_looked_up_again(monkeypatch):
         run(*other)
     assert len(looked) == 4
     assert not started
+
+
+@pytest.mark.parametrize("case", ["wide with bias", "narrow", "short"])
+@pytest.mark.parametrize("sm", CHIPS)
+def test_products_are_closed_in_registers(compiled, sm, case, tmp_path):
+    launches = compiled(sm, case, launch_closed)
+    assert {name for name, _, _ in launches} <= {"close_kernel", "fold_kernel"}
+    for name, options, kernel in launches:
+        registers, stack = resources(kernel, tmp_path)
+        assert stack <= 8, f"{name}, {options}: {stack} bytes spilled, {registers} registers"
 
 
 def test_one_launch_an_op_once_rotated(compiled):
