@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Chip, Shape, cdiv, chip, fold, options, run
+from .launch import Chip, Shape, cdiv, chip, fold, in_fp32, options, run
 
 # Of both products at a time.
 CHUNK_BYTES = 64 << 20
@@ -114,11 +114,9 @@ def pieces(B: int, T: int, width: int) -> Iterator[tuple[slice, slice]]:
 
 def product(x: Tensor, y: Tensor) -> Tensor:
     """x y in fp32."""
-    if x.dtype == torch.float32:
-        return x @ y
     if x.device.type == "cpu":  # Triton's interpreter; torch has no such product there
         return x.float() @ y.float()
-    return torch.mm(x, y, out_dtype=torch.float32)
+    return torch.mm(x, y, **in_fp32(x))
 
 
 def closed(s: Tensor, left: Tensor, right: Tensor, g: Tensor, a: Tensor, bias: bool) -> None:

@@ -20,6 +20,7 @@ from .launch import (
     Shape,
     cdiv,
     chip,
+    in_fp32,
     launcher,
     options,
     padded,
@@ -214,10 +215,7 @@ def _whole(cov: Tensor, x: Tensor, mask: Tensor | None, bias: bool) -> None:
         rows[:, :I] = x
         rows[:, I] = 1 if keep is None else keep
         x = rows
-    if x.dtype == cov.dtype:
-        cov.addmm_(x.mT, x)
-    else:
-        torch.addmm(cov, x.mT, x, out_dtype=cov.dtype, out=cov)
+    torch.addmm(cov, x.mT, x, out=cov, **in_fp32(x))
 
 
 torch.library.impl("ekfac_fast::covariance", "cuda", covariance)

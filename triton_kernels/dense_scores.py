@@ -28,6 +28,7 @@ from .launch import (
     describable,
     even,
     fold,
+    in_fp32,
     launcher,
     precision,
     readable,
@@ -36,6 +37,7 @@ from .launch import (
     splits,
     tile,
 )
+from .rotations import form
 
 # Beyond these, fetching P_q for every sequence takes longer than writing G (H200: 1.9 to 1.6 ms).
 FEW_QUERIES = 2
@@ -310,16 +312,9 @@ def few_queries(s: Tensor, P: Tensor, g: Tensor, a: Tensor, by: Config) -> None:
 
 def whole_gradients(s: Tensor, P: Tensor, g: Tensor, a: Tensor, bias: bool) -> None:
     """G of all sequences times all queries: s [Q,B]."""
-    (B, _, O), (I, J) = g.shape, (a.shape[2], P.shape[2])
-    G = g.new_empty(B, O, J)
-    torch.bmm(g.mT, a, out=G[..., :I])
-    if bias:
-        torch.sum(g, 1, out=G[..., I])
-    P, G = P.reshape(-1, O * J), G.view(B, -1).T
-    if s.dtype == G.dtype:
-        s.addmm_(P, G)
-    else:
-        torch.addmm(s, P, G, out_dtype=s.dtype, out=s)
+    G = g.new_empty(len(g), *P.shape[1:])
+    form(G, g, a, bias)
+    torch.addmm(s, P.flatten(1), G.flatten(1).T, out=s, **in_fp32(g))
 
 
 def many_queries(s: Tensor, P: Tensor, g: Tensor, a: Tensor, by: Strips) -> None:

@@ -173,6 +173,11 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee"
 
 
+def in_fp32(x: Tensor) -> dict[str, torch.dtype]:
+    """What a product of cuBLAS of such operands is told, so that it comes in fp32."""
+    return {} if x.dtype == torch.float32 else {"out_dtype": torch.float32}
+
+
 def splits(tiles: int, terms: int, limit: int, chip: Chip, *, begin: int = 0) -> int:
     """Into how many parts a sum of `terms` is cut so that `tiles` of it fill the chip.
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .launch import describable, padded
+from .launch import describable, in_fp32, padded
 
 # Fewer bytes are written and read again before the host has launched a kernel of ours.
 FORMED_BYTES = 16 << 20
@@ -79,9 +79,7 @@ def formed(x: Tensor, y: Tensor) -> Tensor | None:
     if x.device.type != "cuda" or 4 * B * O * J > FORMED_BYTES:
         return None
     x, y = x.mT.expand(B, -1, -1), y.expand(B, -1, -1)
-    if x.dtype == torch.float32:
-        return torch.bmm(x, y)
-    return torch.bmm(x, y, out_dtype=torch.float32)
+    return torch.bmm(x, y, **in_fp32(x))
 
 
 def _gradients(g: Tensor, a: Tensor, bias: bool, *, transposed: bool = False) -> Tensor:
@@ -89,8 +87,13 @@ def _gradients(g: Tensor, a: Tensor, bias: bool, *, transposed: bool = False) ->
     (b, _, O), I = g.shape, a.shape[-1]
     rows, columns = (I + bias, O) if transposed else (O, I + bias)
     out = g.new_empty(b, rows, padded(columns))[..., :columns]
-    G = out.mT if transposed else out
+    form(out.mT if transposed else out, g, a, bias)
+    return out
+
+
+def form(G: Tensor, g: Tensor, a: Tensor, bias: bool) -> None:
+    """G [b,O,J] = sum_t g_bt (a_bt, 1)^T, of any strides."""
+    I = a.shape[-1]
     torch.bmm(g.mT, a, out=G[..., :I])
     if bias:
         torch.sum(g, 1, out=G[..., I])
-    return out

@@ -266,16 +266,14 @@ def read_data(
     path: Path, tokenizer: Any, cutting: Cutting, console: Terminal, keep: Sequence[str] = ()
 ) -> Corpus:
     """A corpus as examples; says what was cut off or left out."""
-    text = cutting.task in (None, "language-model")
-    if cutting.packed and not (text and (cutting.fields is not None or not are_tokens(path))):
-        what = "tokens: its sequences are made" if text else f"a corpus for {cutting.task}"
-        raise ArgumentError(f"--packed is of records of text or conversations; {path} holds {what}")
-    if not text:
+    if cutting.task not in (None, "language-model"):
+        _not_packed(cutting, path, f"a corpus for {cutting.task}")
         examples = read_examples(path, tokenizer, cutting, keep)
         told = f"; {examples.truncated} lost {examples.dropped} tokens" * (examples.truncated > 0)
         console.say(f"{path}: {len(examples)} examples for {cutting.task}{told}")
         return examples
     if cutting.fields is None and are_tokens(path):
+        _not_packed(cutting, path, "tokens: its sequences are made")
         # Ids of such a vocabulary take more than two bytes.
         wide = path.suffix.lower() == ".bin" and len(tokenizer) > 1 << 16
         mapped = open_tokens(path, cutting.context, dtype="uint32" if wide else None, keep=keep)
@@ -293,3 +291,11 @@ def read_data(
         notes.append(f"{data.skipped} empty records skipped")
     console.say(f"{path}: {'; '.join(notes)}")
     return corpus
+
+
+def _not_packed(cutting: Cutting, path: Path, holds: str) -> None:
+    """ArgumentError where this corpus, of no records of text, is to be packed."""
+    if cutting.packed:
+        raise ArgumentError(
+            f"--packed is of records of text or conversations; {path} holds {holds}"
+        )
