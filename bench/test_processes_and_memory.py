@@ -12,11 +12,11 @@ def test_ways_are_compared(capfd, monkeypatch):
     assert "| 2 x 1 |" in said
 
 
-def test_stages_beside_their_plan(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "FITTED", 4)
+def test_stages_beside_their_plan(tmp_path):
+    job = memory.Job(blocks=1, width=64, fitted=4)
     for stage in memory.STAGES:
-        found = memory.measured(stage, tmp_path, 1, 64, None)
+        found = job.run(stage, tmp_path, None)
         assert 0 <= found["own"] < found["with files"]
-    costs = memory.planned(1, 64, "100MiB")
+    costs = job.plan("100MiB")
     assert costs.partitions == 1
     assert {x.name for x in costs.stages} >= {x for names in memory.STAGES.values() for x in names}

@@ -34,6 +34,35 @@ def test_large_ones_are_fp32_and_right(rank, monkeypatch):
     assert dtypes == [torch.float32]
 
 
+@pytest.mark.parametrize(("rows", "said"), [(40, 40), (128, 128), (40, 128)])
+def test_of_few_rows_the_span_is_decomposed(rows, said, monkeypatch):
+    C, sizes, own = covariance(FP32_FROM, rows), [], eigen.eigendecomposition
+    monkeypatch.setattr(eigen, "eigendecomposition", lambda x: (sizes.append(len(x)), own(x))[1])
+    values, vectors = cheap_eigendecomposition(C, said)
+    assert sizes == [said + eigen.OVERSAMPLING]
+    assert error(C, values, vectors) < 1e-12
+    right, directions = torch.linalg.eigh(C)
+    torch.testing.assert_close(values, right, rtol=0, atol=1e-12 * right[-1].item())
+    # eigenvectors, up to their signs, of eigenvalues that are apart
+    assert (vectors.mT @ directions).diagonal()[-10:].abs().min() > 1 - 1e-9
+
+
+def test_more_rank_than_rows_is_seen():
+    C = covariance(FP32_FROM, 300)
+    assert error(C, *cheap_eigendecomposition(C, 100)) < 1e-12
+
+
+@pytest.mark.parametrize("each", [eigen._one_by_one, eigen._in_batches])
+def test_every_matrix_has_its_own_rows(each):
+    cpu, x = torch.device("cpu"), torch.randn(60, FP32_FROM, generator=torch.Generator())
+    jobs = [Job(x[:rows].mT @ x[:rows], torch.tensor(rows), "x") for rows in (30, 60)]
+    found = list(each(jobs, cpu, torch.float64, cheap_eigendecomposition))
+    for job, (values, vectors) in zip(jobs, found, strict=True):
+        C = job.mean(cpu, torch.float64)
+        assert error(C, values.double(), vectors.double()) < 1e-5
+        assert int((values > 1e-4 * values[-1]).sum()) == int(job.count)
+
+
 def test_small_ones_are_fp64():
     C = covariance(FP32_FROM - 1, 900)
     assert error(C, *cheap_eigendecomposition(C)) < 1e-12

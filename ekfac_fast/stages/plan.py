@@ -12,6 +12,7 @@ from ..checks import is_number, require, whole
 from ..curvature.blocks import block_rows
 from ..curvature.choice import Contraction, contraction
 from ..curvature.eigen import WORKSPACE
+from ..curvature.eigen import flops as eigen_flops
 from ..curvature.memory import free_bytes
 from ..data.batches import default_tokens
 from ..errors import ArgumentError
@@ -26,8 +27,8 @@ from .measured import DENSE_BYTES
 from .processes import dealt
 from .sums import BATCHES_A_FOLD
 
-# A dense LAPACK eigendecomposition with vectors, and the share of the GEMM rate that it reaches.
-EIGH_FLOPS, EIGH_SHARE = 9, 0.15
+# The share of the GEMM rate that an eigendecomposition reaches.
+EIGH_SHARE = 0.15
 # FLOP/s of one on the largest GPUs, whatever their products reach: half of it is bound by memory.
 EIGH_MOST = 1.3e12
 FP32 = 4
@@ -267,8 +268,13 @@ def _fitting(job: _Asked, covariances: int, eigenvalues: int) -> list[StageCost]
         for x in [job.layers[at // 2]]
         for size in sizes
     )
-    cubes = sorted((size**3 for sizes in job.sides for size in sizes), reverse=True)
-    loads = [sum(cubes[i] for i in own) for own in dealt(cubes, job.processes)]
+    work = [
+        eigen_flops(size, job.fit_sequences * job.came(job.layers[at // 2]))
+        for at, sizes in enumerate(job.sides)
+        for size in sizes
+    ]
+    work.sort(reverse=True)
+    loads = [sum(work[i] for i in own) for own in dealt(work, job.processes)]
     several = job.processes > 1
     largest = max(size for sizes in job.sides for size in sizes)
     return [
@@ -276,7 +282,7 @@ def _fitting(job: _Asked, covariances: int, eigenvalues: int) -> list[StageCost]
             "covariance", sums + len(parts) * passes, 0, job.batch + held, several * covariances
         ),
         StageCost(
-            "eigendecomposition", EIGH_FLOPS * max(loads), 0,
+            "eigendecomposition", max(loads), 0,
             job.weights + WORKSPACE * 8 * largest**2,
         ),
         StageCost(
