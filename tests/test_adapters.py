@@ -9,6 +9,7 @@ from test_model_families import check, made
 
 from ekfac_fast import LanguageModelTask, fit, prepare_queries, score
 from ekfac_fast.errors import ArgumentError, ModelError, Notice
+from ekfac_fast.model.kinds import read
 from ekfac_fast.model.layers import select_layers
 from ekfac_fast.model.linearised import Linearised
 
@@ -22,7 +23,6 @@ def adapted(**more):
     return peft.get_peft_model(made("Llama", **LLAMA), peft.LoraConfig(**DRAWN | more)).eval()
 
 
-@pytest.mark.filterwarnings("ignore:48 parameters of the adapter are no linear layers")
 @pytest.mark.parametrize(
     ("more", "count"),
     [
@@ -37,11 +37,12 @@ def adapted(**more):
 )
 def test_right(more, count, tmp_path):
     model = adapted(**more)
-    names = check(model, tmp_path)
+    vectors = {x.name for x in select_layers(model) if x.kind == "vector"}
+    names = check(model, tmp_path, ["*.lora_[AB].*"] if vectors else None)
     assert len(names) == count
     assert all(".lora_" in name or "modules_to_save" in name for name in names)
-    trained = [n for n, p in model.named_parameters() if p.requires_grad]
-    assert {f"{name}.weight" for name in names} == {n for n in trained if "magnitude" not in n}
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert {f"{name}.weight" for name in names} | vectors == trained
 
 
 def test_the_active_adapters_are_tracked(tmp_path):
@@ -71,8 +72,8 @@ def test_an_adapter_of_a_folder_is_frozen_and_tracked_all_the_same(tmp_path):
 
 
 def test_what_is_not_tracked_of_an_adapter_is_said():
-    model = adapted(target_modules=["gate_proj"], use_dora=True)
-    with pytest.warns(Notice, match=r"48 parameters of the adapter .*lora_magnitude_vector"):
+    model = adapted(target_modules=["gate_proj", "embed_tokens"])
+    with pytest.warns(Notice, match=r"parameters of the adapter .*lora_embedding_A"):
         select_layers(model)
 
 
@@ -87,27 +88,48 @@ def test_an_adapter_on_a_parameter_is_no_layer():
     assert all("q_proj.lora_" in name for name in names)
 
 
-@pytest.mark.parametrize(
-    ("base", "targets"),
-    [
-        pytest.param(made("Llama", **LLAMA), ("k_proj", "v_proj", "down_proj"), id="Llama"),
-        # With biases, and weights that lie turned.
-        pytest.param(gpt2(torch.float64), ("c_attn", "mlp.c_proj"), id="GPT-2"),
-    ],
-)
-def test_vectors_of_ia3(base, targets, tmp_path):
+def ia3(base, *targets):
     config = peft.IA3Config(
         target_modules=[*targets],
         feedforward_modules=[targets[-1]],
         fan_in_fan_out="c_attn" in targets,
         init_ia3_weights=False,
     )
+    return peft.get_peft_model(base, config).eval()
+
+
+def dora(base, *targets):
+    config = peft.LoraConfig(
+        **DRAWN, target_modules=[*targets], use_dora=True, fan_in_fan_out="c_attn" in targets
+    )
     model = peft.get_peft_model(base, config).eval()
+    for n, p in model.named_parameters():
+        p.requires_grad_("magnitude" in n)
+        if "magnitude" in n:
+            p.data *= 1 + 0.3 * torch.randn_like(p)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("adapter", "base", "targets"),
+    [
+        (adapter, base, targets)
+        for adapter in (ia3, dora)
+        for base, targets in (
+            (lambda: made("Llama", **LLAMA), ("k_proj", "v_proj", "down_proj")),
+            # With biases, and weights that lie turned.
+            (lambda: gpt2(torch.float64), ("c_attn", "mlp.c_proj")),
+        )
+    ],
+    ids=["Llama, IA3", "GPT-2, IA3", "Llama, DoRA", "GPT-2, DoRA"],
+)
+def test_vectors(adapter, base, targets, tmp_path):
+    model = adapter(base(), *targets)
     held = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    layers = select_layers(model)
+    layers = [x for x in select_layers(model) if x.kind == "vector"]
     assert {x.name for x in layers} == held.keys()
     data, queries = ([x | {"id": i} for i, x in enumerate(some)] for some in (corpus(8), asked(2)))
-    f = fit(model, data, out=tmp_path / "f", batch_tokens=60)
+    f = fit(model, data, out=tmp_path / "f", batch_tokens=60, layers=[*held])
     prepared = prepare_queries(model, f, queries, rank=None, batch_tokens=60)
     found = score(model, prepared, data, out=tmp_path / "s", batch_tokens=60).matrix
     task, expected = LanguageModelTask(), 0
@@ -143,6 +165,29 @@ def test_vectors_of_ia3(base, targets, tmp_path):
         held, torch.autograd.grad((logits() * dy).sum(), [*held.values()]), strict=True
     ):
         close(got[n].flatten(), x.flatten(), 1e-10)
+
+
+def test_magnitudes_are_seen_while_the_adapter_trains():
+    """With dropout peft computes W x anew."""
+    model = dora(made("Llama", **LLAMA), "down_proj").train()
+    layer = next(x for x in select_layers(model) if x.kind == "vector")
+    module, seen = model.get_submodule(layer.module), {}
+    handle = module.register_forward_hook(
+        lambda m, args, kwargs, y: seen.update(u=read(layer, m, args, kwargs, y), y=y),
+        with_kwargs=True,
+    )
+    loss = LanguageModelTask().compute_train_loss(batch_of(corpus(1)[0] | {"id": 0}), model)
+    handle.remove()
+    g, own = torch.autograd.grad(loss, [seen["y"], module.weight])
+    close((g * seen["u"]).sum((0, 1)), own, 1e-10)
+
+
+def test_magnitudes_of_zero_are_refused(tmp_path):
+    model = dora(made("Llama", **LLAMA), "down_proj")
+    for n, p in model.named_parameters():
+        p.data.mul_("magnitude" not in n)
+    with pytest.raises(ModelError, match=r"lora_magnitude_vector.* has magnitudes that are zero"):
+        fit(model, corpus(4), out=tmp_path / "f", layers=["*magnitude*"])
 
 
 def test_merged_vectors_of_ia3_are_refused(tmp_path):

@@ -2,7 +2,7 @@
 
 convolution   y = W patch + b: a row is a patch of the input, and a position of the output
 embedding     y = W^T x: of a row x of one 1 is kept where that stands, never V numbers
-vector        y = f(x, p), each element with its own of p: a = 1, and g times dy/dp; see `ia3`, too
+vector        y = f(x, p), each element with its own of p: a = 1, and g times dy/dp (`ia3`, `dora`)
 """
 
 import copy
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ModelError
-from . import ia3
+from . import dora, ia3
 from .calls import given
 from .layers import Layer
 from .products import is_conv1d, is_plain
@@ -40,6 +40,8 @@ def read(layer: Layer, module: nn.Module, args: tuple, kwargs: dict, output: Any
         return x
     if ia3.is_ia3(module):
         return ia3.multiplied(module, str(layer.parameter), x)
+    if dora.is_dora(module):
+        return dora.multiplied(module, x, kwargs, output)
     if _is_linear(module):
         return output.new_ones(()).expand(output.shape)
     if (normalised := NORMS.get(type(module).forward)) is not None:
@@ -153,6 +155,10 @@ def _verify_vector(
         u = ia3.multiplied(module, str(layer.parameter), given(args, kwargs))
         if not _near(ia3.output(module, l * u), output):
             raise _refused(layer, module, "does not multiply by it (merged, or not active?)")
+        return
+    if dora.is_dora(module):
+        if not module.get_parameter(str(layer.parameter)).all():
+            raise _refused(layer, module, "has magnitudes that are zero, which hide what they do")
         return
     p = _by_row(layer, module, output)
     y = _run(layer, module, p, args, kwargs)

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..checks import flag, instance, require
 from ..errors import ArgumentError, Notice
-from . import experts, ia3
+from . import dora, experts, ia3
 from .adapters import adapter_layers
 from .products import is_conv1d, is_embedding
 from .spread import is_spread, tied
@@ -41,8 +41,8 @@ class Layer:
     """A tracked layer: y = W x (+ b) with W [O,I].
 
     `kind`: of others than linear layers, what x is. A convolution reads patches, an embedding [V,d]
-    rows of one 1 (I = V, O = d); a vector, the scale or bias of a norm or the bias of a linear
-    layer or of IA3, is an [O,1] that reads a constant 1, and its name is `<module>.<parameter>`.
+    rows of one 1 (I = V, O = d); a vector, the scale or bias of a norm, the bias of a linear layer,
+    IA3's or DoRA's, is an [O,1] that reads a constant 1, and its name is `<module>.<parameter>`.
     `diagonal`: the covariance of output gradients is its diagonal.
 
     `also`: further modules with the very same parameters, whose gradients are added to its own:
@@ -255,9 +255,9 @@ def _no_layer(pattern: str, names: list[str], others: list[str]) -> str:
 
 def _mlps(model: nn.Module, layers: dict[str, Layer], others: dict[str, Layer]) -> set[str]:
     """The default: matrices of MLPs that train, without routers, and without towers of images; of a
-    model with an adapter, all linear layers of that, or IA3's vectors.
+    model with an adapter, all linear layers of that, IA3's vectors, DoRA's magnitudes.
     """
-    own = [*layers, *(name for name in others if ia3.split(name))]
+    own = [*layers, *(name for name in others if ia3.split(name) or dora.HELD in name)]
     if (adapter := adapter_layers(model, own)) is not None:
         return {*adapter}
     found = {
