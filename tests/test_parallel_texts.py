@@ -55,8 +55,12 @@ def test_influence_by_language(world):
         assert found.same[at, at] > found.other[at, at]
         assert found.across(name) == found.same[at, 1 - at] / found.same[at, at]
         assert found.across(name) < 1
+        assert found.across(name, other=True) == found.other[at, 1 - at] / found.same[at, at]
     assert found.broken == {"a": 0, "b": 0}
     rows = [json.loads(x) for x in (folder / "out/languages.jsonl").read_text().splitlines()]
+    assert rows[0]["across, on other topics"] == pytest.approx(
+        found.other[0, 1] / found.same[0, 0], rel=1e-5
+    )
     assert rows[0]["same topic"]["b"] == pytest.approx(found.same[0, 1], rel=1e-5)
     assert "language of the paragraph" in (folder / "out/languages.svg").read_text()
 

@@ -256,10 +256,12 @@ def languages(
         rank=rank or None, damping=damping,
     )  # fmt: skip
     rows = [
-        [one, f"{found.across(one):.3f}", f"{found.broken[one]:.0%}", f"{found.log_p[one]:.1f}"]
+        [one, f"{found.across(one):.3f}", f"{found.across(one, other=True):.3f}",
+         f"{found.broken[one]:.0%}", f"{found.log_p[one]:.1f}"]
         for one in found.languages
-    ]
-    _print(["language", "across / same", "unknown or broken tokens", "log p"], rows)
+    ]  # fmt: skip
+    heads = ["language", "across / same", "on other topics", "unknown or broken tokens", "log p"]
+    _print(heads, rows)
 
 
 @app.command()

@@ -41,12 +41,16 @@ class Languages:
     broken: dict[str, float]
     log_p: dict[str, float]
 
-    def across(self, language: str) -> float:
+    def across(self, language: str, *, other: bool = False) -> float:
         """Influence of paragraphs in other languages over that of the same language's, of questions
         in one; NaN where the latter is not above 0.
+
+        With `other`, of paragraphs there that say something else: what `across` has over it is
+        meaning, and no surprise at a language.
         """
         at = self.languages.index(language)
-        own, others = self.same[at, at], np.delete(self.same[at], at)
+        values = self.other if other else self.same
+        own, others = self.same[at, at], np.delete(values[at], at)
         return float(others.mean() / own) if own > 0 else float("nan")
 
     @property
@@ -58,6 +62,7 @@ class Languages:
                 "same topic": dict(zip(self.languages, self.same[at].tolist(), strict=True)),
                 "other topics": dict(zip(self.languages, self.other[at].tolist(), strict=True)),
                 "across over same language": self.across(language),
+                "across, on other topics": self.across(language, other=True),
                 "unknown or broken tokens": self.broken[language],
                 "log p": self.log_p[language],
             }
