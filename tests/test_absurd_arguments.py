@@ -71,7 +71,8 @@ SCORE = {
 }  # fmt: skip
 FIT = {
     "dataset": nothing, "layers": lambda x: x is None or x in ("mlp", ["mlp"], ["*"]),
-    "shared_parameters": FLAG, "max_examples": whole(), "seed": whole(0, 2**64 - 1),
+    "shared_parameters": FLAG, "max_examples": whole(), "eigenvalue_examples": whole(),
+    "seed": whole(0, 2**64 - 1),
 }  # fmt: skip
 CONTEXT = {"context": lambda x: x is not None and whole(2)(x)}
 TOKENIZE = {

@@ -22,6 +22,7 @@ from .options import (
     Damping,
     Data,
     DeviceMap,
+    EigenvalueExamples,
     Eigenvectors,
     FactorFolder,
     Fields,
@@ -98,6 +99,7 @@ def fit(
     keep_covariances: KeepCovariances = None,
     eigenvectors: Eigenvectors = "float32",
     max_examples: Annotated[int | None, typer.Option(help="use the first so many")] = None,
+    eigenvalue_examples: EigenvalueExamples = None,
     seed: Annotated[int, typer.Option(help="of the sampled labels")] = 0,
     task: Task = None,
     reference: Reference = None,
@@ -117,7 +119,8 @@ def fit(
     runs.fit_job(
         source, corpus, out, console, asked, layers=layers, batch_tokens=batch_tokens,
         memory=memory, blocks=blocks, keep_covariances=keep_covariances,
-        eigenvectors=inputs.rounding(eigenvectors), max_examples=max_examples, seed=seed,
+        eigenvectors=inputs.rounding(eigenvectors), max_examples=max_examples,
+        eigenvalue_examples=eigenvalue_examples, seed=seed,
     )  # fmt: skip
 
 
@@ -325,6 +328,7 @@ def plan(
     blocks: Blocks = 1,
     keep_covariances: KeepCovariances = None,
     eigenvectors: Eigenvectors = "float32",
+    eigenvalue_examples: EigenvalueExamples = None,
     memory: Memory = None,
     processes: Annotated[int, typer.Option(help="that share the run")] = 1,
     shard: Shard = False,
@@ -349,7 +353,8 @@ def plan(
         selected, parameters=parameters, sequences=sequences, tokens=tokens,
         fit_sequences=sequences if fit_sequences is None else fit_sequences, queries=queries,
         rank=rank or None, blocks=blocks, keep_covariances=keep_covariances,
-        eigenvectors=inputs.rounding(eigenvectors), width=token_width(shape), processes=processes,
+        eigenvectors=inputs.rounding(eigenvectors), eigenvalue_examples=eigenvalue_examples,
+        width=token_width(shape), processes=processes,
         memory=None if memory is None else size("memory", memory),
         rate=None if rate is None else rate * 1e12, sharded=shard,
         dtype=torch.float32 if dtype == "float32" else torch.bfloat16,

@@ -50,6 +50,9 @@ KeepCovariances = Annotated[
     ),
 ]
 Eigenvectors = Annotated[Stored, typer.Option(help="as they are stored; bfloat16: half the disk")]
+EigenvalueExamples = Annotated[
+    int | None, typer.Option(help="to correct the eigenvalues on, evenly spaced; default: all")
+]
 BatchTokens = Annotated[
     int | None, typer.Option(help="tokens a batch; default 4096, on a CPU 1024")
 ]

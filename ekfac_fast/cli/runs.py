@@ -24,7 +24,7 @@ from ..stages.queries import Queries
 from ..stages.run import RunArguments, Stage
 from ..stages.scan import score, self_scores
 from ..stages.scores import Scores
-from ..stages.trust import basis_of, diagonal_in, note_validation, rounded_to
+from ..stages.trust import basis_of, corrected_on, diagonal_in, note_validation, rounded_to
 from ..store.files import load_json, save_json
 from ..store.folder import Store
 from ..store.manifest import MANIFEST
@@ -90,6 +90,8 @@ def _tell_basis(factors: Factors, console: Terminal) -> None:
         console.say(diagonal_in(len(factors.diagonal)))
     if factors.eigenvectors:
         console.say(rounded_to(factors.eigenvectors))
+    if factors.sample:
+        console.say(corrected_on(factors.sample))
 
 
 def covered(layers: Sequence[Layer], tracked: int, parameters: int) -> str:

@@ -138,7 +138,7 @@ def cheap_eigendecomposition(matrix: Tensor, rows: int | None = None) -> Solved:
         few = rows is not None and WIDE * rows <= n
         solved = in_span(matrix, rows or 0) if few else eigendecomposition(matrix.float())
         values, vectors = (x.double() for x in solved)
-        if bool((_errors(matrix, values, vectors) <= FP32_ERROR).all()):
+        if bool((_estimated(matrix, values, vectors) <= FP32_ERROR).all()):
             return values, vectors
     return eigendecomposition(matrix)
 
@@ -160,12 +160,12 @@ def in_span(matrix: Tensor, rank: int) -> Solved:
     return torch.cat([zeros, values], -1), torch.cat([rest, span @ turned], -1)
 
 
-def flops(n: int, rows: int) -> float:
+def eigendecomposition_flops(n: int, rows: int) -> float:
     """What `cheap_eigendecomposition` takes: dense LAPACK 9 n^3, with vectors."""
     return 8 * n**2 * rows if n >= FP32_FROM and WIDE * rows <= n else 9 * n**3
 
 
-def _errors(matrix: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
+def _estimated(matrix: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
     """Of a decomposition, estimated: of C, and of orthogonality."""
     n = matrix.shape[-1]
     x = _random(n, PROBES, matrix)

@@ -24,7 +24,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -323,6 +323,12 @@ def _positions(mask: Tensor, model: nn.Module) -> Tensor:
             if padding is not None:  # RoBERTa and its kin
                 return (counted + padding) * mask + padding * (1 - mask)
     return (counted - 1).clamp(min=0)
+
+
+def draws_several(task: Task) -> TypeGuard[LanguageModelTask]:
+    """Whether the sampled loss is `LanguageModelTask`'s, and not a class's own."""
+    own = LanguageModelTask.compute_train_loss
+    return isinstance(task, LanguageModelTask) and type(task).compute_train_loss is own
 
 
 def targets(batch: Any) -> Tensor:

@@ -26,6 +26,7 @@ from ..store.files import load_tensors
 from ..store.fingerprint import fingerprint
 from ..store.folder import Store
 from ..store.manifest import MANIFEST
+from .sample import FACT, sample_of
 
 COVARIANCES = {
     "activation": "activation_covariance.safetensors",
@@ -45,7 +46,7 @@ SUMMED, DROPPED = "summed", "dropped"
 SHARE = 0.5
 SCHEMA = {
     "model": str, "layers": [str], "shared_parameters": bool, "blocks": Whole(1),
-    "eigenvectors": (str, None),
+    "eigenvectors": (str, None), FACT: (int, None),
 }  # fmt: skip
 LAMBDA, LAMBDA_COUNT = "lambda_matrix.safetensors", "num_lambda_processed.safetensors"
 TOKEN_COUNT = "num_activation_covariance_processed.safetensors"
@@ -187,7 +188,7 @@ class Factors(Mapping[str, LayerFactors]):
             raise StoreError(f"{folder}: the fit is not finished; run it again to continue")
         if self.facts is not None:
             check_json(
-                {"blocks": 1, "eigenvectors": None} | self.facts,
+                {"blocks": 1, "eigenvectors": None, FACT: None} | self.facts,
                 SCHEMA,
                 self.folder / MANIFEST,
                 "Fit again",
@@ -195,7 +196,8 @@ class Factors(Mapping[str, LayerFactors]):
         self._counts = self._load(LAMBDA_COUNT)
         if not self._counts:
             raise StoreError(f"{self.folder / LAMBDA_COUNT} holds no layer; fit again")
-        self.sequences = max(int(x) for x in self._counts.values())
+        corrected = max(int(x) for x in self._counts.values())
+        self.sequences = self.facts["examples"] if self.sample and self.facts else corrected
         self.tokens = max(int(x) for x in self._load(TOKEN_COUNT).values())
 
     def _is_ours(self) -> bool:
@@ -266,6 +268,11 @@ class Factors(Mapping[str, LayerFactors]):
     def eigenvectors(self) -> str | None:
         """The dtype that eigenvectors were rounded to; None where they were not."""
         return (self.facts or {}).get("eigenvectors")
+
+    @property
+    def sample(self) -> int | None:
+        """How many of the examples the eigenvalues are from; None where that is all of them."""
+        return sample_of(self.facts)
 
     @property
     def has_covariances(self) -> bool:

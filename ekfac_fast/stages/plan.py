@@ -11,8 +11,7 @@ from .. import ops
 from ..checks import is_number, require, whole
 from ..curvature.blocks import block_rows
 from ..curvature.choice import Contraction, contraction
-from ..curvature.eigen import WORKSPACE
-from ..curvature.eigen import flops as eigen_flops
+from ..curvature.eigen import WORKSPACE, eigendecomposition_flops
 from ..curvature.memory import free_bytes
 from ..data.batches import default_tokens
 from ..errors import ArgumentError
@@ -25,6 +24,7 @@ from .disk import check_stored, fit_bytes, keeps_covariances, matrix_bytes
 from .factors import block_facts
 from .measured import DENSE_BYTES
 from .processes import dealt
+from .sample import sample_facts, sample_of
 from .sums import BATCHES_A_FOLD
 
 # The share of the GEMM rate that an eigendecomposition reaches.
@@ -97,6 +97,7 @@ class _Asked:
     sequences: int
     tokens: int
     fit_sequences: int
+    corrected: int
     queries: int
     rank: int | None
     blocks: int
@@ -188,6 +189,7 @@ def plan(
     blocks: int = 1,
     keep_covariances: bool | None = None,
     eigenvectors: torch.dtype | None = None,
+    eigenvalue_examples: int | None = None,
     width: int | None = None,
     memory: int | None = None,
     processes: int = 1,
@@ -201,7 +203,7 @@ def plan(
         layers: what `select_layers` chose (a model on the meta device will do).
         parameters: of the whole model: a pass costs 4 FLOPs a parameter and token, forward and
             gradient to activations.
-        blocks, keep_covariances, eigenvectors: as in `fit`.
+        blocks, keep_covariances, eigenvectors, eigenvalue_examples: as in `fit`.
         width: values that a pass keeps of a token (`token_width`); None for what the layers read
             and write, twice.
         memory: the budget of each process; None for what is free here.
@@ -222,11 +224,12 @@ def plan(
     counts |= {"queries": queries, "rank": rank or 1, "processes": processes}
     for name, count in counts.items():
         whole(name, count)
+    corrected = sample_of(sample_facts(eigenvalue_examples, fit_sequences)) or fit_sequences
     block_facts(blocks, layers)
     width = width or 2 * round(sum(x.share * (x.read + x.O) for x in layers))
     job = _Asked(
-        layers, parameters, width, sequences, tokens, fit_sequences, queries, rank, blocks,
-        processes, sharded, dtype.itemsize, 0,
+        layers, parameters, width, sequences, tokens, fit_sequences, corrected, queries, rank,
+        blocks, processes, sharded, dtype.itemsize, 0,
     )  # fmt: skip
     job = replace(job, memory=free_bytes(job.device) if memory is None else whole("memory", memory))
     check_weights(job.weights, job.memory)
@@ -269,7 +272,7 @@ def _fitting(job: _Asked, covariances: int, eigenvalues: int) -> list[StageCost]
         for size in sizes
     )
     work = [
-        eigen_flops(size, job.fit_sequences * job.came(job.layers[at // 2]))
+        eigendecomposition_flops(size, job.fit_sequences * job.came(job.layers[at // 2]))
         for at, sizes in enumerate(job.sides)
         for size in sizes
     ]
@@ -286,7 +289,8 @@ def _fitting(job: _Asked, covariances: int, eigenvalues: int) -> list[StageCost]
             job.weights + WORKSPACE * 8 * largest**2,
         ),
         StageCost(
-            "eigenvalues", job.rotated(ops.eigenvalues, job.fit_sequences) + len(parts) * passes, 0,
+            "eigenvalues",
+            job.rotated(ops.eigenvalues, job.corrected) + len(parts) * job.passes(job.corrected), 0,
             job.batch + held, several * eigenvalues,
         ),
     ]  # fmt: skip

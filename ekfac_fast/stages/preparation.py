@@ -22,6 +22,7 @@ from .processes import Processes
 from .queries import Queries, layer_from, refinement_from
 from .refine import Refining
 from .run import Run, RunArguments, Stage
+from .sample import FACT
 
 # Of a run under way: what the pass over the queries found, and what a refinement made of it.
 PIECES = ("shard", "refined")
@@ -97,6 +98,7 @@ def prepare_queries(
         **({"blocks": factors.blocks} if factors.blocks > 1 else {}),
         **diagonal_facts(layers),
         **({"eigenvectors": factors.eigenvectors} if factors.eigenvectors else {}),
+        **({FACT: factors.sample} if factors.sample else {}),
     }
     factors.check_run(facts, "prepare_queries")
     _check_targets(run)

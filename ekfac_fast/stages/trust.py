@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike
 
 from ..store.folder import Store
 from .factors import blocks_of
+from .sample import sample_of
 
 if TYPE_CHECKING:
     from .queries import Queries
@@ -38,6 +39,7 @@ class Trust:
     blocks           on the diagonal of each covariance; beyond 1 the basis is approximate
     diagonal         layers of which output gradients are covaried by a diagonal alone
     eigenvectors     the dtype that they were rounded to, if they were
+    sample           examples that eigenvalues are from, where they are not all that were fitted on
     refined          how queries were refined, and the largest relative residual that is left
     sparse           share of the top sequences that one or two tokens carry; None without details
     validation       what they were held against, and how well they predicted it
@@ -54,6 +56,7 @@ class Trust:
     blocks: int = 1
     diagonal: int = 0
     eigenvectors: str | None = None
+    sample: int | None = None
 
     @property
     def line(self) -> str:
@@ -67,6 +70,8 @@ class Trust:
             said.append(diagonal_in(self.diagonal))
         if self.eigenvectors:
             said.append(rounded_to(self.eigenvectors))
+        if self.sample:
+            said.append(corrected_on(self.sample))
         said.append(f"damping {self.least_damping:.2g} to {self.most_damping:.2g}")
         said.append(
             "not refined"
@@ -94,13 +99,19 @@ def rounded_to(eigenvectors: str) -> str:
     return f"eigenvectors rounded to {eigenvectors}"
 
 
+def corrected_on(examples: int) -> str:
+    """Eigenvalues of a sample of what was fitted on, in words."""
+    return f"eigenvalues corrected on {examples:,} of the examples"
+
+
 def trust_in(queries: "Queries") -> dict[str, Any]:
     """What queries say of the scores that they will give, as JSON."""
     refinement, blocks = queries.refinement, blocks_of(queries.facts)
     facts = queries.facts or {}
     diagonal, rounded = len(facts.get("diagonal", [])), facts.get("eigenvectors")
     approximate = {
-        "blocks": blocks if blocks > 1 else 0, "diagonal": diagonal, "eigenvectors": rounded
+        "blocks": blocks if blocks > 1 else 0, "diagonal": diagonal, "eigenvectors": rounded,
+        "sample": sample_of(facts),
     }  # fmt: skip
     return {name: value for name, value in approximate.items() if value} | {
         "rank": queries.rank,

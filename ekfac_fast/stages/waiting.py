@@ -18,10 +18,10 @@ SHARE = 0.25
 class Waiting(dict[int, list[LayerBatch]]):
     """(a, g) of the eigenvalue pass by batch, until there is an eigenbasis."""
 
-    def __init__(self, run: Run, layers: list[Layer]) -> None:
+    def __init__(self, run: Run, layers: list[Layer], *, wanted: bool) -> None:
         super().__init__()
         # A sharded model lets its weights go after one backward pass.
-        self._room = 0 if run.sharded else int(SHARE * free_bytes(run.device))
+        self._room = int(SHARE * free_bytes(run.device)) if wanted and not run.sharded else 0
         self._taken: set[int] = set()
         # Rows of experts wait with as many that are none.
         each = (min(1.0, 2 * x.share) * (x.read + x.O) for x in layers)
