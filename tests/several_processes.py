@@ -45,7 +45,8 @@ def job(
     """Every stage, into folders below `out`.
 
     changed: "other data", in a process of that number; "broken", an example whose loss is NaN;
-    "sharded", the weights over all processes, by blocks; "query_shards", of the scans.
+    "sharded", the weights over all processes, by blocks; "query_shards", of the scans;
+    "eigenvalue_examples", of the fit.
     """
     rank = Processes.here().rank
     network, data, questions = MODELS[model]().eval(), corpus(examples), asked(3)
@@ -62,7 +63,8 @@ def job(
         with torch.no_grad():
             network.get_input_embeddings().weight[VOCABULARY - 1] = torch.nan
     settings = {"batch_tokens": batch_tokens}
-    factors = fit(network, data, out=out / "fit", **settings)
+    sample = {"eigenvalue_examples": changed.get("eigenvalue_examples")}
+    factors = fit(network, data, out=out / "fit", **sample, **settings)
     # Rounding may choose another of two nearly equal singular values.
     settings["rank"] = 4 if "fp64" in model else None
     held = prepare_queries(network, factors, questions, **settings)

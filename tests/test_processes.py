@@ -167,6 +167,15 @@ def test_queries_shared_out(machine, alone, size, shards):
     same(out, alone(model="llama fp64"), 1e-12)
 
 
+@pytest.mark.parametrize("how", [{}, {"sharded": True}])
+def test_eigenvalues_of_a_sample(machine, alone, how):
+    """Two passes of different batches, of which one process may have fewer."""
+    arguments = {"model": "gpt2 fp64", "eigenvalue_examples": 5}
+    out = machine.root / f"sample-{len(how)}"
+    run(machine, 3, out, **arguments, **how)
+    same(out, alone(**arguments), 1e-12, queries=("queries",))
+
+
 def test_shards_that_do_not_divide_the_processes(machine):
     out = machine.root / "shards"
     assert machine(3, out, model="gpt2", query_shards=2) == [1, 1, 1]

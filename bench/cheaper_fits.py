@@ -1,15 +1,18 @@
-"""What eigenvectors in bf16 cost: scores beside those of eigenvectors in fp32, on a trained model.
+"""What a cheaper fit costs: its scores beside those of the whole one, on a trained model.
 
-    python bench/stored_eigenvectors.py [--steps 1000] [--topics 0] [--folder demo]
+    python bench/cheaper_fits.py [--steps 1000] [--topics 0] [--folder demo]
 
-The demo's GPT-2 and its corpus, made where `--folder` does not hold them: `fit` twice with
-the same labels, the demo's queries at full rank and at rank 32, every sequence scored.
+The demo's GPT-2 and its corpus, made where `--folder` does not hold them; the demo's queries at
+full rank and at rank 32, every sequence scored. The same labels in all but "other labels", which
+says how much chance there is in a fit.
 """
 
 import argparse
 import sys
+import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +26,16 @@ from measure.environment import environment
 from pages.markdown import table
 
 RANKS = (None, 32)
+HEADS = "fit, core seconds, eigenvectors MiB, rank, Spearman, least of a query, relative error"
+
+
+def fits(sequences: int) -> dict[str, dict[str, Any]]:
+    """Arguments of every fit, the whole one first."""
+    found: dict[str, dict[str, Any]] = {"whole": {}, "other labels": {"seed": 1}}
+    found["eigenvectors in bf16"] = {"eigenvectors": torch.bfloat16}
+    for part in (2, 4, 8):
+        found[f"eigenvalues of 1/{part}"] = {"eigenvalue_examples": max(1, sequences // part)}
+    return found
 
 
 def main(words: list[str]) -> None:
@@ -31,37 +44,35 @@ def main(words: list[str]) -> None:
         folder = arguments.folder or Path(place) / "demo"
         demo_small.prepare(folder, arguments.steps, arguments.topics or None)
         rows = compared(folder, Path(place))
-    print(table(["rank", "Spearman", "least of a query", "relative error"], rows))
+    print(table(HEADS.split(", "), rows))
     on = environment(torch.device("cpu"))
     print(f"{on['cpu']}, {on['threads']} thread(s), {on['date']}, torch {on['torch']}")
 
 
 def compared(folder: Path, place: Path) -> list[list[str]]:
-    """A line for each rank; prints what the files take."""
+    """A line for each fit and rank."""
     source = inputs.load(str(folder / "model"), False)
     data = tokenize(read(folder / "corpus"), source.tokenizer, demo_small.CONTEXT)
     asked = read_queries(folder / "queries.jsonl", source.tokenizer, demo_small.CONTEXT)
-    exact, rounded = (
-        fit(source.model, data, out=place / f"{dtype}", eigenvectors=dtype)
-        for dtype in (None, torch.bfloat16)
-    )
-    sizes = [stored(x) / 2**20 for x in (exact, rounded)]
-    print(f"{len(data)} sequences; eigenvectors {sizes[0]:.1f} MiB, in bf16 {sizes[1]:.1f} MiB")
-    rows = []
-    for rank in RANKS:
-        found = []
-        for name, factors in (("exact", exact), ("rounded", rounded)):
+    print(f"{len(data)} sequences, {len(asked)} queries")
+    exact, rows = {}, []
+    for name, how in fits(len(data)).items():
+        start = time.process_time()
+        factors = fit(source.model, data, out=place / name.replace("/", " in "), **how)
+        took, size = time.process_time() - start, stored(factors) / 2**20
+        for rank in RANKS:
             queries = prepare_queries(source.model, factors, asked, rank=rank)
-            out = place / f"{name} {rank}"
-            found.append(np.array(score(source.model, queries, data, out=out).matrix))
-        rows.append([str(rank or "full"), *told(*found)])
+            out = factors.folder / f"scores {rank}"
+            found = np.array(score(source.model, queries, data, out=out).matrix)
+            beside = told(exact.setdefault(rank, found), found)
+            rows.append([name, f"{took:.0f}", f"{size:.1f}", str(rank or "full"), *beside])
     return rows
 
 
-def told(exact: np.ndarray, rounded: np.ndarray) -> list[str]:
+def told(exact: np.ndarray, other: np.ndarray) -> list[str]:
     """Of scores [Q,N]: Spearman, mean and least of the queries; the error in the Frobenius norm."""
-    each = [spearmanr(a, b).statistic for a, b in zip(exact, rounded, strict=True)]
-    error = np.linalg.norm(rounded - exact) / np.linalg.norm(exact)
+    each = [spearmanr(a, b).statistic for a, b in zip(exact, other, strict=True)]
+    error = np.linalg.norm(other - exact) / np.linalg.norm(exact)
     return [f"{np.mean(each):.6f}", f"{min(each):.6f}", f"{error:.1e}"]
 
 
