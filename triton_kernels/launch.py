@@ -307,7 +307,9 @@ def fold(out: Tensor, parts: Tensor) -> None:
     )
 
 
+# Launches that are known, forgotten all at once when there are so many: batches of all lengths.
 _compiled: dict[tuple, tuple[Callable, list[object]]] = {}
+MOST_LAUNCHES = 1 << 14
 
 
 def _kind(x: object) -> object:
@@ -335,6 +337,8 @@ def run(
         return
     compiled = kernel[grid](out, *args, **fixed)
     if isinstance(compiled, CompiledKernel):
+        if len(_compiled) == MOST_LAUNCHES:
+            _compiled.clear()
         constants = [fixed[name] for name in kernel.arg_names[1 + len(args) :]]
         _compiled[key] = compiled[(*grid, 1, 1)[:3]], constants
 
