@@ -33,7 +33,7 @@ class Sentence:
 
     before, after   log p of its completion, nats a token, by the model before and after training
     share           of the copies in the sum of all positive influence on the completion
-    ahead           sequences, none of them a copy, that have more influence than each copy
+    ahead           sequences, none of them a copy, that have more influence than the least of them
     """
 
     sentence: str
