@@ -23,7 +23,7 @@ from .graph import backward, copied, reshaped, started
 from .layer_batch import LayerBatch
 from .layers import Layer
 from .outputs import product_among, tensors_of
-from .rows import Grid, Layout, Rows, probed, trusted
+from .rows import Grid, Layout, Rows, arranged, probed, trusted
 from .spread import let_go, offloaded
 
 Loss = Callable[[], Tensor]
@@ -380,19 +380,8 @@ class Capture:
 
     def _by_sequence(self, calls: "Calls", x: Tensor, features: int, name: str) -> Tensor:
         """[B,T,F] of a layer's input or gradient, by example."""
-        if x.ndim < 2 or x.shape[-1] != features:
-            raise ModelError(
-                f"layer {name}: a tensor of shape {list(x.shape)}, expected [B,T,{features}]"
-            )
         grid = calls.grid
         if grid is None:
-            return x.reshape(x.shape[0], -1, features)
-        if grid.sequences == 1:
-            return x.reshape(1, -1, features)
+            return arranged(name, x, features, None, None)
         layout = self._layouts.get(name) or trusted(tuple(x.shape[:-1]), grid)
-        if layout is None or not layout.fits(tuple(x.shape[:-1]), grid.sequences):
-            raise ModelError(
-                f"layer {name}: a tensor of shape {list(x.shape)} for {grid.sequences} sequences "
-                f"of {grid.positions} positions; which rows belong to which sequence cannot be told"
-            )
-        return grid.folded(layout.by_sequence(x, grid.sequences))
+        return grid.folded(arranged(name, x, features, grid, layout))

@@ -150,6 +150,28 @@ def trusted(leading: tuple[int, ...], grid: Grid) -> Layout | None:
     return first if all(size % B for size in leading[1:]) else None
 
 
+def arranged(
+    name: str, x: Tensor, features: int, grid: Grid | None, layout: Layout | None
+) -> Tensor:
+    """A layer's input or gradient as [S,rows,F]; without a grid the first axis is sequences.
+
+    Raises:
+        ModelError: it is no [...,F], or the layout is not known or does not fit; names the layer.
+    """
+    if x.ndim < 2 or x.shape[-1] != features:
+        raise ModelError(
+            f"layer {name}: a tensor of shape {list(x.shape)}, expected [B,T,{features}]"
+        )
+    if grid is None or grid.sequences == 1:
+        return x.reshape(x.shape[0] if grid is None else 1, -1, features)
+    if layout is None or not layout.fits(tuple(x.shape[:-1]), grid.sequences):
+        raise ModelError(
+            f"layer {name}: a tensor of shape {list(x.shape)} for {grid.sequences} sequences of "
+            f"{grid.positions} positions; which rows belong to which sequence cannot be told"
+        )
+    return layout.by_sequence(x, grid.sequences)
+
+
 def probed(name: str, one: Tensor | None, other: Tensor | None, shape: list[int]) -> Layout:
     """The layout by which the input for (x, y) is that for (y, x), swapped.
 

@@ -23,7 +23,7 @@ from .layers import Layer
 from .outputs import tensors_of
 from .own_loss import ASK, check_own_loss, own_loss
 from .products import is_plain, is_product
-from .rows import Grid, Layout, Rows, trusted
+from .rows import Grid, Layout, Rows, arranged, trusted
 from .weights import is_packed
 
 
@@ -304,22 +304,11 @@ class Watch:
 
     def _rows(self, one: Pass, layer: Layer, x: Tensor, features: int) -> Tensor:
         """[B,rows,F] of an input or a gradient; [1,rows,F] where sequences do not matter."""
-        leading, grid, name = tuple(x.shape[:-1]), one.grid, layer.name
-        if x.ndim < 2 or x.shape[-1] != features:
-            raise ModelError(
-                f"layer {name}: a tensor of shape {list(x.shape)}, expected [B,T,{features}]"
-            )
-        if grid.sequences == 1 or not (self.apart or one.mask is not None):
-            return x.reshape(1, -1, features)
-        if (layout := trusted(leading, grid)) is not None:
-            self._layouts[name] = layout
-        layout = self._layouts.get(name)
-        if layout is None or not layout.fits(leading, grid.sequences):
-            raise ModelError(
-                f"layer {name}: a tensor of shape {list(x.shape)} for {grid.sequences} sequences "
-                f"of {grid.positions} positions; which rows belong to which sequence cannot be told"
-            )
-        return layout.by_sequence(x, grid.sequences)
+        grid = one.grid if self.apart or one.mask is not None else Grid(1)
+        layout = trusted(tuple(x.shape[:-1]), grid) if grid.sequences > 1 else None
+        if layout is not None:
+            self._layouts[layer.name] = layout
+        return arranged(layer.name, x, features, grid, self._layouts.get(layer.name))
 
 
 def _divided(one: Pass, c: Tensor) -> None:
