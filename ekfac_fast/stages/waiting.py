@@ -18,7 +18,7 @@ SHARE = 0.25
 class Waiting(dict[int, list[LayerBatch]]):
     """(a, g) of the eigenvalue pass by batch, until there is an eigenbasis."""
 
-    def __init__(self, run: Run, layers: list[Layer], *, wanted: bool) -> None:
+    def __init__(self, run: Run, layers: list[Layer], *, wanted: bool = True) -> None:
         super().__init__()
         # A sharded model lets its weights go after one backward pass.
         self._room = int(SHARE * free_bytes(run.device)) if wanted and not run.sharded else 0
