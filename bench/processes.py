@@ -1,7 +1,7 @@
 """What several processes bring: a fit and a scan by one process on two threads, by two on one each.
 
     python bench/processes.py [--ways 1x2 2x1 1x1] [--turns 3] [--blocks 4] [--width 384]
-        [--fit-on 128] [--scan 256]
+        [--fitted 128] [--scanned 256]
 
 PROCESSESxTHREADS, in turns; a GPT-2 of random weights. Seconds are those of `fit` and `score` from
 the first process's call to its end, imports and model left out; medians. Scores of all ways are
@@ -29,7 +29,7 @@ from pages.markdown import table
 
 TOKENS, QUERIES = 128, 8
 # Of the model, and sequences of its stages.
-SIZES = {"blocks": 4, "width": 384, "fit_on": 128, "scan": 256}
+SIZES = {"blocks": 4, "width": 384, "fitted": 128, "scanned": 256}
 APART = 1e-3  # of two ways' scores, relative: fp32, and eigenvectors of near eigenvalues
 
 
@@ -38,7 +38,7 @@ def sequences(count: int, seed: int) -> list[dict[str, list[int]]]:
     return [{"input_ids": rng.integers(0, 4096, TOKENS).tolist()} for _ in range(count)]
 
 
-def job(out: Path, *, blocks: int, width: int, fit_on: int, scan: int) -> None:
+def job(out: Path, *, blocks: int, width: int, fitted: int, scanned: int) -> None:
     """In each process; the first notes its seconds."""
     if dist.is_torchelastic_launched():
         dist.init_process_group("gloo")
@@ -48,13 +48,13 @@ def job(out: Path, *, blocks: int, width: int, fit_on: int, scan: int) -> None:
     )
     model = GPT2LMHeadModel(config).eval()
     start = time.perf_counter()
-    factors = fit(model, sequences(fit_on, 0), out=out / "fit")
-    fitted = time.perf_counter()
+    factors = fit(model, sequences(fitted, 0), out=out / "fit")
+    ended = time.perf_counter()
     # At full rank: of nearly equal singular values, rounding may choose another.
     queries = prepare_queries(model, factors, sequences(QUERIES, 1), rank=None, out=out / "queries")
     asked = time.perf_counter()
-    score(model, queries, sequences(scan, 2), out=out / "scores")
-    seconds = {"fit": fitted - start, "scan": time.perf_counter() - asked}
+    score(model, queries, sequences(scanned, 2), out=out / "scores")
+    seconds = {"fit": ended - start, "scan": time.perf_counter() - asked}
     if not dist.is_initialized() or dist.get_rank() == 0:
         (out / "seconds.json").write_text(json.dumps(seconds))
 
@@ -67,7 +67,7 @@ def timed(way: str, out: Path, asked: argparse.Namespace) -> dict[str, float]:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     words = ["--job", str(out)]
     for name in SIZES:
-        words += [f"--{name.replace('_', '-')}", str(getattr(asked, name))]
+        words += [f"--{name}", str(getattr(asked, name))]
     subprocess.run(
         [*start, __file__, *words], check=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)}
     )
@@ -109,7 +109,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--ways", nargs="+", default=["1x2", "2x1", "1x1"])
     parser.add_argument("--turns", type=int, default=3)
     for name, size in SIZES.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=size)
+        parser.add_argument(f"--{name}", type=int, default=size)
     parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
     return parser
 

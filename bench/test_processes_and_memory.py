@@ -6,7 +6,7 @@ import processes
 
 def test_ways_are_compared(capfd, monkeypatch):
     monkeypatch.setattr(processes, "APART", 1e-2)
-    sizes = ["--blocks", "1", "--width", "64", "--fit-on", "10", "--scan", "10"]
+    sizes = ["--blocks", "1", "--width", "64", "--fitted", "10", "--scanned", "10"]
     processes.main(["--ways", "1x1", "2x1", "--turns", "1", *sizes])
     said = capfd.readouterr().out
     assert said.count(" s, ") == 4

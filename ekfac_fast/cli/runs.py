@@ -24,7 +24,7 @@ from ..stages.queries import Queries
 from ..stages.run import RunArguments, Stage
 from ..stages.scan import score, self_scores
 from ..stages.scores import Scores
-from ..stages.trust import basis_of, corrected_on, diagonal_in, note_validation, rounded_to
+from ..stages.trust import approximations, note_validation
 from ..store.files import load_json, save_json
 from ..store.folder import Store
 from ..store.manifest import MANIFEST
@@ -84,14 +84,10 @@ def fit_job(
 
 
 def _tell_basis(factors: Factors, console: Terminal) -> None:
-    if factors.blocks > 1:
-        console.say(basis_of(factors.blocks))
-    if factors.diagonal:
-        console.say(diagonal_in(len(factors.diagonal)))
-    if factors.eigenvectors:
-        console.say(rounded_to(factors.eigenvectors))
-    if factors.sample:
-        console.say(corrected_on(factors.sample))
+    for said in approximations(
+        factors.blocks, len(factors.diagonal), factors.eigenvectors, factors.sample
+    ):
+        console.say(said)
 
 
 def covered(layers: Sequence[Layer], tracked: int, parameters: int) -> str:

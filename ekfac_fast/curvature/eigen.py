@@ -135,8 +135,10 @@ def cheap_eigendecomposition(matrix: Tensor, rows: int | None = None) -> Solved:
     """
     n = matrix.shape[-1]
     if n >= FP32_FROM:
-        few = rows is not None and WIDE * rows <= n
-        solved = in_span(matrix, rows or 0) if few else eigendecomposition(matrix.float())
+        if rows is not None and are_few(rows, n):
+            solved = in_span(matrix, rows)
+        else:
+            solved = eigendecomposition(matrix.float())
         values, vectors = (x.double() for x in solved)
         if bool((_estimated(matrix, values, vectors) <= FP32_ERROR).all()):
             return values, vectors
@@ -160,9 +162,14 @@ def in_span(matrix: Tensor, rank: int) -> Solved:
     return torch.cat([zeros, values], -1), torch.cat([rest, span @ turned], -1)
 
 
+def are_few(rows: int, n: int) -> bool:
+    """Whether a matrix [n,n] is decomposed in the span of so many rows."""
+    return n >= FP32_FROM and WIDE * rows <= n
+
+
 def eigendecomposition_flops(n: int, rows: int) -> float:
     """What `cheap_eigendecomposition` takes: dense LAPACK 9 n^3, with vectors."""
-    return 8 * n**2 * rows if n >= FP32_FROM and WIDE * rows <= n else 9 * n**3
+    return 8 * n**2 * rows if are_few(rows, n) else 9 * n**3
 
 
 def _estimated(matrix: Tensor, values: Tensor, vectors: Tensor) -> Tensor:

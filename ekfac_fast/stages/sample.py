@@ -17,8 +17,9 @@ FACT = "eigenvalue_examples"
 
 def sample_facts(examples: int | None, size: int) -> dict[str, int]:
     """What `sampled` and `sample_of` read, of a fit on `size` examples; empty for all of them."""
-    fewer = examples is not None and whole(FACT, examples) < size
-    return {FACT: examples} if examples is not None and fewer else {}
+    if examples is None or whole(FACT, examples) >= size:
+        return {}
+    return {FACT: examples}
 
 
 def sample_of(facts: Mapping[str, Any] | None) -> int | None:

@@ -64,14 +64,7 @@ class Trust:
         said = ["full rank"] if self.rank is None else [
             f"rank {self.rank} keeps at least {self.energy:.0%} of a gradient's energy"
         ]  # fmt: skip
-        if self.blocks > 1:
-            said.append(basis_of(self.blocks))
-        if self.diagonal:
-            said.append(diagonal_in(self.diagonal))
-        if self.eigenvectors:
-            said.append(rounded_to(self.eigenvectors))
-        if self.sample:
-            said.append(corrected_on(self.sample))
+        said += approximations(self.blocks, self.diagonal, self.eigenvectors, self.sample)
         said.append(f"damping {self.least_damping:.2g} to {self.most_damping:.2g}")
         said.append(
             "not refined"
@@ -89,19 +82,18 @@ def basis_of(blocks: int) -> str:
     return f"basis of covariances in {blocks} diagonal blocks, approximate beside the exact one"
 
 
-def diagonal_in(layers: int) -> str:
-    """Layers with a diagonal side, in words."""
-    return f"output gradients of {layers} layers as if uncorrelated (a diagonal)"
-
-
-def rounded_to(eigenvectors: str) -> str:
-    """Eigenvectors that are stored in a narrower dtype, in words."""
-    return f"eigenvectors rounded to {eigenvectors}"
-
-
-def corrected_on(examples: int) -> str:
-    """Eigenvalues of a sample of what was fitted on, in words."""
-    return f"eigenvalues corrected on {examples:,} of the examples"
+def approximations(
+    blocks: int, diagonal: int, eigenvectors: str | None, sample: int | None
+) -> list[str]:
+    """What a fit left out, in words; see `Trust`."""
+    said = [basis_of(blocks)] if blocks > 1 else []
+    if diagonal:
+        said.append(f"output gradients of {diagonal} layers as if uncorrelated (a diagonal)")
+    if eigenvectors:
+        said.append(f"eigenvectors rounded to {eigenvectors}")
+    if sample:
+        said.append(f"eigenvalues corrected on {sample:,} of the examples")
+    return said
 
 
 def trust_in(queries: "Queries") -> dict[str, Any]:
