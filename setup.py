@@ -25,7 +25,7 @@ def extension() -> dict:
         "ext_modules": [
             CppExtension(
                 "ekfac_fast._C",
-                sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")),
+                sorted(glob("csrc/**/*.cpp", recursive=True)),
                 include_dirs=[os.path.abspath("csrc")],
                 define_macros=macros,
                 extra_compile_args=["-O3", "-g0", "-std=c++20", "-Wall", "-fopenmp"],

@@ -135,7 +135,7 @@ def test_cpp_knows_tensors_and_itself_and_pybind_only_binds():
         assert all((path.parent / name).is_file() for name in own), f"{path.name}: not csrc's"
 
 
-def test_stems_are_complete_and_register_on_the_last_line():
+def test_stems_are_complete_and_registered():
     stems = {ops.stem(card) for card in ops.ALL}
     cpp, python = (
         {
@@ -145,14 +145,16 @@ def test_stems_are_complete_and_register_on_the_last_line():
         }
         for folder, register in (
             (ROOT / "csrc" / "cpu", "TORCH_LIBRARY_IMPL"),
-            (ROOT / "triton_kernels", "library.impl("),
+            (ROOT / "triton_kernels", "@launcher"),
         )
     )
+    small = (ROOT / "csrc" / "cuda" / "small.cpp").read_text()
     assert cpp.keys() == python.keys() == stems
     for stem in stems:
         impl = f'm.impl("{stem}", &ekfac_fast::cpu::{stem});'
         assert cpp[stem].endswith(f"TORCH_LIBRARY_IMPL(ekfac_fast, CPU, m) {{ {impl} }}")
-        assert python[stem].endswith(f'torch.library.impl("ekfac_fast::{stem}", "cuda", {stem})')
+        assert python[stem].count("@launcher") == python[stem].count(f"@launcher def {stem}(") == 1
+        assert f'm.impl("{stem}", &{stem}<false>);' in small
 
 
 @pytest.mark.parametrize("card", ops.ALL, ids=ops.stem)

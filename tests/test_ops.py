@@ -85,6 +85,18 @@ def test_parity(card, dtype):
     assert not failures, "\n".join(failures)
 
 
+@pytest.mark.skipif(not ops.coverage()["eigenvalues"]["cpu"], reason="made by the extension")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@each_card
+def test_small_calls_of_a_gpu_agree(card, dtype):
+    """What they do there, done here: `csrc/cuda/small.cpp`."""
+    op = getattr(torch.ops.ekfac_fast, f"small_{ops.stem(card)}")
+    for sample in card.samples(dtype):
+        parity.check(card, sample, op)
+        first, second = (parity.run(op, sample.args) for _ in range(2))
+        assert torch.equal(first, second), sample.why
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("O", "I"), [(530, 40), (40, 1100), (600, 530)])
 def test_layers_of_several_library_products(O, I, dtype):

@@ -1,5 +1,8 @@
 """The registered kernels on a real GPU, through the dispatcher: parity, graphs, streams, bits, and
 compute-sanitizer over all of them.
+
+Small calls are products of PyTorch's (`csrc/cuda/small.cpp`), larger ones tiles of Triton's: tests
+of an `engine` ask for one of them whatever the size, the others for what the op chooses.
 """
 
 import importlib
@@ -28,26 +31,28 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SANITIZER = shutil.which("compute-sanitizer") or shutil.which(
     "compute-sanitizer", path=os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
 )
-# What a test of a small layer makes of it: FLOPs, bytes and widths from which on calls are large.
+# Which op an engine is, and constants of its sizes.
 ENGINES = {
-    "copied": {"launch.LEAST_FLOPS": 0, "rotations.FORMED_BYTES": 0, "dense_scores.STRIP_BYTES": 0},
-    "addressed": {"launch.LEAST_FLOPS": float("inf"), "rotations.FORMED_BYTES": 0},
-    "left to cuBLAS": {"low_rank_scores.WIDE": {2: 0, 4: 0}},
+    "copied": ("tiled", {"launch.LEAST_FLOPS": 0}),
+    "addressed": ("tiled", {"launch.LEAST_FLOPS": float("inf")}),
+    "closed": ("tiled", {"low_rank_scores.WIDE": {2: 0, 4: 0}}),
+    "small": ("small", {}),
 }
 # Every kernel at two small sizes: one tile cut on all sides, and several.
 SANITIZED = """
 import torch
 from test_triton_gpu import ENGINES, layer_sample, set_engine
 from ekfac_fast import ops
-for engine in ENGINES:
-    set_engine(engine)
+for name in ENGINES:
+    engine = set_engine(name)
     for card in ops.ALL:
         for dtype in (torch.bfloat16, torch.float16):
             for sizes in (dict(B=2, T=37, O=19, I=21, Q=3, K=5), dict(B=2, T=70, O=200, I=135)):
-                ops.call(card)(*layer_sample(card, dtype, **sizes).args)
+                engine(card)(*layer_sample(card, dtype, **sizes).args)
 torch.cuda.synchronize()
 """
 CARDS = pytest.mark.parametrize("card", ops.ALL, ids=ops.stem)
+BOTH = pytest.mark.parametrize("way", ["small", "tiled"])
 
 
 @pytest.fixture(autouse=True)
@@ -59,17 +64,25 @@ def kernels(name: str):
     return importlib.import_module(f"ekfac_fast.triton_kernels.{name}")
 
 
-def set_engine(name: str, put: Callable = setattr) -> None:
-    """Let small layers be computed in one of the ways that there are."""
-    for path, value in ENGINES[name].items():
+def op_of(card, way: str) -> Callable:
+    """An op in one of its two ways; defaults are those of the card's schema."""
+    op = getattr(torch.ops.ekfac_fast, f"{way}_{ops.stem(card)}")
+    declared = ops.call(card).default._schema.arguments
+    return lambda *args: op(*args, *(x.default_value for x in declared[len(args) :]))
+
+
+def set_engine(name: str, put: Callable = setattr) -> Callable:
+    """Let layers be computed in one of the ways that there are; the op of a card by that way."""
+    way, constants = ENGINES[name]
+    for path, value in constants.items():
         module, constant = path.split(".")
         put(kernels(module), constant, value)
     forget()
+    return lambda card: op_of(card, way)
 
 
 def forget() -> None:
     """What is kept of earlier calls' sizes."""
-    kernels("dense_scores").strips.cache_clear()
     for card in ops.ALL:
         kernels(ops.stem(card)).config.cache_clear()
 
@@ -77,8 +90,7 @@ def forget() -> None:
 @pytest.fixture(params=ENGINES)
 def engine(request, monkeypatch):
     """All ways, whatever the size of a call."""
-    set_engine(request.param, monkeypatch.setattr)
-    yield
+    yield set_engine(request.param, monkeypatch.setattr)
     monkeypatch.undo()
     forget()
 
@@ -104,9 +116,16 @@ def layer_sample(card, dtype, B=8, T=96, I=300, O=272, Q=12, K=16, bias=True) ->
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @CARDS
-def test_parity(card, dtype, engine):
+def test_parity_of_what_the_op_chooses(card, dtype):
     for sample in card.samples(dtype, "cuda"):
         parity.check(card, sample, ops.call(card))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@CARDS
+def test_parity(card, dtype, engine):
+    for sample in card.samples(dtype, "cuda"):
+        parity.check(card, sample, engine(card))
 
 
 @CARDS
@@ -131,35 +150,37 @@ def test_parity_in_tf32(card):
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 @CARDS
 def test_parity_on_a_layer_of_many_tiles(card, dtype, engine):
-    parity.check(card, layer_sample(card, dtype), ops.call(card))
+    parity.check(card, layer_sample(card, dtype), engine(card))
 
 
 @pytest.mark.parametrize(("O", "I"), [(100, 128), (256, 200), (200, 512)])
 @pytest.mark.parametrize("dtype", DTYPES[1:3], ids=str)
 @pytest.mark.parametrize("card", [ops.precondition, ops.self_influence], ids=ops.stem)
 def test_parity_on_a_narrow_layer(card, dtype, O, I):
+    op = op_of(card, "tiled")
     sample = layer_sample(card, dtype, B=8, T=300, I=I, O=O)
-    parity.check(card, sample, ops.call(card))
-    first, second = (parity.run(ops.call(card), sample.args) for _ in range(2))
+    parity.check(card, sample, op)
+    first, second = (parity.run(op, sample.args) for _ in range(2))
     assert torch.equal(first, second)
 
 
 @CARDS
 def test_second_run_is_bitwise_equal(card, engine):
     sample = layer_sample(card, torch.bfloat16, B=24, T=200, I=768, O=1024)
-    first, second = (parity.run(ops.call(card), sample.args) for _ in range(2))
+    first, second = (parity.run(engine(card), sample.args) for _ in range(2))
     assert torch.equal(first, second)
 
 
+@BOTH
 @CARDS
-def test_cuda_graph(card):
+def test_cuda_graph(card, way):
     sample = layer_sample(card, torch.bfloat16)
-    want = parity.run(ops.call(card), sample.args)  # compiles, too
+    want = parity.run(op_of(card, way), sample.args)  # compiles, too
     into = sample.args[0].clone()
     args = (into, *sample.args[1:])
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = ops.call(card)(*args)
+        out = op_of(card, way)(*args)
     if out is None:
         into.copy_(sample.args[0])
     graph.replay()
@@ -167,27 +188,29 @@ def test_cuda_graph(card):
     assert torch.equal(into if out is None else out, want)
 
 
+@BOTH
 @CARDS
-def test_another_stream(card):
+def test_another_stream(card, way):
     sample = layer_sample(card, torch.float16)
-    want = parity.run(ops.call(card), sample.args)
+    want = parity.run(op_of(card, way), sample.args)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         # A kernel that started on the default stream would read the copies before they are made.
         torch.cuda._sleep(20_000_000)
-        got = parity.run(ops.call(card), sample.args)
+        got = parity.run(op_of(card, way), sample.args)
     torch.cuda.current_stream().wait_stream(stream)
     assert torch.equal(got, want)
 
 
+@BOTH
 @CARDS
-def test_nothing_synchronises(card):
+def test_nothing_synchronises(card, way):
     sample = layer_sample(card, torch.bfloat16)
-    ops.call(card)(*sample.args)
+    op_of(card, way)(*sample.args)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        ops.call(card)(*sample.args)
+        op_of(card, way)(*sample.args)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

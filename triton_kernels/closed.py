@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Chip, Shape, cdiv, chip, fold, in_fp32, options, run
+from .launch import Chip, Shape, cdiv, chip, fold, options, run
 
 # Of both products at a time.
 CHUNK_BYTES = 64 << 20
@@ -116,7 +116,7 @@ def product(x: Tensor, y: Tensor) -> Tensor:
     """x y in fp32."""
     if x.device.type == "cpu":  # Triton's interpreter; torch has no such product there
         return x.float() @ y.float()
-    return torch.mm(x, y, **in_fp32(x))
+    return x @ y if x.dtype == torch.float32 else torch.mm(x, y, out_dtype=torch.float32)
 
 
 def closed(s: Tensor, left: Tensor, right: Tensor, g: Tensor, a: Tensor, bias: bool) -> None:

@@ -1,7 +1,6 @@
 """cov[i,j] += sum_n keep[n] x[n,i] x[n,j]: tiles on and below the diagonal, written twice.
 
-Small sums are one product of cuBLAS: there a second launch is what takes time. Else
-the gradient tile with x on both sides and rows as tokens. Tiles above the diagonal are not
+The gradient tile with x on both sides and rows as tokens. Tiles above the diagonal are not
 launched; the lower triangle of cov is read, both are written, so cov stays exactly symmetric. Rows
 are split between programs where the triangle does not fill the chip. The bias row is column sums.
 """
@@ -20,13 +19,10 @@ from .launch import (
     Shape,
     cdiv,
     chip,
-    in_fp32,
     launcher,
     options,
-    padded,
     precision,
     run,
-    small,
     splits,
     tile,
 )
@@ -169,9 +165,6 @@ def covariance(cov: Tensor, x: Tensor, mask: Tensor | None = None, bias: bool = 
     N, I = x.shape
     if N == 0:
         return
-    if x.is_cuda and small(2.0 * N * I * I, x.element_size()):
-        _whole(cov, x, mask, bias)
-        return
     by = config(Shape(x.element_size(), B=N, I=I, bias=bias), chip(x.device))
     J, BLOCK, (tiles, S) = I + bias, by.tile.rows, by.grid
     # A transposed accumulator is the same matrix: its lower triangle is read along rows.
@@ -202,20 +195,3 @@ def covariance(cov: Tensor, x: Tensor, mask: Tensor | None = None, bias: bool = 
         grid = (tiles, BLOCK // 16)
         sizes = (S, J, tiles, *cov.stride())
         run(covariance_fold_kernel, grid, cov, out, *sizes, BLOCK=BLOCK, PIECE=16, **options(4))
-
-
-def _whole(cov: Tensor, x: Tensor, mask: Tensor | None, bias: bool) -> None:
-    """cov += x^T x, all of it, by cuBLAS; rows with a bias are copied beside their ones."""
-    keep = None if mask is None else mask.bool()
-    if keep is not None:
-        x = x.where(keep[:, None], 0)
-    if bias:
-        N, I = x.shape
-        rows = x.new_empty(N, padded(I + 1))[:, : I + 1]
-        rows[:, :I] = x
-        rows[:, I] = 1 if keep is None else keep
-        x = rows
-    torch.addmm(cov, x.mT, x, out=cov, **in_fp32(x))
-
-
-torch.library.impl("ekfac_fast::covariance", "cuda", covariance)

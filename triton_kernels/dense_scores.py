@@ -1,14 +1,12 @@
 """s[q,b] += sum_oj P_q[o,j] G_b[o,j], and per token s[q,b,t] += sum_j (g_bt P_q)[j] (a_bt, 1)[j].
 
-Four ways, by shape. One or two queries: each gradient tile meets every P_q in registers, one
-number a tile, query and sequence, summed by a second launch. More: every P_q would come from L2
-again for every sequence, so strips of G that stay there are contracted with all queries at once;
-where one strip is all of G, by cuBLAS.
+Each gradient tile meets every P_q in registers, one number a tile, query and sequence, summed by a
+second launch: for one or two queries. Of more every P_q would come from L2 again for every
+sequence: `csrc/cuda/small.cpp` makes two products of them.
 Per token: a program closes tiles of g P_q with a before they leave registers.
 """
 
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 import triton
@@ -20,7 +18,6 @@ from .launch import (
     Chip,
     Config,
     Shape,
-    Tile,
     aligned,
     blocks,
     cdiv,
@@ -28,7 +25,6 @@ from .launch import (
     describable,
     even,
     fold,
-    in_fp32,
     launcher,
     precision,
     readable,
@@ -37,12 +33,6 @@ from .launch import (
     splits,
     tile,
 )
-from .rotations import form
-
-# Beyond these, fetching P_q for every sequence takes longer than writing G (H200: 1.9 to 1.6 ms).
-FEW_QUERIES = 2
-# Most of it stays in L2, and the host, which launches twice a strip, is not what is waited for.
-STRIP_BYTES = 44 << 20
 
 
 @triton.jit
@@ -112,43 +102,6 @@ def dense_scores_kernel(
 
 
 @triton.jit
-def strip_kernel(
-    out,  # parts [S,Q,B]
-    P,  # [Q,rows,I]
-    G,  # [B,rows I]
-    Q,
-    B,
-    I,
-    K,  # rows I
-    P_q,
-    P_o,
-    P_i,
-    per_split,
-    QUERIES: tl.constexpr,
-    SEQUENCES: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Products of all queries and sequences over `per_split` of a strip's elements."""
-    split = tl.program_id(0)
-    q = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
-    b = tl.program_id(2) * SEQUENCES + tl.arange(0, SEQUENCES)
-    q_in, b_in = (q < Q)[:, None], (b < B)[None, :]
-    P += q[:, None].to(tl.int64) * P_q
-    G += b[None, :].to(tl.int64) * K
-    S = tl.zeros((QUERIES, SEQUENCES), tl.float32)
-    for first in range(split * per_split, min(K, (split + 1) * per_split), BLOCK):
-        k = first + tl.arange(0, BLOCK)
-        k_in = k < K
-        at = (k // I).to(tl.int64) * P_o + (k % I).to(tl.int64) * P_i
-        x = tl.load(P + at[None, :], mask=q_in & k_in[None, :], other=0.0)
-        y = tl.load(G + k[:, None], mask=b_in & k_in[:, None], other=0.0)
-        S = tl.dot(x, y, S, input_precision=PRECISION)
-    at = (tl.cast(split, tl.int64) * Q + q[:, None]) * B + b[None, :]
-    tl.store(out + at, S, mask=q_in & b_in)
-
-
-@triton.jit
 def dense_token_scores_kernel(
     out,  # [S,Q,B,T] by strides: s, or parts of it
     P,  # [Q,O,>=J], zeros past J
@@ -215,17 +168,6 @@ def dense_token_scores_kernel(
     tl.store(at, score, mask=n < N)
 
 
-class Strips(NamedTuple):
-    """Rows of a strip of G; parts of all strips together; elements of a part; the products' tile:
-    queries by sequences, and a step along the elements.
-    """
-
-    rows: int
-    parts: int
-    per_split: int
-    tile: Tile
-
-
 @lru_cache(maxsize=4096)
 def config(shape: Shape, chip: Chip) -> Config:
     """Rows of tokens by columns of P, or tiles of a gradient.
@@ -244,21 +186,6 @@ def config(shape: Shape, chip: Chip) -> Config:
     return sequences(shape._replace(bias=False), chip)
 
 
-@lru_cache(maxsize=4096)
-def strips(shape: Shape, chip: Chip) -> Strips:
-    """How a gradient is cut, and the products of its strips with the queries."""
-    B, I, O = shape.B, shape.I, shape.O
-    queries, sequences = (min(64, max(16, 1 << (n - 1).bit_length())) for n in (shape.Q, B))
-    step = 128 if queries * sequences > 512 else 256
-    if shape.itemsize == 4:
-        step = 32
-    rows = min(O, max(16, STRIP_BYTES // (B * I * shape.itemsize)))
-    tiles = cdiv(shape.Q, queries) * cdiv(B, sequences)
-    per_split = cdiv(cdiv(rows * I, max(1, 4 * chip.processors // tiles)), step) * step
-    parts = O // rows * cdiv(rows * I, per_split) + cdiv(O % rows * I, per_split)
-    return Strips(rows, parts, per_split, Tile(queries, sequences, step, 4, 3))
-
-
 @launcher
 def dense_scores(s: Tensor, P: Tensor, g: Tensor, a: Tensor, bias: bool = False) -> None:
     """The op `ekfac_fast::dense_scores` on a GPU; s [Q,B] or, per token, [Q,B,T]."""
@@ -269,19 +196,13 @@ def dense_scores(s: Tensor, P: Tensor, g: Tensor, a: Tensor, bias: bool = False)
     if tokens:
         per_token(s, aligned(P), g, a, config(shape, chip(g.device)))
         return
-    if g.is_cuda and Q > FEW_QUERIES and B * O * P.shape[2] * g.element_size() <= STRIP_BYTES:
-        whole_gradients(s, P, g, a, bias)
-        return
-    if Q > FEW_QUERIES:
-        many_queries(s, P, g, a, strips(shape, chip(g.device)))
-    else:
-        few_queries(s, aligned(P), g, a, config(shape, chip(g.device)))
+    per_sequence(s, aligned(P), g, a, config(shape, chip(g.device)))
     if bias:
         # The ones: one number a query and output feature.
         s += P[..., -1].float() @ g.sum(1, dtype=torch.float32).T
 
 
-def few_queries(s: Tensor, P: Tensor, g: Tensor, a: Tensor, by: Config) -> None:
+def per_sequence(s: Tensor, P: Tensor, g: Tensor, a: Tensor, by: Config) -> None:
     """One launch over tiles and sequences, one over their numbers: s [Q,B], without the ones."""
     (B, T, I), (Q, O, _) = a.shape, P.shape
     g, a = describable(g), describable(a)
@@ -308,45 +229,6 @@ def few_queries(s: Tensor, P: Tensor, g: Tensor, a: Tensor, by: Config) -> None:
     )
     if by.parts > 1:
         fold(s, out)
-
-
-def whole_gradients(s: Tensor, P: Tensor, g: Tensor, a: Tensor, bias: bool) -> None:
-    """G of all sequences times all queries: s [Q,B]."""
-    G = g.new_empty(len(g), *P.shape[1:])
-    form(G, g, a, bias)
-    torch.addmm(s, P.flatten(1), G.flatten(1).T, out=s, **in_fp32(g))
-
-
-def many_queries(s: Tensor, P: Tensor, g: Tensor, a: Tensor, by: Strips) -> None:
-    """Strips of G, [B,rows,I] in the operands' dtype, contracted with all queries: s [Q,B]."""
-    (B, _, I), (Q, O, _), (queries, sequences, step, *_) = a.shape, P.shape, by.tile
-    G = g.new_empty(B * by.rows * I)
-    out, done = torch.empty((by.parts, Q, B), device=g.device), 0
-    for first in range(0, O, by.rows):
-        gs, Ps = g[:, :, first : first + by.rows], P[:, first : first + by.rows]
-        K = Ps.shape[1] * I
-        torch.bmm(gs.mT, a, out=G[: B * K].view(B, -1, I))
-        grid = cdiv(K, by.per_split), cdiv(Q, queries), cdiv(B, sequences)
-        run(
-            strip_kernel,
-            grid,
-            out[done:],
-            Ps,
-            G,
-            Q,
-            B,
-            I,
-            K,
-            *Ps.stride(),
-            by.per_split,
-            QUERIES=queries,
-            SEQUENCES=sequences,
-            BLOCK=step,
-            PRECISION=precision(g.dtype),
-            **by.tile.options,
-        )
-        done += grid[0]
-    fold(s, out)
 
 
 def per_token(s: Tensor, P: Tensor, g: Tensor, a: Tensor, by: Config) -> None:
@@ -381,6 +263,3 @@ def per_token(s: Tensor, P: Tensor, g: Tensor, a: Tensor, by: Config) -> None:
     )
     if by.parts > 1:
         fold(s, out)
-
-
-torch.library.impl("ekfac_fast::dense_scores", "cuda", dense_scores)

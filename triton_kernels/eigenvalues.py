@@ -28,7 +28,7 @@ from .launch import (
     splits,
     tile,
 )
-from .rotations import formed, operands
+from .rotations import operands
 
 
 @triton.jit
@@ -121,10 +121,7 @@ def eigenvalues(
     if g.numel() == 0:
         return
     for _, x, y in operands(g, a, Qg, Qa, bias, order):
-        if (G := formed(x, y)) is not None:
-            lam_sum += G.square_().sum(0)
-        else:
-            _accumulate(lam_sum, x, y)
+        _accumulate(lam_sum, x, y)
 
 
 def _accumulate(lam_sum: Tensor, g: Tensor, a: Tensor) -> None:
@@ -149,6 +146,3 @@ def _accumulate(lam_sum: Tensor, g: Tensor, a: Tensor) -> None:
     )
     if by.parts > 1:
         fold(lam_sum, out)
-
-
-torch.library.impl("ekfac_fast::eigenvalues", "cuda", eigenvalues)

@@ -22,8 +22,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 # An H200 computes products of 16 bits for as long as its host takes to describe two tensors to it:
 # 20 us each, every launch.
 LEAST_FLOPS = 2e10
-# Those of fp32 have no tensor cores.
-FP32_SLOWER = 10
 
 
 class Chip(NamedTuple):
@@ -114,14 +112,9 @@ def hopper(chip: Chip) -> bool:
     return chip.capability // 10 == 9
 
 
-def small(flops: float, itemsize: int = 2) -> bool:
-    """Whether a call computes for less time than its host takes to prepare a launch or two."""
-    return flops * (FP32_SLOWER if itemsize == 4 else 1) < LEAST_FLOPS
-
-
 def copies(flops: float, chip: Chip) -> bool:
     """Whether the copy engine is worth what the host takes to describe tensors to it."""
-    return chip.capability >= 90 and not small(flops)
+    return chip.capability >= 90 and flops >= LEAST_FLOPS
 
 
 def tile(rows: int, columns: int, itemsize: int, chip: Chip) -> Tile:
@@ -171,11 +164,6 @@ def precision(dtype: torch.dtype) -> str:
     if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "ieee"
-
-
-def in_fp32(x: Tensor) -> dict[str, torch.dtype]:
-    """What a product of cuBLAS of such operands is told, so that it comes in fp32."""
-    return {} if x.dtype == torch.float32 else {"out_dtype": torch.float32}
 
 
 def splits(tiles: int, terms: int, limit: int, chip: Chip, *, begin: int = 0) -> int:
@@ -354,10 +342,11 @@ def _accepted(name: str, signature: tuple) -> None:
 
 
 def launcher(function: Callable) -> Callable:
-    """Make `function` the kernel of the op of its name.
+    """Make `function` the op `tiled_<its name>` on GPUs: what `csrc/cuda/small.cpp` leaves to it.
 
-    Arguments are checked by the op's reference (its checks are the only ones), once a signature of
-    shapes, dtypes and scalars: a known signature costs 1.5 us, a new one a call on meta tensors.
+    Without the extension it is the whole op. Arguments are checked by the op's reference (its
+    checks are the only ones), once a signature of shapes, dtypes and scalars: a known signature
+    costs 1.5 us, a new one a call on meta tensors.
     fp64 is left to the reference: it serves validation, and tensor cores of GPUs do without it.
     """
     name = function.__name__
@@ -375,4 +364,10 @@ def launcher(function: Callable) -> Callable:
                 return function(*args)
         return function(*args)
 
+    op, tiled = f"ekfac_fast::{name}", f"ekfac_fast::tiled_{name}"
+    schema = str(getattr(torch.ops.ekfac_fast, name).default._schema)
+    torch.library.define(tiled, schema.removeprefix(op))
+    torch.library.impl(tiled, "cuda", launch)
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(op, "CUDA"):
+        torch.library.impl(op, "cuda", launch)
     return launch

@@ -223,6 +223,3 @@ def low_rank_scores(
     )
     if not whole:
         fold(s, parts)
-
-
-torch.library.impl("ekfac_fast::low_rank_scores", "cuda", low_rank_scores)

@@ -21,7 +21,7 @@ from .launch import (
     sides,
 )
 from .narrow import narrow
-from .rotations import formed, operands
+from .rotations import operands
 
 
 @triton.jit
@@ -108,9 +108,6 @@ def precondition(
     if narrow(P, g, a, Qg, Qa, lam, damping, bias, order):
         return P
     for part, x, y in operands(g, a, Qg, Qa, bias, order):
-        if (G := formed(x, y)) is not None:
-            torch.div(G, lam + damping, out=P[part])
-            continue
         T, B = x.shape[1], max(len(x), len(y))
         by = config(Shape(x.element_size(), B=B, T=T, I=J, O=O), chip(g.device))
         run(
@@ -132,6 +129,3 @@ def precondition(
             **blocks(by, g.dtype),
         )
     return P
-
-
-torch.library.impl("ekfac_fast::precondition", "cuda", precondition)

@@ -1,7 +1,5 @@
 """Rotation into the eigenbasis, left to cuBLAS, so that one gradient tile finishes the product.
 
-Where the gradients are few megabytes, that last product is cuBLAS's, too: `formed`.
-
 `operands` reduces Qg^T G_b Qa to sum_t x_t y_t^T whatever the contraction order: sides rotated by
 tokens are rotated first; where a side is rotated on the gradient, the last such rotation is itself
 a sum of that form, its "tokens" being the rows of the eigenvectors. Kernels need one loop, then.
@@ -12,10 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .launch import describable, in_fp32, padded
+from .launch import describable, padded
 
-# Fewer bytes are written and read again before the host has launched a kernel of ours.
-FORMED_BYTES = 16 << 20
 # Gradients rotated as such are formed a few sequences at a time: what is written stays in L2.
 CHUNK_BYTES = 32 << 20
 
@@ -73,27 +69,13 @@ def operands(
             yield part, describable(Qg[None]), rotate(_gradients(g[part], a[part], bias), Qa, False)
 
 
-def formed(x: Tensor, y: Tensor) -> Tensor | None:
-    """sum_t x_t y_t^T of every sequence in fp32, [b,O,J], where that is small; see `operands`."""
-    B, O, J = max(len(x), len(y)), x.shape[2], y.shape[2]
-    if x.device.type != "cuda" or 4 * B * O * J > FORMED_BYTES:
-        return None
-    x, y = x.mT.expand(B, -1, -1), y.expand(B, -1, -1)
-    return torch.bmm(x, y, **in_fp32(x))
-
-
 def _gradients(g: Tensor, a: Tensor, bias: bool, *, transposed: bool = False) -> Tensor:
     """sum_t g_bt (a_bt, 1)^T in the operands' dtype: [b,O,J], or [b,J,O]; rows `padded` apart."""
     (b, _, O), I = g.shape, a.shape[-1]
     rows, columns = (I + bias, O) if transposed else (O, I + bias)
     out = g.new_empty(b, rows, padded(columns))[..., :columns]
-    form(out.mT if transposed else out, g, a, bias)
-    return out
-
-
-def form(G: Tensor, g: Tensor, a: Tensor, bias: bool) -> None:
-    """G [b,O,J] = sum_t g_bt (a_bt, 1)^T, of any strides."""
-    I = a.shape[-1]
+    G = out.mT if transposed else out
     torch.bmm(g.mT, a, out=G[..., :I])
     if bias:
         torch.sum(g, 1, out=G[..., I])
+    return out

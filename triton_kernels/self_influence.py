@@ -22,7 +22,7 @@ from .launch import (
     sides,
 )
 from .narrow import narrow
-from .rotations import formed, operands
+from .rotations import operands
 
 
 @triton.jit
@@ -113,9 +113,6 @@ def self_influence(
     if narrow(s, g, a, Qg, Qa, lam, damping, bias, order):
         return
     for part, x, y in operands(g, a, Qg, Qa, bias, order):
-        if (G := formed(x, y)) is not None:
-            s[part] += G.square_().div_(lam + damping).sum((1, 2))
-            continue
         T, B = x.shape[1], max(len(x), len(y))
         by = config(Shape(x.element_size(), B=B, T=T, I=J, O=O), chip(g.device))
         out = s[None, part] if by.parts == 1 else torch.empty((by.parts, B), device=g.device)
@@ -140,6 +137,3 @@ def self_influence(
         )
         if by.parts > 1:
             fold(s[part], out)
-
-
-torch.library.impl("ekfac_fast::self_influence", "cuda", self_influence)

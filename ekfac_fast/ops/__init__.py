@@ -2,7 +2,8 @@
 
 `torch.ops.ekfac_fast.<stem>` is the call; `ekfac_fast.ops.<stem>` is the card: equation, shapes,
 schema, reference, samples, cost. The reference is registered for every device;
-`csrc/cpu/<stem>.cpp` (CPU) and `triton_kernels/<stem>.py` (CUDA) take over where installed.
+`csrc/cpu/<stem>.cpp` (CPU) and, on a GPU, `csrc/cuda/small.cpp` for small calls and
+`triton_kernels/<stem>.py` for the others take over where installed.
 Adding an op is one card, one file per tier and one name in `ALL`.
 """
 
@@ -45,10 +46,18 @@ def call(card: Card) -> Callable[..., Any]:
 
 def coverage() -> dict[str, dict[str, bool]]:
     """Which tiers the dispatcher holds for each op: {stem: {"reference", "cpu", "cuda"}}."""
-    keys = {"reference": "CompositeExplicitAutograd", "cpu": "CPU", "cuda": "CUDA"}
+    tiers = {
+        "reference": ("", "CompositeExplicitAutograd"),
+        "cpu": ("", "CPU"),
+        "cuda": ("tiled_", "CUDA"),
+    }
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     return {
-        stem(card): {tier: has(f"ekfac_fast::{stem(card)}", key) for tier, key in keys.items()}
+        stem(card): {
+            tier: hasattr(torch.ops.ekfac_fast, f"{way}{stem(card)}")
+            and has(f"ekfac_fast::{way}{stem(card)}", key)
+            for tier, (way, key) in tiers.items()
+        }
         for card in ALL
     }
 

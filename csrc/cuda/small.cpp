@@ -1,0 +1,291 @@
+// The six ops on a GPU. Small calls compute for less time than a host takes to launch our kernels:
+// they are PyTorch's own products and sums, the fewest that do, called from here. Larger ones go to
+// `triton_kernels/`, whose launchers are the ops `tiled_<op>`; without Triton to the reference.
+// Where cuBLAS is as fast whatever the size (scores of several dense queries, per token in fp32)
+// all calls are made here, in pieces. Rates of an H200 and its host: bench/README.md.
+// What is done here is `small_<op>`, on any device and of any size: for tests and benches.
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/bmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/matmul.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <string>
+
+#include "../check.h"
+
+namespace ekfac_fast::cuda {
+namespace {
+
+using at::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+using MaybeOrder = std::optional<c10::string_view>;
+
+// What a call writes at most, or a piece of it: half as many numbers of fp32.
+constexpr int64_t kNumbers = int64_t{16} << 20;
+// From more on one product with all queries is faster than a pass over each.
+constexpr int64_t kFewQueries = 2;
+// Covariances that take as long as two launches of ours; tensor cores make no fp32 products.
+constexpr int64_t kFlops = 100'000'000'000, kFp32Flops = 8'000'000'000;
+// Programs that run at once, and rows of each, where one launch is the whole op (`narrow.py`).
+constexpr int64_t kProcessors = 132, kRows = 64;
+
+bool is_fp32(const Tensor& x) { return x.scalar_type() == at::kFloat; }
+
+// Products whose result is fp32 whatever the operands: cuBLAS has them, CPUs' libraries have not.
+Tensor product(const Tensor& x, const Tensor& y) {
+  if (is_fp32(x)) return x.dim() == 3 ? at::bmm(x, y) : at::mm(x, y);
+  if (!x.is_cuda()) return at::matmul(x.to(at::kFloat), y.to(at::kFloat));
+  return x.dim() == 3 ? at::bmm(x, y, at::kFloat) : at::mm(x, y, at::kFloat);
+}
+
+// sum += x y.
+void add_product(Tensor& sum, const Tensor& x, const Tensor& y) {
+  if (is_fp32(x)) {
+    sum.addmm_(x, y);
+  } else if (!x.is_cuda()) {
+    sum.add_(product(x, y));
+  } else {
+    at::addmm_out(sum, sum, x, y, at::kFloat);
+  }
+}
+
+// New rows [B,T,F] that begin at multiples of 16 numbers, as tensor cores' loads want them.
+Tensor rows_like(const Tensor& x, int64_t F) {
+  return at::empty({x.size(0), x.size(1), (F + 15) / 16 * 16}, x.options()).narrow(2, 0, F);
+}
+
+// x [B,T,I] with its ones, [B,T,I + 1].
+Tensor with_ones(const Tensor& x) {
+  const int64_t I = x.size(2);
+  const Tensor rows = rows_like(x, I + 1);
+  rows.narrow(2, 0, I).copy_(x);
+  rows.select(2, I).fill_(1);
+  return rows;
+}
+
+// Rows (b, t), a view where x has them so.
+Tensor flat(const Tensor& x) { return x.flatten(0, 1); }
+
+// (x, 1) Q of every row, the ones only with a bias.
+Tensor rotated(const Tensor& x, const Tensor& Q, bool bias) {
+  const int64_t F = x.size(2);
+  const Tensor y = rows_like(x, Q.size(1));
+  Tensor rows = flat(y);
+  bias ? at::addmm_out(rows, Q.select(0, F), flat(x), Q.narrow(0, 0, F))
+       : at::mm_out(rows, flat(x), Q);
+  return y;
+}
+
+// Qg^T G_b Qa of every sequence in fp32, [B,O,J].
+Tensor gradients(const Tensor& g, const Tensor& a, const MaybeTensor& Qg, const MaybeTensor& Qa,
+                 bool bias, const Letters& size, const MaybeOrder& forced) {
+  const Order by_tokens = contraction_order(size, forced);
+  const bool g_last = Qg && !by_tokens.g_tokens, a_last = Qa && !by_tokens.a_tokens;
+  const Tensor x = Qg && !g_last ? rotated(g, *Qg, false) : g;
+  const Tensor y = Qa && !a_last ? rotated(a, *Qa, bias) : bias ? with_ones(a) : a;
+  if (!g_last && !a_last) return product(x.mT(), y);
+  Tensor G = at::bmm(x.mT(), y);
+  if (a_last && g_last) G = at::matmul(G, *Qa);
+  if (g_last) return product(Qg->mT().expand({size.B, size.O, size.O}), G);
+  return product(flat(G), *Qa).view({size.B, size.O, size.J});
+}
+
+// fp64 serves validation: the reference's.
+bool wide(const Tensor& operand) { return operand.scalar_type() == at::kDouble; }
+
+// How many numbers a call may write.
+int64_t most(const Tensor& operand) { return is_fp32(operand) ? kNumbers / 2 : kNumbers; }
+
+// Whether `narrow.py` makes one launch of a call that divides; `config` there is exact.
+bool in_one_launch(const Tensor& g, const MaybeTensor& Qg, const MaybeTensor& Qa,
+                   const Letters& size, const MaybeOrder& order) {
+  if (is_fp32(g) || !Qg || !Qa || order) return false;
+  const auto [lower, upper] = std::minmax(size.O, size.I);
+  const int64_t T = size.T, X = size.O >= size.I ? size.O : size.J;
+  const int64_t Y = size.O >= size.I ? size.J : size.O;
+  const int64_t here = T * X * X + T * X * Y + X * Y * Y;
+  const int64_t least = X * X * std::min(T, Y) + T * X * Y + Y * Y * std::min(T, X);
+  return upper <= 512 && lower <= 256 && here <= 4 * least &&
+         size.B * ((X + kRows - 1) / kRows) <= kProcessors;
+}
+
+// An op for calls that are not small: Triton's launcher, or the reference.
+template <class Signature>
+class Larger {
+ public:
+  explicit Larger(const std::string& op) : Larger(find("tiled_" + op), find(op)) {}
+
+  template <class... Args>
+  auto operator()(Args&&... args) const {
+    return op_.redispatch(c10::DispatchKeySet(key_), std::forward<Args>(args)...);
+  }
+
+ private:
+  using Found = std::optional<c10::OperatorHandle>;
+
+  static Found find(const std::string& op) {
+    return c10::Dispatcher::singleton().findSchema({"ekfac_fast::" + op, ""});
+  }
+  Larger(const Found& tiled, const Found& op)
+      : op_((tiled ? tiled : op).value().template typed<Signature>()),
+        key_(tiled ? c10::DispatchKey::CUDA : c10::DispatchKey::CompositeExplicitAutograd) {}
+
+  c10::TypedOperatorHandle<Signature> op_;
+  c10::DispatchKey key_;
+};
+
+// Each op twice: `kAlways` is `small_<op>`.
+
+template <bool kAlways>
+void covariance(Tensor& cov, const Tensor& x, const MaybeTensor& mask, bool bias) {
+  const Letters size = check("covariance", "cov[J,J] x[N,I] mask[N]", {cov, x, mask}, bias);
+  if (!kAlways &&
+      (wide(x) || bias || 2 * size.N * size.I * size.I >= (is_fp32(x) ? kFp32Flops : kFlops))) {
+    static const Larger<decltype(covariance<kAlways>)> larger("covariance");
+    return larger(cov, x, mask, bias);
+  }
+  if (size.N == 0) return;
+  Tensor rows = bias ? with_ones(x.unsqueeze(0)).squeeze(0) : x;
+  if (mask) rows = at::where(mask->to(at::kBool).unsqueeze(1), rows, 0);
+  add_product(cov, rows.t(), rows);
+}
+
+template <bool kAlways>
+void eigenvalues(Tensor& lam_sum, const Tensor& g, const Tensor& a, const MaybeTensor& Qg,
+                 const MaybeTensor& Qa, bool bias, MaybeOrder order) {
+  const Letters size = check("eigenvalues", "lam_sum[O,J] g[B,T,O] a[B,T,I] Qg[O,O] Qa[J,J]",
+                             {lam_sum, g, a, Qg, Qa}, bias, 0.0, order);
+  if (!kAlways && (wide(g) || size.B * size.O * size.J > most(g))) {
+    static const Larger<decltype(eigenvalues<kAlways>)> larger("eigenvalues");
+    return larger(lam_sum, g, a, Qg, Qa, bias, order);
+  }
+  if (g.numel() == 0) return;
+  const Tensor G = gradients(g, a, Qg, Qa, bias, size, order);
+  if (size.B == 1) {
+    lam_sum.addcmul_(G[0], G[0]);
+  } else {
+    lam_sum.add_(G.square_().sum(0));
+  }
+}
+
+template <bool kAlways>
+Tensor precondition(const Tensor& g, const Tensor& a, const MaybeTensor& Qg, const MaybeTensor& Qa,
+                    const Tensor& lam, double damping, bool bias, MaybeOrder order) {
+  const Letters size = check("precondition", "g[B,T,O] a[B,T,I] Qg[O,O] Qa[J,J] lam[O,J]",
+                             {g, a, Qg, Qa, lam}, bias, damping, order);
+  if (!kAlways &&
+      (wide(g) || size.B * size.O * size.J > most(g) || in_one_launch(g, Qg, Qa, size, order))) {
+    static const Larger<decltype(precondition<kAlways>)> larger("precondition");
+    return larger(g, a, Qg, Qa, lam, damping, bias, order);
+  }
+  if (g.numel() == 0) return at::zeros({size.B, size.O, size.J}, lam.options());
+  return gradients(g, a, Qg, Qa, bias, size, order).div_(lam.add(damping));
+}
+
+template <bool kAlways>
+void self_influence(Tensor& s, const Tensor& g, const Tensor& a, const MaybeTensor& Qg,
+                    const MaybeTensor& Qa, const Tensor& lam, double damping, bool bias,
+                    MaybeOrder order) {
+  const Letters size = check("self_influence", "s[B] g[B,T,O] a[B,T,I] Qg[O,O] Qa[J,J] lam[O,J]",
+                             {s, g, a, Qg, Qa, lam}, bias, damping, order);
+  if (!kAlways &&
+      (wide(g) || size.B * size.O * size.J > most(g) || in_one_launch(g, Qg, Qa, size, order))) {
+    static const Larger<decltype(self_influence<kAlways>)> larger("self_influence");
+    return larger(s, g, a, Qg, Qa, lam, damping, bias, order);
+  }
+  if (g.numel() == 0) return;
+  const Tensor G = gradients(g, a, Qg, Qa, bias, size, order);
+  s.add_(G.square_().div_(lam.add(damping)).sum({1, 2}));
+}
+
+// s[q,b,t] += (g_bt P_q) . (a_bt, 1), or summed over tokens: rows (b, t) by some queries at a time.
+void by_tokens(Tensor& s, const Tensor& P, const Tensor& g, const Tensor& x, const Letters& size) {
+  const int64_t N = size.B * size.T;
+  const int64_t room = std::max<int64_t>(1, kNumbers / (N * size.J));
+  const int64_t pieces = (size.Q + room - 1) / room, some = (size.Q + pieces - 1) / pieces;
+  for (int64_t q = 0; q < size.Q; q += some) {
+    const int64_t queries = std::min(some, size.Q - q);
+    Tensor H = product(flat(g).expand({queries, N, size.O}), P.narrow(0, q, queries));
+    H = H.view({queries, size.B, size.T, size.J}).mul_(x);
+    s.narrow(0, q, queries).add_(s.dim() == 3 ? H.sum(-1) : H.sum({2, 3}));
+  }
+}
+
+// s[q,b] += P_q . G_b: strips of G, some output features of all sequences, by all queries.
+void by_strips(Tensor& s, const Tensor& P, const Tensor& g, const Tensor& x, const Letters& size) {
+  const int64_t room = std::max<int64_t>(1, most(g) / (size.B * size.J));
+  const int64_t pieces = (size.O + room - 1) / room, some = (size.O + pieces - 1) / pieces;
+  for (int64_t o = 0; o < size.O; o += some) {
+    const int64_t outputs = std::min(some, size.O - o);
+    const Tensor G = at::bmm(g.narrow(2, o, outputs).mT(), x);
+    add_product(s, P.narrow(1, o, outputs).flatten(1), G.flatten(1).t());
+  }
+}
+
+template <bool kAlways>
+void dense_scores(Tensor& s, const Tensor& P, const Tensor& g, const Tensor& a, bool bias) {
+  const Letters size =
+      check("dense_scores", "s[Q,B]|[Q,B,T] P[Q,O,J] g[B,T,O] a[B,T,I]", {s, P, g, a}, bias);
+  const bool per_token = s.dim() == 3, narrow = size.J <= kRows && size.O >= 8 * size.J;
+  const bool formed = size.B * size.O * size.J <= most(g);
+  // Where products of few tokens and queries are a small part of the gradients.
+  const int64_t met = size.Q * size.T;
+  const bool few =
+      !formed && met <= (is_fp32(g) ? 32 : 128) && 8 * met <= g.element_size() * size.O;
+  const bool here = per_token ? is_fp32(g) || narrow : few || formed || size.Q > kFewQueries;
+  if (!kAlways && (wide(g) || !here)) {
+    static const Larger<decltype(dense_scores<kAlways>)> larger("dense_scores");
+    return larger(s, P, g, a, bias);
+  }
+  if (s.numel() == 0 || g.numel() == 0) return;
+  (per_token || few ? by_tokens : by_strips)(s, P, g, bias ? with_ones(a) : a, size);
+}
+
+template <bool kAlways>
+void low_rank_scores(Tensor& s, const Tensor& L, const Tensor& R, const Tensor& g, const Tensor& a,
+                     bool bias) {
+  const Letters size =
+      check("low_rank_scores", "s[Q,B]|[Q,B,T] L[Q,O,K] R[Q,K,J] g[B,T,O] a[B,T,I]",
+            {s, L, R, g, a}, bias);
+  const int64_t columns = size.Q * size.K;
+  if (!kAlways && (wide(g) || size.B * size.T * columns > kNumbers / 2)) {
+    static const Larger<decltype(low_rank_scores<kAlways>)> larger("low_rank_scores");
+    return larger(s, L, R, g, a, bias);
+  }
+  if (s.numel() == 0 || size.K == 0 || size.T == 0) return;
+  const Tensor right = R.reshape({columns, size.J});
+  const Tensor U = product(flat(g), L.permute({1, 0, 2}).reshape({size.O, columns}));
+  Tensor V = product(flat(a), right.narrow(1, 0, size.I).t());
+  if (bias) V.add_(right.select(1, size.I));
+  const Tensor terms = V.mul_(U).view({size.B, size.T, size.Q, size.K});
+  s.add_(s.dim() == 3 ? terms.sum(-1).permute({2, 0, 1}) : terms.sum({1, 3}).t());
+}
+
+}  // namespace
+}  // namespace ekfac_fast::cuda
+
+TORCH_LIBRARY_IMPL(ekfac_fast, CUDA, m) {
+  using namespace ekfac_fast::cuda;
+  m.impl("covariance", &covariance<false>);
+  m.impl("eigenvalues", &eigenvalues<false>);
+  m.impl("precondition", &precondition<false>);
+  m.impl("self_influence", &self_influence<false>);
+  m.impl("dense_scores", &dense_scores<false>);
+  m.impl("low_rank_scores", &low_rank_scores<false>);
+}
+
+TORCH_LIBRARY_FRAGMENT(ekfac_fast, m) {
+  using namespace ekfac_fast::cuda;
+  m.def("small_covariance", &covariance<true>);
+  m.def("small_eigenvalues", &eigenvalues<true>);
+  m.def("small_precondition", &precondition<true>);
+  m.def("small_self_influence", &self_influence<true>);
+  m.def("small_dense_scores", &dense_scores<true>);
+  m.def("small_low_rank_scores", &low_rank_scores<true>);
+}
