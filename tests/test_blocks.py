@@ -8,7 +8,6 @@ import pytest
 import torch
 from dense_ekfac import asked, close, corpus, dense_ekfac, gpt2, llama
 from test_experts import MIXTRAL
-from test_kronfluence_files import examples, theirs, theirs_scored
 from test_model_families import check, made
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from typer.testing import CliRunner
@@ -228,6 +227,9 @@ def test_killed_it_ends_in_the_same_bits(moment, tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 def test_kronfluence_reads_them(tmp_path):
+    pytest.importorskip("kronfluence")  # the rest of the file runs where it is not installed
+    from test_kronfluence_files import examples, theirs, theirs_scored
+
     names = [layer.name for layer in select_layers(llama())]
     data, queries = examples(12, 0), examples(3, 1, masked=4)
     analyzer = theirs(names, tmp_path)

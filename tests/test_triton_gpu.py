@@ -230,15 +230,17 @@ def test_compiled(card):
 def test_no_tensor_of_all_gradients(card):
     if card is ops.precondition:
         pytest.skip("its output is one")
-    sample = layer_sample(card, torch.bfloat16, B=96, T=64, I=2048, O=2048, Q=4, bias=False)
+    sample = layer_sample(card, torch.bfloat16, B=192, T=64, I=2048, O=2048, Q=4, bias=False)
     ops.call(card)(*sample.args)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     ops.call(card)(*sample.args)
     extra = torch.cuda.max_memory_allocated() - before
     s = sample.shape
-    rotated = 2 * s.N * (s.O + s.J)
-    assert extra - rotated <= 0.05 * 2 * s.B * s.O * s.I
+    rotated, gradients = 2 * s.N * (s.O + s.J), 2 * s.B * s.O * s.I
+    # Dense scores of several queries form strips of them, of 256 MiB whatever there are.
+    most = 0.2 if card is ops.dense_scores else 0.05
+    assert extra - rotated <= most * gradients
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -187,6 +187,19 @@ def test_strips_of_every_width(card, O, I, bias, monkeypatch):
     agree(card, [Sample("strips", shape, args, 150 + O + I)], launcher(card))
 
 
+@pytest.mark.parametrize(
+    ("way", "dtype"),
+    [("few_queries", DTYPES[1]), ("many_queries", DTYPES[1]), ("many_queries", DTYPES[0])],
+)
+def test_both_ways_of_dense_scores(way, dtype, monkeypatch):
+    dense = kernels("dense_scores")
+    monkeypatch.setattr(dense, "FEW_QUERIES", 100 if way == "few_queries" else 0)
+    monkeypatch.setattr(dense, "STRIP_BYTES", 4000)  # some rows
+    # Scores per token have one way.
+    samples = (x for x in ops.dense_scores.samples(dtype) if x.args[0].ndim == 2)
+    assert agree(ops.dense_scores, samples, dense.dense_scores) >= 7
+
+
 @pytest.mark.parametrize("B", [4, 8])
 def test_sequences_side_by_side_on_a_tile(B, monkeypatch):
     use_chip(monkeypatch, "little memory")

@@ -1,8 +1,7 @@
 // The six ops on a GPU. Small calls compute for less time than a host takes to launch our kernels:
 // they are PyTorch's own products and sums, the fewest that do, called from here. Larger ones go to
 // `triton_kernels/`, whose launchers are the ops `tiled_<op>`; without Triton to the reference.
-// Where cuBLAS is as fast whatever the size (scores of several dense queries, per token in fp32)
-// all calls are made here, in pieces. Rates of an H200 and its host: bench/README.md.
+// Sizes are where an H200 and its host cross over (bench/README.md).
 // What is done here is `small_<op>`, on any device and of any size: for tests and benches.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/addmm.h>
@@ -26,9 +25,10 @@ using at::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 using MaybeOrder = std::optional<c10::string_view>;
 
-// What a call writes at most, or a piece of it: half as many numbers of fp32.
-constexpr int64_t kNumbers = int64_t{16} << 20;
-// From more on one product with all queries is faster than a pass over each.
+// Numbers that a call writes beside its result, or a piece of it.
+constexpr int64_t kNumbers = int64_t{17} << 20;
+// Gradients that meet several queries: of as many bytes one product is faster than any strips.
+constexpr int64_t kFormedBytes = int64_t{256} << 20;
 constexpr int64_t kFewQueries = 2;
 // Covariances that take as long as two launches of ours; tensor cores make no fp32 products.
 constexpr int64_t kFlops = 100'000'000'000, kFp32Flops = 8'000'000'000;
@@ -99,8 +99,14 @@ Tensor gradients(const Tensor& g, const Tensor& a, const MaybeTensor& Qg, const 
 // fp64 serves validation: the reference's.
 bool wide(const Tensor& operand) { return operand.scalar_type() == at::kDouble; }
 
-// How many numbers a call may write.
-int64_t most(const Tensor& operand) { return is_fp32(operand) ? kNumbers / 2 : kNumbers; }
+// Our fp32 tiles and cuBLAS's products are equally fast; a side rotated on the gradient is
+// cuBLAS's.
+bool small_gradients(const Tensor& g, const MaybeTensor& Qg, const MaybeTensor& Qa,
+                     const Letters& size, const MaybeOrder& forced) {
+  const Order by_tokens = contraction_order(size, forced);
+  const bool tiled = (!Qg || by_tokens.g_tokens) && (!Qa || by_tokens.a_tokens);
+  return size.B * size.O * size.J <= (is_fp32(g) && tiled ? kNumbers / 2 : kNumbers);
+}
 
 // Whether `narrow.py` makes one launch of a call that divides; `config` there is exact.
 bool in_one_launch(const Tensor& g, const MaybeTensor& Qg, const MaybeTensor& Qa,
@@ -161,7 +167,7 @@ void eigenvalues(Tensor& lam_sum, const Tensor& g, const Tensor& a, const MaybeT
                  const MaybeTensor& Qa, bool bias, MaybeOrder order) {
   const Letters size = check("eigenvalues", "lam_sum[O,J] g[B,T,O] a[B,T,I] Qg[O,O] Qa[J,J]",
                              {lam_sum, g, a, Qg, Qa}, bias, 0.0, order);
-  if (!kAlways && (wide(g) || size.B * size.O * size.J > most(g))) {
+  if (!kAlways && (wide(g) || !small_gradients(g, Qg, Qa, size, order))) {
     static const Larger<decltype(eigenvalues<kAlways>)> larger("eigenvalues");
     return larger(lam_sum, g, a, Qg, Qa, bias, order);
   }
@@ -180,7 +186,7 @@ Tensor precondition(const Tensor& g, const Tensor& a, const MaybeTensor& Qg, con
   const Letters size = check("precondition", "g[B,T,O] a[B,T,I] Qg[O,O] Qa[J,J] lam[O,J]",
                              {g, a, Qg, Qa, lam}, bias, damping, order);
   if (!kAlways &&
-      (wide(g) || size.B * size.O * size.J > most(g) || in_one_launch(g, Qg, Qa, size, order))) {
+      (wide(g) || size.B * size.O * size.J > kNumbers || in_one_launch(g, Qg, Qa, size, order))) {
     static const Larger<decltype(precondition<kAlways>)> larger("precondition");
     return larger(g, a, Qg, Qa, lam, damping, bias, order);
   }
@@ -194,8 +200,8 @@ void self_influence(Tensor& s, const Tensor& g, const Tensor& a, const MaybeTens
                     MaybeOrder order) {
   const Letters size = check("self_influence", "s[B] g[B,T,O] a[B,T,I] Qg[O,O] Qa[J,J] lam[O,J]",
                              {s, g, a, Qg, Qa, lam}, bias, damping, order);
-  if (!kAlways &&
-      (wide(g) || size.B * size.O * size.J > most(g) || in_one_launch(g, Qg, Qa, size, order))) {
+  if (!kAlways && (wide(g) || !small_gradients(g, Qg, Qa, size, order) ||
+                   in_one_launch(g, Qg, Qa, size, order))) {
     static const Larger<decltype(self_influence<kAlways>)> larger("self_influence");
     return larger(s, g, a, Qg, Qa, lam, damping, bias, order);
   }
@@ -217,34 +223,27 @@ void by_tokens(Tensor& s, const Tensor& P, const Tensor& g, const Tensor& x, con
   }
 }
 
-// s[q,b] += P_q . G_b: strips of G, some output features of all sequences, by all queries.
-void by_strips(Tensor& s, const Tensor& P, const Tensor& g, const Tensor& x, const Letters& size) {
-  const int64_t room = std::max<int64_t>(1, most(g) / (size.B * size.J));
-  const int64_t pieces = (size.O + room - 1) / room, some = (size.O + pieces - 1) / pieces;
-  for (int64_t o = 0; o < size.O; o += some) {
-    const int64_t outputs = std::min(some, size.O - o);
-    const Tensor G = at::bmm(g.narrow(2, o, outputs).mT(), x);
-    add_product(s, P.narrow(1, o, outputs).flatten(1), G.flatten(1).t());
-  }
-}
-
 template <bool kAlways>
 void dense_scores(Tensor& s, const Tensor& P, const Tensor& g, const Tensor& a, bool bias) {
   const Letters size =
       check("dense_scores", "s[Q,B]|[Q,B,T] P[Q,O,J] g[B,T,O] a[B,T,I]", {s, P, g, a}, bias);
-  const bool per_token = s.dim() == 3, narrow = size.J <= kRows && size.O >= 8 * size.J;
-  const bool formed = size.B * size.O * size.J <= most(g);
+  const int64_t G = size.B * size.O * size.J, met = size.Q * size.T, itemsize = g.element_size();
+  const bool per_token = s.dim() == 3;
+  const bool formed = size.Q > kFewQueries ? G * itemsize <= kFormedBytes : G <= kNumbers;
   // Where products of few tokens and queries are a small part of the gradients.
-  const int64_t met = size.Q * size.T;
-  const bool few =
-      !formed && met <= (is_fp32(g) ? 32 : 128) && 8 * met <= g.element_size() * size.O;
-  const bool here = per_token ? is_fp32(g) || narrow : few || formed || size.Q > kFewQueries;
+  const bool few = G > kNumbers && met <= (is_fp32(g) ? 32 : 128) && 8 * met <= itemsize * size.O;
+  // Per token cuBLAS is as fast in fp32, for inputs narrower than a tile, and where P is copied.
+  const bool here = per_token ? is_fp32(g) || (size.J <= kRows && size.O >= 8 * size.J) ||
+                                    (bias && met * size.B * size.J <= kNumbers / 8)
+                              : few || formed;
   if (!kAlways && (wide(g) || !here)) {
     static const Larger<decltype(dense_scores<kAlways>)> larger("dense_scores");
     return larger(s, P, g, a, bias);
   }
   if (s.numel() == 0 || g.numel() == 0) return;
-  (per_token || few ? by_tokens : by_strips)(s, P, g, bias ? with_ones(a) : a, size);
+  const Tensor x = bias ? with_ones(a) : a;
+  if (per_token || few) return by_tokens(s, P, g, x, size);
+  add_product(s, P.flatten(1), at::bmm(g.mT(), x).flatten(1).t());
 }
 
 template <bool kAlways>
