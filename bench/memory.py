@@ -26,7 +26,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from ekfac_fast import Factors, Queries, fit, prepare_queries, score
 from ekfac_fast.checks import size
 from ekfac_fast.model.layers import parameter_counts, select_layers
-from ekfac_fast.stages.budget import token_width
+from ekfac_fast.stages.budget import head_size, token_width
 from ekfac_fast.stages.plan import Plan, plan
 from measure.environment import environment
 from measure.peaks import Peak, anonymous
@@ -98,7 +98,8 @@ class Job:
         return plan(
             layers, parameters=parameter_counts(network, layers)[1], sequences=self.scanned,
             tokens=self.tokens, fit_sequences=self.fitted, queries=self.queries, rank=RANK,
-            rate=1e11, width=token_width(network), dtype=getattr(torch, self.dtype),
+            rate=1e11, width=token_width(network), head=head_size(network),
+            dtype=getattr(torch, self.dtype),
             memory=None if memory is None else size("memory", memory),
         )  # fmt: skip
 

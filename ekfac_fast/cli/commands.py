@@ -343,7 +343,7 @@ def plan(
 
     from ..model.layers import parameter_counts, select_layers
     from ..stages import plan as planning
-    from ..stages.budget import token_width
+    from ..stages.budget import head_size, token_width
     from . import inputs, plans
 
     shape = inputs.shape(model, trust_remote_code)
@@ -354,7 +354,7 @@ def plan(
         fit_sequences=sequences if fit_sequences is None else fit_sequences, queries=queries,
         rank=rank or None, blocks=blocks, keep_covariances=keep_covariances,
         eigenvectors=inputs.rounding(eigenvectors), eigenvalue_examples=eigenvalue_examples,
-        width=token_width(shape), processes=processes,
+        width=token_width(shape), head=head_size(shape), processes=processes,
         memory=None if memory is None else size("memory", memory),
         rate=None if rate is None else rate * 1e12, sharded=shard,
         dtype=torch.float32 if dtype == "float32" else torch.bfloat16,

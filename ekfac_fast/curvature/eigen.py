@@ -15,8 +15,9 @@ from .blocks import block_rows
 from .memory import free_bytes
 from .threads import spread
 
-# Matrix, its symmetrised copy, eigenvectors and LAPACK's workspace (2 n^2), in matrices.
-WORKSPACE = 5
+# Matrix, its symmetrised copy, eigenvectors and LAPACK's workspace (2 n^2), in matrices; in the
+# span of few rows there is no workspace.
+WORKSPACE, SPAN_WORKSPACE = 5, 3.5
 # A batch beyond this size gains nothing, but postpones the progress bar. Larger matrices fill a GPU
 # alone: side by side, those of GPT-2's MLPs took an H200 twice as long as one after another.
 LARGEST_BATCH, LARGEST_BESIDE = 16, 256
@@ -170,6 +171,11 @@ def are_few(rows: int, n: int) -> bool:
 def eigendecomposition_flops(n: int, rows: int) -> float:
     """What `cheap_eigendecomposition` takes: dense LAPACK 9 n^3, with vectors."""
     return 8 * n**2 * rows if are_few(rows, n) else 9 * n**3
+
+
+def eigendecomposition_bytes(n: int, rows: int) -> int:
+    """What it holds at a time, in fp64."""
+    return int(8 * n**2 * (SPAN_WORKSPACE if are_few(rows, n) else WORKSPACE))
 
 
 def _estimated(matrix: Tensor, values: Tensor, vectors: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 A rotation changes neither singular values nor what a truncation loses.
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -13,8 +13,6 @@ from .threads import eigh
 
 OVERSAMPLING = 16
 POWER_ITERATIONS = 2
-# Elements of a query whose squares are summed in fp64 at a time.
-ENERGY_ELEMENTS = 1 << 20
 # Below this ratio of singular values, squaring them in fp64 costs more than 1e-11 of the largest.
 RESOLVED = 1e-5
 
@@ -62,11 +60,12 @@ def captured_energy(P: Tensor, L: Tensor, R: Tensor) -> Tensor:
 
     Far below 1 means a flat spectrum: low rank does not represent this query, use a higher one.
     """
-    # On a CPU a few rows at a time: a copy of P in fp64 would take longer than `truncate`.
-    rows = max(1, ENERGY_ELEMENTS // max(1, P.shape[2]))
-    some = (x.double() for x in P.split(rows, dim=1)) if P.device.type == "cpu" else (P,)
-    norms = (torch.linalg.vector_norm(x, dim=(1, 2), dtype=torch.float64) for x in some)
-    total = sum(x.square() for x in norms)
+    norm = partial(torch.linalg.vector_norm, dtype=torch.float64)
+    if P.device.type == "cpu":
+        # One after the other: of several at once PyTorch makes copies in fp64.
+        total = torch.tensor([norm(x) for x in P], dtype=torch.float64).square()
+    else:
+        total = norm(P, dim=(1, 2)).square()
     # ||L R||^2 = <L^T L, R R^T>, for any factors.
     L, R = L.double(), R.double()
     kept = ((L.mT @ L) * (R @ R.mT)).sum((1, 2))

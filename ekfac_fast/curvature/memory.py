@@ -1,6 +1,8 @@
 """Free memory: of a device, of the machine, of the control group that we run in, of a budget."""
 
+import ctypes
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -42,6 +44,16 @@ def taken_bytes(device: torch.device) -> int:
         return torch.cuda.memory_allocated(device)
     fields = _fields("/proc/self/status")
     return sum(fields.get(name, 0) for name in ("RssAnon", "RssShmem"))
+
+
+def give_back(device: torch.device) -> None:
+    """Let the system have what was freed since: glibc keeps pages that lie between others in use,
+    two fifths of what a fit on a CPU takes where rows that wait are allocated among activations.
+    """
+    if device.type == "cpu" and sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+        if trim is not None:
+            trim(0)
 
 
 def _fields(path: str) -> dict[str, int]:

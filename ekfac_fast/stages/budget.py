@@ -39,9 +39,19 @@ def check_weights(weights: int, memory: int) -> None:
 
 def token_width(model: nn.Module) -> int:
     """Values that a pass keeps of a token: what every matrix but the head's reads and writes."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = _head(model)
     layers = (x for x in linear_layers(model).values() if model.get_submodule(x.module) is not head)
     return round(sum(x.share * (x.I + x.O) for x in layers))
+
+
+def head_size(model: nn.Module) -> int:
+    """Values of the head's weight; 0 where the model names no head."""
+    weight = getattr(_head(model), "weight", None)
+    return 0 if weight is None else weight.numel()
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    return getattr(model, "get_output_embeddings", lambda: None)()
 
 
 def fitting_bytes(layer: Layer, itemsize: int, blocks: int = 1) -> int:

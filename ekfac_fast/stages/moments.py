@@ -8,6 +8,7 @@ from torch import Tensor
 from ..curvature.basis import Eigenvectors, SharedRotation
 from ..curvature.blocks import on_diagonal
 from ..curvature.lookups import are_ids
+from ..curvature.memory import give_back
 from ..curvature.offload import placed
 from ..curvature.sums import Sum
 from ..errors import ModelError
@@ -133,6 +134,12 @@ class Covariances(Sums):
             )
         self.masks.append((mask, seen.rows, found, found.sum()))
         return self.masks[-1][2:]
+
+    def end(self, batch: Batch) -> None:
+        """Rows that wait lie among what their pass has freed."""
+        super().end(batch)
+        if batch.number in self.waiting:
+            give_back(self.run.device)
 
     def sums(self) -> Mapping[str, Sum]:
         """Covariances of both sides."""

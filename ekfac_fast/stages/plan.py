@@ -11,13 +11,15 @@ from .. import ops
 from ..checks import is_number, require, whole
 from ..curvature.blocks import block_rows
 from ..curvature.choice import Contraction, contraction
-from ..curvature.eigen import WORKSPACE, eigendecomposition_flops
+from ..curvature.eigen import eigendecomposition_bytes, eigendecomposition_flops
 from ..curvature.memory import free_bytes
 from ..data.batches import default_tokens
 from ..errors import ArgumentError
+from ..model.head import LOGITS, LOGITS_GPU
 from ..model.layers import Layer
 from ..model.weights import usual_device
 from ..ops.gradients import flops as gradient_flops
+from ..ops.products import multiplied
 from ..ops.shapes import Card, Shape
 from .budget import ACTIVATIONS, SUMS, check_weights, fitting_bytes, partitions
 from .disk import check_stored, fit_bytes, keeps_covariances, matrix_bytes
@@ -26,12 +28,19 @@ from .measured import DENSE_BYTES
 from .processes import dealt
 from .sample import sample_facts, sample_of
 from .sums import BATCHES_A_FOLD
+from .waiting import SHARE as WAITING
+from .waiting import token_bytes
 
 # The share of the GEMM rate that an eigendecomposition reaches.
 EIGH_SHARE = 0.15
 # FLOP/s of one on the largest GPUs, whatever their products reach: half of it is bound by memory.
 EIGH_MOST = 1.3e12
 FP32 = 4
+# What `bench/memory.py` finds: of a token a pass keeps what `token_width` counts and as much of
+# norms, attention and functions; of logits some tensors exist at once, and of a query's dense
+# gradients, beside what the ops keep for their next call.
+TOKENS_KEPT, LOGITS_AT_ONCE, DENSE_AT_ONCE = 2, 8, 3
+OPS_KEEP = 192 << 20
 
 
 @dataclass(frozen=True)
@@ -103,8 +112,13 @@ class _Asked:
     blocks: int
     processes: int
     sharded: bool
-    itemsize: int
+    dtype: torch.dtype
+    head: int
     memory: int
+
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
 
     @property
     def device(self) -> torch.device:
@@ -127,9 +141,26 @@ class _Asked:
         return self.each(-(-self.fit_sequences * self.tokens // self.batch_tokens))
 
     @property
-    def batch(self) -> int:
-        """Bytes of weights and of a batch's activations."""
-        return self.weights + self.itemsize * self.width * self.batch_tokens
+    def narrow(self) -> bool:
+        """Whether weights are widened to be multiplied."""
+        return self.device.type == "cpu" and not multiplied(self.dtype)
+
+    def batch(self, sequences: int, *, predicted: bool = True) -> int:
+        """Bytes of weights, of activations of a batch of so many sequences, and of logits where
+        every token is predicted.
+        """
+        tokens = min(self.batch_tokens, self.each(sequences) * self.tokens)
+        found = self.weights + TOKENS_KEPT * self.itemsize * self.width * tokens
+        found += FP32 * self.head * self.narrow
+        logits = LOGITS if self.device.type == "cpu" else LOGITS_GPU
+        return found + LOGITS_AT_ONCE * logits * predicted
+
+    def waiting(self, some: Sequence[Layer]) -> int:
+        """Bytes of the second draw's rows of some layers, as far as they may wait."""
+        if self.sharded or self.corrected < self.fit_sequences:
+            return 0
+        rows = self.each(self.fit_sequences) * self.tokens * token_bytes(some, self.itemsize)
+        return min(rows, int(WAITING * max(0, self.memory - self.weights)))
 
     @property
     def parts(self) -> list[list[Layer]]:
@@ -191,6 +222,7 @@ def plan(
     eigenvectors: torch.dtype | None = None,
     eigenvalue_examples: int | None = None,
     width: int | None = None,
+    head: int = 0,
     memory: int | None = None,
     processes: int = 1,
     sharded: bool = False,
@@ -206,6 +238,8 @@ def plan(
         blocks, keep_covariances, eigenvectors, eigenvalue_examples: as in `fit`.
         width: values that a pass keeps of a token (`token_width`); None for what the layers read
             and write, twice.
+        head: values of the head's weight, where it is known: widened on a CPU that has no products
+            of the dtype.
         memory: the budget of each process; None for what is free here.
         processes: that share the run; `sharded`: and the weights.
         dtype: of weights and passes; factors and queries are fp32.
@@ -229,7 +263,7 @@ def plan(
     width = width or 2 * round(sum(x.share * (x.read + x.O) for x in layers))
     job = _Asked(
         layers, parameters, width, sequences, tokens, fit_sequences, corrected, queries, rank,
-        blocks, processes, sharded, dtype.itemsize, 0,
+        blocks, processes, sharded, dtype, head, 0,
     )  # fmt: skip
     job = replace(job, memory=free_bytes(job.device) if memory is None else whole("memory", memory))
     check_weights(job.weights, job.memory)
@@ -264,34 +298,41 @@ def plan(
 def _fitting(job: _Asked, covariances: int, eigenvalues: int) -> list[StageCost]:
     """The stages of `fit`; every part of the layers takes passes of its own."""
     parts, passes = job.parts, job.passes(job.fit_sequences)
-    held = max(sum(fitting_bytes(x, FP32, job.blocks) for x in some) for some in parts)
+    # Before the first fold a sum is one tensor, of what is counted as two.
+    tensors = 1 + (job.batches > BATCHES_A_FOLD)
+    sizes = [sum(fitting_bytes(x, FP32, job.blocks) for x in some) for some in parts]
+    waits = [job.waiting(some) for some in parts]
+    held = max(tensors * a // 2 + b for a, b in zip(sizes, waits, strict=True))
     sums = job.each(job.fit_sequences) * sum(
         ops.covariance.cost(Shape(B=1, T=job.came(x), I=size)).flops
         for at, sizes in enumerate(job.sides)
         for x in [job.layers[at // 2]]
         for size in sizes
     )
-    work = [
-        eigendecomposition_flops(size, job.fit_sequences * job.came(job.layers[at // 2]))
+    matrices = [
+        (size, job.fit_sequences * job.came(job.layers[at // 2]))
         for at, sizes in enumerate(job.sides)
         for size in sizes
     ]
-    work.sort(reverse=True)
+    solved = [eigendecomposition_bytes(*x) for x in matrices]
+    work = sorted((eigendecomposition_flops(*x) for x in matrices), reverse=True)
     loads = [sum(work[i] for i in own) for own in dealt(work, job.processes)]
     several = job.processes > 1
-    largest = max(size for sizes in job.sides for size in sizes)
+    at_once = torch.get_num_threads() if job.device.type == "cpu" else 1
+    solving = sum(sorted(solved)[-at_once:])
     return [
         StageCost(
-            "covariance", sums + len(parts) * passes, 0, job.batch + held, several * covariances
+            "covariance", sums + len(parts) * passes, 0, job.batch(job.fit_sequences) + held,
+            several * covariances,
         ),
         StageCost(
             "eigendecomposition", max(loads), 0,
-            job.weights + WORKSPACE * 8 * largest**2,
+            job.weights + max(waits) + solving,
         ),
         StageCost(
             "eigenvalues",
             job.rotated(ops.eigenvalues, job.corrected) + len(parts) * job.passes(job.corrected), 0,
-            job.batch + held, several * eigenvalues,
+            job.batch(job.corrected) + held, several * eigenvalues,
         ),
     ]  # fmt: skip
 
@@ -305,12 +346,17 @@ def _asking(job: _Asked, ways: Sequence[Contraction]) -> list[StageCost]:
     queries, passes = _query_bytes(job), job.passes(job.sequences)
     dense = max(FP32 * x.O * x.J for x in job.layers)
     work = job.rotated(ops.precondition, job.queries) + job.passes(job.queries)
-    made = job.batch + queries + min(max(DENSE_BYTES, dense), job.queries * dense)
+    P = min(max(DENSE_BYTES, dense), job.queries * dense)
+    made = DENSE_AT_ONCE * P + min(OPS_KEEP, 2 * P)
+    if job.narrow:  # eigenvectors are rounded, and widened to be multiplied
+        most = max(sum(n**2 for n in x.turned) for x in job.layers)
+        made += (job.itemsize + FP32) * most
     scores = FP32 * job.queries * job.each(job.sequences)
+    alone = job.batch(job.sequences)
     return [
-        StageCost("queries", work, 0, made),
-        StageCost("scan", scan + passes, 0, job.batch + queries, (job.processes > 1) * scores),
-        StageCost("scan: forward and backward alone", passes, 0, job.batch),
+        StageCost("queries", work, 0, job.batch(job.queries, predicted=False) + queries + made),
+        StageCost("scan", scan + passes, 0, alone + queries, (job.processes > 1) * scores),
+        StageCost("scan: forward and backward alone", passes, 0, alone),
     ]
 
 

@@ -1,6 +1,7 @@
 """(a, g) of one pass that wait in memory for the next stage."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -15,6 +16,11 @@ from .run import Run
 SHARE = 0.25
 
 
+def token_bytes(layers: Sequence[Layer], itemsize: int) -> int:
+    """Of a token's rows; those of experts wait with as many that are none."""
+    return itemsize * math.ceil(sum(min(1.0, 2 * x.share) * (x.read + x.O) for x in layers))
+
+
 class Waiting(dict[int, list[LayerBatch]]):
     """(a, g) of the eigenvalue pass by batch, until there is an eigenbasis."""
 
@@ -23,9 +29,7 @@ class Waiting(dict[int, list[LayerBatch]]):
         # A sharded model lets its weights go after one backward pass.
         self._room = int(SHARE * free_bytes(run.device)) if wanted and not run.sharded else 0
         self._taken: set[int] = set()
-        # Rows of experts wait with as many that are none.
-        each = (min(1.0, 2 * x.share) * (x.read + x.O) for x in layers)
-        self._token = run.dtype.itemsize * math.ceil(sum(each))
+        self._token = token_bytes(layers, run.dtype.itemsize)
 
     def takes(self, batch: Batch) -> bool:
         """Whether a batch fits; its room is then taken."""
