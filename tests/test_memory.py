@@ -10,14 +10,16 @@ from test_model_families import made
 
 from ekfac_fast import fit, prepare_queries, score, self_scores
 from ekfac_fast.checks import size
-from ekfac_fast.curvature.memory import budget, free_bytes, taken_bytes
+from ekfac_fast.curvature.memory import budget, free_bytes, give_back, taken_bytes
 from ekfac_fast.curvature.offload import Mapped
 from ekfac_fast.errors import ArgumentError
 from ekfac_fast.model.layers import select_layers
+from ekfac_fast.ops.products import multiplied
 from ekfac_fast.stages import budget as budgets
 from ekfac_fast.stages import factors as factors_module
 from ekfac_fast.stages import fit as fitting
 from ekfac_fast.stages.budget import fitting_bytes, fitting_tokens, partitions
+from ekfac_fast.stages.plan import plan
 from ekfac_fast.store.files import load_tensors
 
 CPU = torch.device("cpu")
@@ -169,3 +171,34 @@ def test_sizes(text, bytes_):
 def test_no_sizes(wrong, tmp_path):
     with pytest.raises(ArgumentError, match=r"memory is .*, expected bytes, or a size such as"):
         fit(gpt2(), corpus(2), out=tmp_path / "f", memory=wrong)
+
+
+def test_what_lies_freed_among_rows_that_stay_goes_back():
+    tensors = [torch.ones(1 << 14) for _ in range(4000)]  # 64 KiB each, beside one another
+    stay = tensors[::40]
+    del tensors
+    before = taken_bytes(CPU)
+    give_back(CPU)
+    assert before - taken_bytes(CPU) > 100 << 20  # of 256 MiB
+    assert all(x.min() == 1 for x in stay)
+
+
+def test_a_plan_counts_what_waits_and_what_is_widened():
+    layers = select_layers(gpt2())
+    sizes = {"parameters": 10_000, "sequences": 8, "tokens": 20, "fit_sequences": 12, "queries": 2}
+
+    def memory(**more):
+        stages = plan(layers, **sizes | more, rate=1e9, memory=1 << 30).stages
+        return {x.name: x.memory for x in stages}
+
+    one, few = memory(), memory(eigenvalue_examples=4)
+    rows = 12 * 20 * 4 * sum(x.read + x.O for x in layers)
+    assert one["covariance"] - few["covariance"] == rows
+    assert one["eigendecomposition"] - few["eigendecomposition"] == rows
+    # What waits is bounded by the memory, and what a pass holds by its tokens.
+    many = memory(fit_sequences=1_000_000)
+    assert (1 << 28) - rows < many["covariance"] - few["covariance"] < 1 << 29
+    assert memory(head=1000)["scan"] == one["scan"]
+    half = {"dtype": torch.float16}
+    wider = 4000 * (not multiplied(torch.float16))
+    assert memory(head=1000, **half)["scan"] - memory(**half)["scan"] == wider
