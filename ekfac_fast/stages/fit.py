@@ -23,7 +23,7 @@ from ..checks import flag, instance, listed, path, whole
 from ..curvature.basis import Eigenvectors
 from ..curvature.blocks import block_rows, dense
 from ..curvature.eigen import FP32_FROM, Job, eigendecompositions, largest_first, united
-from ..curvature.memory import free_bytes, give_back
+from ..curvature.memory import free_bytes
 from ..data.examples import Indexable
 from ..errors import ArgumentError, Notice
 from ..model.layers import Layer, parameter_counts, select_layers
@@ -268,7 +268,6 @@ class _Fit:
         """The first pass and its files."""
         consumer = Covariances(self.passes, self.store, self.layers, self.waiting)
         self._pass(Stage.COVARIANCE, batches, consumer)
-        give_back(self.passes.device)
         found, edges = consumer.collected(), consumer.edge_draws
         # A process without a batch has seen no layer; which share an input is the same in all.
         shared = max(self.processes.gathered(consumer.owners), key=len)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import instance, require, size, told
-from ..curvature.memory import budget, free_bytes, taken_bytes
+from ..curvature.memory import budget, free_bytes, give_back, taken_bytes
 from ..data.batches import Batches, default_tokens
 from ..data.choices import OnLongExample
 from ..data.examples import Indexable, tokenized_by
@@ -302,6 +302,7 @@ class Run:
         for _ in range(len(passing), most):
             one = self._batch(0, next(filter(None, batches)))
             self.captured(capture, one, loss, lambda seen: None)
+        give_back(self.device)
 
     def _one(
         self,
