@@ -1,6 +1,5 @@
 """Time and memory of calls: events on a GPU, wall time on a CPU; candidates taken in turn."""
 
-import ctypes
 import gc
 import itertools
 import time
@@ -9,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+from ekfac_fast.curvature.memory import give_back
 
 # One sample of a short call is as many calls as take this long.
 SAMPLE_SECONDS = 0.02
@@ -97,7 +98,7 @@ def extra_bytes(device: torch.device) -> Iterator[Callable[[], int]]:
         before = torch.cuda.memory_allocated(device)
         yield lambda: torch.cuda.max_memory_allocated(device) - before
         return
-    ctypes.CDLL(None).malloc_trim(0)
+    give_back(device)
     # 5 resets the peak of the resident memory (proc(5)).
     Path("/proc/self/clear_refs").write_text("5")
     before = _resident("VmRSS")

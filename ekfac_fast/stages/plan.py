@@ -38,7 +38,7 @@ EIGH_MOST = 1.3e12
 FP32 = 4
 # What `bench/memory.py` finds: of a token a pass keeps what `token_width` counts and as much of
 # norms, attention and functions; of logits some tensors exist at once, and of a query's dense
-# gradients, beside what the ops keep for their next call.
+# gradients, beside what the ops keep for their next call (`csrc/cpu/scratch.h`).
 TOKENS_KEPT, LOGITS_AT_ONCE, DENSE_AT_ONCE = 2, 8, 3
 OPS_KEEP = 192 << 20
 
@@ -300,9 +300,9 @@ def _fitting(job: _Asked, covariances: int, eigenvalues: int) -> list[StageCost]
     parts, passes = job.parts, job.passes(job.fit_sequences)
     # Before the first fold a sum is one tensor, of what is counted as two.
     tensors = 1 + (job.batches > BATCHES_A_FOLD)
-    sizes = [sum(fitting_bytes(x, FP32, job.blocks) for x in some) for some in parts]
+    summed = [sum(fitting_bytes(x, FP32, job.blocks) for x in some) for some in parts]
     waits = [job.waiting(some) for some in parts]
-    held = max(tensors * a // 2 + b for a, b in zip(sizes, waits, strict=True))
+    held = max(tensors * a // 2 + b for a, b in zip(summed, waits, strict=True))
     sums = job.each(job.fit_sequences) * sum(
         ops.covariance.cost(Shape(B=1, T=job.came(x), I=size)).flops
         for at, sizes in enumerate(job.sides)
