@@ -1,8 +1,8 @@
 """Which way of scoring is true? A bank of retrainings of a small language model, and all of them.
 
-    python bench/faithfulness.py                                   # the page: docs/faithfulness.md
-    python bench/faithfulness.py --further                         # LiSSA, ASTRA, CG on all layers
-    python bench/faithfulness.py --share 0.99 --epochs 40          # one per cent left out
+    python bench/faithfulness.py                       # docs/faithfulness.md: halves left out
+    python bench/faithfulness.py --fine-tune           # docs/fine_tuning.md: one per cent left out
+    python bench/faithfulness.py --refined cg:20 lissa:500 astra:300       # these take hours
     python bench/faithfulness.py --runs 8 --seeds 1 --epochs 2 --work /tmp/f --page /tmp/f.md
 
 Two processes of one thread each train, and score; a run that was killed goes on where it was,
@@ -24,29 +24,38 @@ from ekfac_fast.validation.lds import lds, spearman
 from ekfac_fast.validation.measure import measurements
 from measure.environment import environment
 from pages.faithfulness_page import GROUPS, page
-from ways.attribution import Methods
-from ways.small_language_model import CONTEXT, PROMPT, Training, sequences
+from ways.attribution import TRACKED, Methods
+from ways.small_language_model import CONTEXT, PROMPT, FineTuning, Training, sequences
 
 ROOT = Path(__file__).parents[1]
 TRAINED_ON = 64  # sequences whose loss is told
 BESIDE = "EK-FAC, all"  # what every method is compared with
+ABOUT = ("epochs", "width", "blocks", "fine_tune", "rest", "epochs_before")
 
 
 def main(words: list[str]) -> None:
-    arguments = parser().parse_args(words)
+    arguments = chosen(words)
     torch.set_num_threads(1)
     work = arguments.work
     work.mkdir(parents=True, exist_ok=True)
-    data, queries = sequences(arguments.sequences, arguments.queries, work / "sequences.json")
-    training = Training(data, arguments.epochs, arguments.width, arguments.blocks)
-    about = {x: getattr(arguments, x) for x in ("epochs", "width", "blocks")}
+    data, queries, rest = sequences(arguments.sequences, arguments.queries, work / "sequences.json")
+    sizes = {"width": arguments.width, "blocks": arguments.blocks}
+    training = Training(data, arguments.epochs, **sizes)
+    if arguments.fine_tune:
+        start = Training(rest[: arguments.rest], arguments.epochs_before, **sizes)
+        start.model(0, work / "start")
+        training = FineTuning(data, arguments.epochs, **sizes, start=work / "start" / "seed_0")
+    about = {x: getattr(arguments, x) for x in ABOUT}
     bank = retrain(
         work / "bank", training, data, queries, subsets=arguments.runs, seeds=arguments.seeds,
         share=arguments.share, about=about, processes=arguments.processes, progress=say,
     )  # fmt: skip
-    methods = Methods(training, queries, work, further=arguments.further)
+    refined = tuple(
+        (how, layers) for layers in arguments.refined_layers for how in arguments.refined
+    )
+    methods = Methods(training, queries, work, refined)
     rows, held, scores = [], {}, {}
-    groups = arguments.only or list(GROUPS)
+    groups = arguments.only
     methods.make(groups, arguments.processes)
     for group, name, method in methods.every():
         if group not in groups:
@@ -89,6 +98,7 @@ def described(bank: RetrainingBank, methods: Methods, arguments, words: list[str
         "seeds": arguments.seeds,
         "share": arguments.share,
         "epochs": arguments.epochs,
+        "fine_tuned": arguments.fine_tune,
         "train_loss": float(measurements(model, data[:TRAINED_ON]).mean()) / (CONTEXT - 1),
         "query_loss": float(measurements(model, methods.queries).mean()) / targets,
         "ceiling": reliability(bank),
@@ -106,20 +116,41 @@ def say(done: int, total: int) -> None:
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    made.add_argument("--runs", type=int, default=64, help="subsets")
-    made.add_argument("--seeds", type=int, default=2, help="trainings of each")
-    made.add_argument("--share", type=float, default=0.5, help="of the data in a subset")
-    made.add_argument("--epochs", type=int, default=12)
+    made.add_argument("--fine-tune", action="store_true",
+                      help="a model of the rest of the text; what is left out is missing from its "
+                           "batch, all else stays")  # fmt: skip
+    made.add_argument("--rest", type=int, help="sequences of that text; default: all")
+    made.add_argument("--epochs-before", type=int, default=15, help="on the rest of the text")
+    made.add_argument("--runs", type=int, help="subsets: 64, or 100 when fine-tuned")
+    made.add_argument("--seeds", type=int, help="trainings of each: 2, or 1")
+    made.add_argument("--share", type=float, help="of the data in a subset: 0.5, or 0.99")
+    made.add_argument("--epochs", type=int, help="12, or 20")
     made.add_argument("--sequences", type=int, default=512)
     made.add_argument("--queries", type=int, default=64)
     made.add_argument("--width", type=int, default=64)
     made.add_argument("--blocks", type=int, default=4)
     made.add_argument("--processes", type=int, default=2)
-    made.add_argument("--further", action="store_true", help="refinements that take hours")
-    made.add_argument("--only", nargs="+", choices=GROUPS, help="groups of methods")
-    made.add_argument("--work", type=Path, default=ROOT / "build" / "faithfulness")
-    made.add_argument("--page", type=Path, default=ROOT / "docs" / "faithfulness.md")
+    made.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS), help="groups")
+    made.add_argument("--refined", nargs="+", default=["cg:2", "cg:5", "cg:10"])
+    made.add_argument("--refined-layers", nargs="+", choices=TRACKED, default=["MLP"])
+    made.add_argument("--work", type=Path)
+    made.add_argument("--page", type=Path)
     return made
+
+
+def chosen(words: list[str]) -> argparse.Namespace:
+    """Arguments; what was not given is what the protocol has."""
+    found = parser().parse_args(words)
+    halves = {"runs": 64, "seeds": 2, "share": 0.5, "epochs": 12, "work": "faithfulness"}
+    one_percent = {"runs": 100, "seeds": 1, "share": 0.99, "epochs": 20, "work": "fine_tuning"}
+    protocol = one_percent if found.fine_tune else halves
+    name = protocol.pop("work")
+    for argument, value in protocol.items():
+        if getattr(found, argument) is None:
+            setattr(found, argument, value)
+    found.work = found.work or ROOT / "build" / name
+    found.page = found.page or ROOT / "docs" / f"{name}.md"
+    return found
 
 
 if __name__ == "__main__":

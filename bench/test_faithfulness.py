@@ -6,6 +6,7 @@ import numpy as np
 
 import faithfulness
 from pages.faithfulness_page import page
+from ways.small_language_model import FineTuning, sequences
 
 SMALL = (
     "--runs 8 --seeds 1 --epochs 1 --sequences 32 --queries 3 --width 16 --blocks 1 --processes 1"
@@ -37,10 +38,30 @@ def test_one_command_from_text_to_page(tmp_path):
 
 def test_a_page_tells_the_ceiling():
     facts = {"ceiling": 0.8125, "parameters": 1, "examples": 2, "queries": 3, "subsets": 4,
-             "share": 0.5, "seeds": 2, "epochs": 1, "train_loss": 1.0, "query_loss": 2.0,
-             "machine": "m", "date": "d", "revision": "r", "command": "c"}  # fmt: skip
+             "share": 0.5, "seeds": 2, "epochs": 1, "fine_tuned": False,
+             "train_loss": 1.0, "query_loss": 2.0, "machine": "m", "date": "d", "revision": "r", "command": "c"}  # fmt: skip
     assert "nothing could reach more than 0.812." in page([], facts)
     assert "no ceiling is known" in page([], facts | {"ceiling": None})
+
+
+def test_fine_tuning_leaves_out_of_a_batch_and_changes_nothing_else(tmp_path):
+    data, queries, rest = sequences(64, 8, tmp_path / "sequences.json")
+    assert not {str(x["input_ids"]) for x in data + queries} & {str(x["input_ids"]) for x in rest}
+    training = FineTuning(data, 4)
+    every = np.arange(64)
+    whole = [(set(some), size) for some, size in training.batches(every, 0)]
+    less = [(set(some), size) for some, size in training.batches(np.delete(every, [3, 40]), 0)]
+    assert less == [(some - {3, 40}, size) for some, size in whole]
+
+
+def test_the_published_protocol_from_one_command(tmp_path):
+    words = [*SMALL.split(), "--fine-tune", "--rest", "16", "--epochs-before", "1"]
+    words += ["--only", "no model", "refined", "--refined", "cg:1", "--refined-layers", "all"]
+    faithfulness.main([*words, "--work", str(tmp_path), "--page", str(tmp_path / "page.md")])
+    text = (tmp_path / "page.md").read_text()
+    assert "8 subsets with 99% of the data" in text
+    assert "from one model of the rest of the text" in text
+    assert "| cg:1, all |" in text
 
 
 def test_how_alike_scores_are():

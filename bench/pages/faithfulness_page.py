@@ -17,6 +17,10 @@ GROUPS = {
     "refined": "EK-FAC refined on the Gauss-Newton matrix",
     "ensemble": "EK-FAC, all layers: mean scores of models with other seeds",
 }
+FINE_TUNED = (
+    ", from one model of the rest of the text; what is left out is missing from its batch, batches "
+    "and orders are the same in every subset"
+)
 HEAD = ["method", "LDS", "less that of EK-FAC", "tail patch, nats", "processor time"]
 
 
@@ -31,14 +35,15 @@ def page(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
         f"A GPT-2 of {facts['parameters']:,} parameters, {facts['examples']} training sequences of "
         f"64 tokens of Python's reference, {facts['queries']} held-out queries of 32 tokens after "
         f"32. {facts['subsets']} subsets with {facts['share']:.0%} of the data, "
-        f"{facts['seeds']} training(s) of {facts['epochs']} epochs each. Loss a token: training "
-        f"{facts['train_loss']:.2f}, queries {facts['query_loss']:.2f}.",
+        f"{facts['seeds']} training(s) of {facts['epochs']} epochs each"
+        + (FINE_TUNED if facts["fine_tuned"] else "")
+        + f". Loss a token: training {facts['train_loss']:.2f}, queries {facts['query_loss']:.2f}.",
         "",
         "LDS: Spearman of summed scores with the outcome of retraining, the mean over queries; the "
         "95 % intervals cover the choice of queries and of subsets. Differences are taken query by "
         "query to EK-FAC on all layers, full rank, damping 0.1 x mean. "
         + (
-            "With one seed a subset no ceiling is known."
+            "No subset is trained twice: no ceiling is known."
             if ceiling is None
             else f"Two trainings of a subset differ: nothing could reach more than {ceiling:.3f}."
         ),

@@ -24,7 +24,7 @@ DAMPINGS = (1.0, 0.1, 0.01, 0.001, 0.0001)
 RANKS = (64, 32, 16, 8)
 BLOCKS = (2, 4, 8)
 # A product with the Gauss-Newton matrix of so many examples takes a query 0.8 s of one core.
-REFINED, FURTHER, EXAMPLES = ("cg:2", "cg:5", "cg:10"), ("cg:20", "lissa:500", "astra:300"), 128
+EXAMPLES = 128
 Method = Callable[[], np.ndarray]
 
 
@@ -55,8 +55,8 @@ class Methods:
     training: Training
     queries: list[dict]
     folder: Path
+    refined: tuple[tuple[str, str], ...] = ()  # (how, layers)
     seeds: int = 4
-    further: bool = False
 
     @cached_property
     def model(self) -> torch.nn.Module:
@@ -95,11 +95,7 @@ class Methods:
             "bf16 passes",
             partial(self.influence, "EK-FAC", "all", autocast=torch.bfloat16),
         )
-        refined = [(how, "MLP") for how in REFINED]
-        if self.further:
-            refined += [(how, "all") for how in REFINED]
-            refined += [(how, layers) for how in FURTHER for layers in TRACKED]
-        for how, layers in refined:
+        for how, layers in self.refined:
             method = partial(self.influence, "EK-FAC", layers, refine=how)
             yield "refined", f"{how}, {layers}", method
         for count in (2, 4):

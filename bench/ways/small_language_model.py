@@ -3,6 +3,7 @@
 Text is `pydoc_data.topics`, in every Python; its tokens are a byte-level BPE's, made of the same.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -16,6 +17,7 @@ from ekfac_fast.store.files import load_json, save_json
 
 VOCABULARY, CONTEXT, PROMPT = 1024, 64, 32
 BATCH, RATE, WARM = 16, 3e-3, 20
+FINE_BATCH, FINE_RATE = 64, 1e-3
 
 
 @dataclass(frozen=True)
@@ -33,29 +35,17 @@ class Training:
 
     def __call__(self, indices: np.ndarray, seed: int) -> torch.nn.Module:
         """A model in evaluation mode."""
-        model = self.untrained(seed)
-        batches, task = Batches(self.data, model), LanguageModelTask()
-        optimiser = torch.optim.AdamW(
-            model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01
-        )
-        a_epoch = -(-len(indices) // BATCH)
-        steps = self.epochs * a_epoch
+        steps = self.epochs * -(-len(indices) // BATCH)
+        return descended(self.untrained(seed), self.data, self.batches(indices, seed), steps, RATE)
 
-        def rate(step: int) -> float:
-            return min(1, (step + 1) / WARM) * (0.525 + 0.475 * np.cos(np.pi * step / steps))
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
+    def batches(self, indices: np.ndarray, seed: int) -> Iterator[tuple[np.ndarray, int]]:
+        """(indices, by how many sequences their loss is divided): the data in another order an
+        epoch.
+        """
         for epoch in range(self.epochs):
             order = np.random.default_rng([seed, epoch]).permutation(indices)
-            for some in np.array_split(order, a_epoch):
-                batch = batches.load(some.tolist())
-                loss = task.compute_train_loss(batch, model)
-                optimiser.zero_grad()
-                (loss / (batch["labels"][:, 1:] >= 0).sum()).backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimiser.step()
-                schedule.step()
-        return model.eval()
+            for some in np.array_split(order, -(-len(indices) // BATCH)):
+                yield some, len(some)
 
     def untrained(self, seed: int) -> torch.nn.Module:
         """With its first weights."""
@@ -82,25 +72,79 @@ class Training:
         return GPT2LMHeadModel.from_pretrained(kept).eval()
 
 
-def sequences(count: int, held_out: int, file: Path) -> tuple[list[dict], list[dict]]:
-    """Training sequences and queries, kept in `file`: chunks of a text, some of them held out.
+@dataclass(frozen=True)
+class FineTuning(Training):
+    """(indices, seed) -> the model of the folder `start`, trained further on those sequences.
+
+    What is left out is missing from its batch, and everything else is as it would be with it: the
+    other batches, the steps, what the loss is divided by. So runs of one seed differ by what was
+    left out and by nothing else. `seed` is that of the orders.
+    """
+
+    start: Path = Path()
+
+    def __call__(self, indices: np.ndarray, seed: int) -> torch.nn.Module:
+        """A model in evaluation mode."""
+        from transformers import GPT2LMHeadModel
+
+        model = GPT2LMHeadModel.from_pretrained(self.start)
+        steps = self.epochs * -(-len(self.data) // FINE_BATCH)
+        return descended(model, self.data, self.batches(indices, seed), steps, FINE_RATE)
+
+    def batches(self, indices: np.ndarray, seed: int) -> Iterator[tuple[np.ndarray, int]]:
+        """(what is kept of a batch of the whole data, how many it would be)."""
+        every = len(self.data)
+        for epoch in range(self.epochs):
+            order = np.random.default_rng([seed, epoch]).permutation(every)
+            for some in np.array_split(order, -(-every // FINE_BATCH)):
+                yield some[np.isin(some, indices)], len(some)
+
+
+def descended(model, data, batches, steps: int, rate: float) -> torch.nn.Module:
+    """The model after AdamW on these batches, in evaluation mode."""
+    load, task = Batches(data, model).load, LanguageModelTask()
+    optimiser = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
+
+    def share(step: int) -> float:
+        return min(1, (step + 1) / WARM) * (0.525 + 0.475 * np.cos(np.pi * step / steps))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, share)
+    model.train()
+    for some, size in batches:
+        optimiser.zero_grad()
+        if len(some):
+            loss = task.compute_train_loss(load(some.tolist()), model)
+            (loss / (size * (CONTEXT - 1))).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+    return model.eval()
+
+
+def sequences(count: int, held_out: int, file: Path) -> tuple[list[dict], list[dict], list[dict]]:
+    """Training sequences, queries, and the rest of the text, kept in `file`: chunks of a text.
 
     A query's first half is its prompt. Its neighbours in the text are in the training data.
     """
     if not file.exists():
-        save_json(file, {"chunks": _chunks(count + held_out)})
+        save_json(file, {"chunks": _chunks()})
     chunks = load_json(file, ours=True)["chunks"]
-    asked = set(np.linspace(0, len(chunks) - 1, held_out + 2)[1:-1].round().astype(int).tolist())
-    data = [{"input_ids": ids} for at, ids in enumerate(chunks) if at not in asked]
+    if len(chunks) < count + held_out:
+        raise SystemExit(
+            f"the text has {len(chunks)} sequences of {CONTEXT} tokens, not {count + held_out}"
+        )
+    chosen, rest = chunks[: count + held_out], chunks[count + held_out :]
+    asked = set(np.linspace(0, len(chosen) - 1, held_out + 2)[1:-1].round().astype(int).tolist())
+    data = [{"input_ids": ids} for at, ids in enumerate(chosen) if at not in asked]
     queries = [
-        {"input_ids": chunks[at], "labels": [-100] * PROMPT + chunks[at][PROMPT:]}
+        {"input_ids": chosen[at], "labels": [-100] * PROMPT + chosen[at][PROMPT:]}
         for at in sorted(asked)
     ]
-    return data, queries
+    return data, queries, [{"input_ids": ids} for ids in rest]
 
 
-def _chunks(count: int) -> list[list[int]]:
-    """Whole chunks of the topics in a fixed random order, as many as are wanted."""
+def _chunks() -> list[list[int]]:
+    """Whole chunks of the topics in a fixed random order."""
     from tokenizers import ByteLevelBPETokenizer
 
     names = sorted(topics)
@@ -112,6 +156,4 @@ def _chunks(count: int) -> list[list[int]]:
     for at in np.random.default_rng(0).permutation(len(names)):
         ids = tokenizer.encode(topics[names[at]]).ids
         found += [ids[i : i + CONTEXT] for i in range(0, len(ids) - CONTEXT + 1, CONTEXT)]
-    if len(found) < count:
-        raise SystemExit(f"the text has {len(found)} sequences of {CONTEXT} tokens, not {count}")
-    return found[:count]
+    return found
