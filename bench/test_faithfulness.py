@@ -38,8 +38,9 @@ def test_one_command_from_text_to_page(tmp_path):
 
 def test_a_page_tells_the_ceiling():
     facts = {"ceiling": 0.8125, "parameters": 1, "examples": 2, "queries": 3, "subsets": 4,
-             "share": 0.5, "seeds": 2, "epochs": 1, "fine_tuned": False,
-             "train_loss": 1.0, "query_loss": 2.0, "machine": "m", "date": "d", "revision": "r", "command": "c"}  # fmt: skip
+             "share": 0.5, "seeds": 2, "epochs": 1, "fine_tuned": False, "train_loss": 1.0,
+             "query_loss": 2.0, "machine": "m", "date": "d", "revision": "r",
+             "command": "c"}  # fmt: skip
     assert "nothing could reach more than 0.812." in page([], facts)
     assert "no ceiling is known" in page([], facts | {"ceiling": None})
 
