@@ -29,6 +29,7 @@ from ways.small_language_model import CONTEXT, PROMPT, FineTuning, Training, seq
 
 ROOT = Path(__file__).parents[1]
 TRAINED_ON = 64  # sequences whose loss is told
+PAIRS = 3  # of removals, whose sum is held against both at once
 BESIDE = "EK-FAC, all"  # what every method is compared with
 ABOUT = ("epochs", "width", "blocks", "fine_tune", "rest", "epochs_before")
 
@@ -54,6 +55,7 @@ def main(words: list[str]) -> None:
         (how, layers) for layers in arguments.refined_layers for how in arguments.refined
     )
     methods = Methods(training, queries, work, refined)
+    adds = additivity(work / "pairs", methods, about, arguments) if arguments.fine_tune else None
     rows, held, scores = [], {}, {}
     groups = arguments.only
     methods.make(groups, arguments.processes)
@@ -73,7 +75,7 @@ def main(words: list[str]) -> None:
             row |= likeness(scores[row["name"]], scores[BESIDE])
             if row["group"] == "blocks":
                 print(f"{row['name']}: Spearman {row['spearman']:.4f}, error {row['error']:.3f}")
-    facts = described(bank, methods, arguments, words)
+    facts = described(bank, methods, arguments, words) | {"additivity": adds}
     save_json(work / "faithfulness.json", {"facts": facts, "rows": rows}, checksum=False)
     arguments.page.write_text(page(rows, facts))
     print(arguments.page)
@@ -83,6 +85,31 @@ def likeness(scores: np.ndarray, to: np.ndarray) -> dict[str, float]:
     """Means over queries: of the rank correlation, and of the relative error, ||x - y|| / ||y||."""
     far = np.linalg.norm(scores - to, axis=1) / np.linalg.norm(to, axis=1)
     return {"spearman": float(spearman(scores, to).mean()), "error": float(far.mean())}
+
+
+def additivity(folder: Path, methods: Methods, about: dict, arguments) -> float:
+    """Do removals add up? Correlation over queries, the mean of pairs of disjoint removals A, B.
+
+        corr(f(A) + f(B), f(A u B)),    f(X) = measurement without X - measurement with everything
+
+    What a method can predict that sums scores; chaotic training has none of it.
+    """
+    training, queries = methods.training, methods.queries
+    every = np.arange(len(training.data))
+    size = max(1, round((1 - arguments.share) * len(every)))
+    left_out = []
+    for pair in range(PAIRS):
+        both = np.random.default_rng([1, pair]).choice(every, 2 * size, replace=False)
+        left_out += [both[:size], both[size:], both]
+    kept = [np.setdiff1d(every, some).tolist() for some in left_out]
+    bank = retrain(
+        folder, training, training.data, queries, subsets=kept, about=about,
+        processes=arguments.processes,
+    )  # fmt: skip
+    changed = bank.by_subset[1][:, 0] - np.asarray(measurements(methods.model, queries))
+    first, second, union = changed.reshape(PAIRS, 3, len(queries)).swapaxes(0, 1)
+    pairs = zip(first + second, union, strict=True)
+    return float(np.mean([np.corrcoef(parts, whole)[0, 1] for parts, whole in pairs]))
 
 
 def described(bank: RetrainingBank, methods: Methods, arguments, words: list[str]) -> dict:

@@ -38,11 +38,13 @@ def test_one_command_from_text_to_page(tmp_path):
 
 def test_a_page_tells_the_ceiling():
     facts = {"ceiling": 0.8125, "parameters": 1, "examples": 2, "queries": 3, "subsets": 4,
-             "share": 0.5, "seeds": 2, "epochs": 1, "fine_tuned": False, "train_loss": 1.0,
+             "share": 0.5, "seeds": 2, "epochs": 1, "fine_tuned": False,
+             "additivity": None, "train_loss": 1.0,
              "query_loss": 2.0, "machine": "m", "date": "d", "revision": "r",
              "command": "c"}  # fmt: skip
     assert "nothing could reach more than 0.812." in page([], facts)
     assert "no ceiling is known" in page([], facts | {"ceiling": None})
+    assert "correlates 0.875 over queries" in page([], facts | {"additivity": 0.875})
 
 
 def test_fine_tuning_leaves_out_of_a_batch_and_changes_nothing_else(tmp_path):
@@ -63,6 +65,7 @@ def test_the_published_protocol_from_one_command(tmp_path):
     assert "8 subsets with 99% of the data" in text
     assert "from one model of the rest of the text" in text
     assert "| cg:1, all |" in text
+    assert "Removals add up" in text
 
 
 def test_how_alike_scores_are():

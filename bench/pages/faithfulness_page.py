@@ -26,7 +26,6 @@ HEAD = ["method", "LDS", "less that of EK-FAC", "tail patch, nats", "processor t
 
 def page(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
     """The whole page."""
-    ceiling = facts["ceiling"]
     told = [
         "# Faithfulness",
         "",
@@ -41,12 +40,7 @@ def page(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
         "",
         "LDS: Spearman of summed scores with the outcome of retraining, the mean over queries; the "
         "95 % intervals cover the choice of queries and of subsets. Differences are taken query by "
-        "query to EK-FAC on all layers, full rank, damping 0.1 x mean. "
-        + (
-            "No subset is trained twice: no ceiling is known."
-            if ceiling is None
-            else f"Two trainings of a subset differ: nothing could reach more than {ceiling:.3f}."
-        ),
+        "query to EK-FAC on all layers, full rank, damping 0.1 x mean. " + _limit(facts),
         "Tail patch: rise of the completion's log-probability after three small steps on the ten "
         "sequences that a method puts first. Times hold factors where they were not there yet.",
         "",
@@ -57,6 +51,20 @@ def page(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
             told += [f"## {title}", "", table(HEAD, lines), ""]
     told += [f"{facts['machine']}, {facts['date']}, revision {facts['revision']}:", ""]
     return "\n".join([*told, f"    {facts['command']}", ""])
+
+
+def _limit(facts: dict[str, Any]) -> str:
+    """How well anything could do."""
+    if facts["additivity"] is not None:
+        return (
+            "Removals add up: what leaving out two sets does, against the sum of what each does, "
+            f"correlates {facts['additivity']:.3f} over queries."
+        )
+    if facts["ceiling"] is None:
+        return "No subset is trained twice: no ceiling is known."
+    return (
+        f"Two trainings of a subset differ: nothing could reach more than {facts['ceiling']:.3f}."
+    )
 
 
 def _interval(of: Interval | None) -> str:
