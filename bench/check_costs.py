@@ -31,7 +31,7 @@ from ways.racers import job
 CHECKS = {
     "data read, checked and hashed": (Batches, "_survey"),
     "weights hashed": (run, "model_fingerprint"),
-    "weights in memory": (run, "_check_weights"),
+    "weights in memory": (run, "check_weights"),
     "causal, padding, positions": (run.LanguageModelTask, "check"),
     "checksums of tensors": (files, "_checksum"),
     "checksums of scores": (Matrix, "_crc"),

@@ -28,6 +28,7 @@ from ekfac_fast.checks import size
 from ekfac_fast.model.layers import parameter_counts, select_layers
 from ekfac_fast.stages.budget import head_size, token_width
 from ekfac_fast.stages.plan import Plan, plan
+from ekfac_fast.stages.run import Stage
 from measure.environment import environment
 from measure.peaks import Peak, anonymous
 from pages.markdown import table
@@ -35,9 +36,9 @@ from pages.markdown import table
 RANK = 32
 # A command's stages in the plan.
 STAGES = {
-    "fit": ("covariance", "eigendecomposition", "eigenvalues"),
-    "queries": ("queries",),
-    "score": ("scan",),
+    "fit": (Stage.COVARIANCE, Stage.EIGENDECOMPOSITION, Stage.EIGENVALUE),
+    "queries": (Stage.QUERIES,),
+    "score": (Stage.SCAN,),
 }
 HEADS = ["budget", "parts", "stage", "planned MiB", "taken", "ratio", "peak RSS", "seconds"]
 MIB = 2**20

@@ -28,6 +28,7 @@ from ekfac_fast import ops
 from ekfac_fast.ops.shapes import Shape
 from measure.environment import environment
 from pages.heat_map import heat_map
+from ways.kronfluence_order import with_ones
 
 Call = Callable[[], Tensor]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -123,10 +124,6 @@ def lost(file: Path) -> list[Case]:
     rows = [json.loads(line) for line in file.read_text().splitlines()[1:]]
     names = [field.name for field in fields(Case)]
     return [Case(**{name: row[name] for name in names}) for row in rows if row["ratio"] < LEAST]
-
-
-def with_ones(x: Tensor, bias: bool) -> Tensor:
-    return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], -1) if bias else x
 
 
 def plain_gradients(g: Tensor, a: Tensor, Qg: Tensor, Qa: Tensor, bias: bool) -> Tensor:

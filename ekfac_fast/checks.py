@@ -112,7 +112,7 @@ def path(name: str, value: Any) -> Path:
     return Path(value)
 
 
-def told(name: str, value: Any) -> None:
+def callback(name: str, value: Any) -> None:
     """ArgumentError unless `value` is None or can be called."""
     require(value is None or callable(value), name, value, "a function, or None")
 

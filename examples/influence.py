@@ -7,12 +7,12 @@ file or a folder of them. Results go to ./influence; ask again: the factors are 
 """
 
 import sys
+from hashlib import sha256
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ekfac_fast
 from ekfac_fast.data import read, tokenize
-from ekfac_fast.store.fingerprint import fingerprint
 
 CONTEXT = 128
 
@@ -26,8 +26,8 @@ def main(path: str, corpus: str, prompt: str, completion: str) -> None:
 
     factors = ekfac_fast.fit(model, data, out="influence/factors")
     queries = ekfac_fast.prepare_queries(model, factors, question, rank=32)
-    folder = f"influence/scores-{fingerprint(prompt, completion)}"
-    scores = ekfac_fast.score(model, queries, data, out=folder, per_token=True)
+    asked = sha256(f"{prompt}\n{completion}".encode()).hexdigest()[:12]
+    scores = ekfac_fast.score(model, queries, data, out=f"influence/scores-{asked}", per_token=True)
 
     print(f"log p = {-queries.measurements[0]:.2f}")
     for detail in scores.details(0)[:5]:

@@ -21,7 +21,7 @@ FLOORS = (
     "errors", "extras", "lazy", "checks", "ops", "store", "data", "model", "curvature", "stages",
     "validation", "report", "studies", "cli",
 )  # fmt: skip
-BESIDE = {"kronfluence": {"errors", "ops", "curvature", "kronfluence"}}
+BESIDE = {"kronfluence": {"errors", "checks", "ops", "curvature", "kronfluence"}}
 # On the ground floor of the mathematics: tensors in, tensors out.
 NARROW = {"curvature": {"errors", "ops", "curvature"}, "ops": {"ops"}, "errors": {"errors"}}
 LIMIT = 400  # lines of a file

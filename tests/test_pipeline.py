@@ -20,6 +20,7 @@ from dense_ekfac import (
 )
 from torch import nn
 
+from ekfac_fast.errors import ArgumentError
 from ekfac_fast.model.layers import select_layers
 from ekfac_fast.stages.candidates import top_candidates
 from ekfac_fast.stages.fit import fit
@@ -152,8 +153,23 @@ def test_queries_survive_the_disk(tmp_path):
         assert torch.equal(loaded.preconditioned(name), prepared.preconditioned(name))
         assert loaded.damping == prepared.damping
         assert torch.equal(loaded.examples[1][1], prepared.examples[1][1])
-    with pytest.raises(KeyError, match="mlp"):
+    with pytest.raises(ArgumentError, match=r"layer is .nowhere., expected one of .*mlp"):
         prepared.preconditioned("nowhere")
+
+
+def test_questions_that_scores_cannot_answer(tmp_path):
+    data, model = corpus(4), gpt2()
+    prepared = prepare_queries(model, fit(model, data, out=tmp_path / "f"), asked()[:2])
+    scores = score(model, prepared, data, out=tmp_path / "s")
+    assert scores.top(1, 0) == []
+    assert len(scores.top(1, 99)) == 4
+    for wrong in (lambda: scores.top(2, 1), lambda: scores.top(-1, 1), lambda: scores.details(2)):
+        with pytest.raises(
+            ArgumentError, match=r"query is .*, expected a whole number from 0 to 1"
+        ):
+            wrong()
+    with pytest.raises(ArgumentError, match="k is -1"):
+        scores.top(0, -1)
 
 
 def test_memory_does_not_grow_with_the_data(tmp_path):

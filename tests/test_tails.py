@@ -73,8 +73,8 @@ def test_what_the_filter_keeps_and_how_many_it_stands_for():
     assert one.filtered == 0
     assert one.tenth == scores[19]
     assert isinstance(one.law, type(power_law(scores, draws=DRAWS)))
-    if scores[19] >= one.law.xmin:
-        assert one.needed == pytest.approx(one.law.scan_for(10, scores[19]))
+    assert scores[19] >= one.law.xmin
+    assert one.needed == pytest.approx(one.law.scan_for(10, scores[19]))
     assert one.top_percent == pytest.approx(scores[:4].sum() / scores.sum())
     few = tails(scores[None, :60], words([1, 2, 5]), data[:60], ["q"], candidates=20, draws=DRAWS)
     assert isinstance(few.questions[0].law, NoFit)

@@ -114,7 +114,6 @@ def dense_token_scores_kernel(
     P,  # [Q,O,>=J], zeros past J
     g,  # [B,T,O]
     a,  # [B,T,I]
-    Q,
     N,
     T,
     O,
@@ -263,7 +262,6 @@ def per_token(s: Tensor, P: Tensor, g: Tensor, a: Tensor, by: Config) -> None:
         P,
         g,
         a,
-        Q,
         B * T,
         T,
         O,

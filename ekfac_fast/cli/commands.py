@@ -4,11 +4,12 @@ Commands import what they need when they run: `--help` waits for nothing.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from ..checks import size, whole
+from ..data.choices import Reduce
 from ..errors import ArgumentError
 from . import studies
 from .group import shared
@@ -34,7 +35,6 @@ from .options import (
     Out,
     Packed,
     Precision,
-    Reduce,
     Reference,
     Refine,
     RefineExamples,
@@ -46,9 +46,6 @@ from .options import (
     Trust,
 )
 from .reported import console, reported
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 app.add_typer(studies.app, name="study")
@@ -342,6 +339,7 @@ def plan(
     import torch
 
     from ..model.layers import parameter_counts, select_layers
+    from ..model.weights import usual_device
     from ..stages import plan as planning
     from ..stages.budget import head_size, token_width
     from . import inputs, plans
@@ -357,7 +355,7 @@ def plan(
         width=token_width(shape), head=head_size(shape), processes=processes,
         memory=None if memory is None else size("memory", memory),
         rate=None if rate is None else rate * 1e12, sharded=shard,
-        dtype=torch.float32 if dtype == "float32" else torch.bfloat16,
+        dtype=inputs.autocast(dtype, usual_device()) or torch.float32,
     )  # fmt: skip
     plans.show(costs, console, tracked, parameters, processes, rate is None)
 

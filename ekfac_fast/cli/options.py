@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from ..data import choices
 from ..data.choices import OnLong, Split
 
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -71,10 +72,7 @@ Task = Annotated[
     Kind | None,
     typer.Option(help="what the model does; default language-model, or as was fitted"),
 ]
-Measure = Annotated[
-    Literal["loss", "margin"], typer.Option(help="of a query's label or pair, for --task")
-]
-Reduce = Literal["sum", "mean"]
+Measure = Annotated[choices.Measure, typer.Option(help="of a query's label or pair, for --task")]
 Reference = Annotated[
     str | None,
     typer.Option(help="of --task dpo: the model before; default: without its adapter"),

@@ -18,8 +18,7 @@ from ..report.text import duration
 from ..stages.run import Stage
 from .terminal import Terminal
 
-# Those that count tokens.
-PER_TOKEN = {Stage.COVARIANCE, Stage.EIGENVALUE, Stage.SCAN, Stage.DETAIL}
+PER_TOKEN = set(Stage) - {Stage.EIGENDECOMPOSITION, Stage.REFINEMENT}
 # Between two lines of a log.
 SECONDS = 30.0
 

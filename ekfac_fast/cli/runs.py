@@ -43,6 +43,7 @@ SCHEMA = {
 }  # fmt: skip
 # The stages as a report names them.
 SPOKEN = {
+    Stage.REFERENCES: "log-probabilities of the reference",
     Stage.COVARIANCE: "covariances",
     Stage.EIGENDECOMPOSITION: "eigendecompositions",
     Stage.EIGENVALUE: "corrected eigenvalues",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ..checks import choice
+from ..data.choices import Measure, Reduce
 from ..data.fields import Named
 from ..data.forms import REFERENCES
 from ..data.pairs import Pairs, read_queries
@@ -14,11 +15,11 @@ from ..errors import ArgumentError
 from ..model.classification import SequenceClassificationTask, TokenClassificationTask
 from ..model.preferences import BETA, PairTask, PreferenceTask, RewardTask
 from ..model.tasks import LanguageModelTask
-from ..model.text_tasks import Measure, TextTask
+from ..model.text_tasks import TextTask
 from ..stages.references import has_references, referenced
 from ..store.files import load_json
 from .inputs import LABELLED, Cutting, Source, load, read_examples
-from .options import Dtype, Kind, Reduce
+from .options import Dtype, Kind
 from .progress import showing
 from .terminal import Terminal
 

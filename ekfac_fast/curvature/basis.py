@@ -10,9 +10,8 @@ from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from ..ops.gradients import cheapest_order
+from ..ops.gradients import cheapest_order, with_ones
 from ..ops.shapes import Shape, wide
 from .blocks import BlockDiagonal, Matrix, blocks_in, rotate
 from .lookups import Lookups, are_ids
@@ -28,11 +27,6 @@ Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 def heuristic_damping(lam: Tensor) -> float:
     """A tenth of the mean eigenvalue, at least `LEAST_DAMPING`."""
     return max(HEURISTIC_DAMPING * lam.double().mean().item(), LEAST_DAMPING)
-
-
-def with_ones(a: Tensor, bias: bool) -> Tensor:
-    """[B,T,I] as [B,T,J] for a basis that does not rotate: the ones column has to exist."""
-    return pad(a, (0, 1), value=1.0) if bias else a
 
 
 @dataclass(frozen=True)

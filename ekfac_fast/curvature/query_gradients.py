@@ -7,9 +7,9 @@ from typing import Self
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..ops import dense_scores, low_rank_scores
+from ..ops.gradients import with_ones
 from ..ops.shapes import Shape
 from .choice import contraction
 from .lookups import add_products, are_ids
@@ -74,7 +74,7 @@ class Dense:
     def by_input(self, g: Tensor, a: Tensor, bias: bool) -> Tensor:
         """What each column of P_b has of <P_b, G_b>, the bias's last: [B,J]."""
         y = g @ self.P.to(g.dtype)
-        return (y * (F.pad(a, (0, 1), value=1.0) if bias else a)).sum(1)
+        return (y * with_ones(a, bias)).sum(1)
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class LowRank:
     def by_input(self, g: Tensor, a: Tensor, bias: bool) -> Tensor:
         """What each column of L_b R_b has of <L_b R_b, G_b>, the bias's last: [B,J]."""
         y = (g @ self.L.to(g.dtype)) @ self.R.to(g.dtype)
-        return (y * (F.pad(a, (0, 1), value=1.0) if bias else a)).sum(1)
+        return (y * with_ones(a, bias)).sum(1)
 
     def _read(self, a: Tensor, bias: bool) -> Tensor:
         """R_b (a_bt, 1): [B,T,K]."""

@@ -309,12 +309,17 @@ def _content(one: Example) -> tuple[Any, ...]:
     return *found, one.sides, {name: x.double() for name, x in one.values.items()}
 
 
+def text_config(of: Any) -> Any:
+    """The configuration of a Hugging Face model, or of a part of one, as far as it is about text;
+    None where it has none.
+    """
+    config: Any = getattr(of, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def positions(model: nn.Module) -> int | None:
     """Tokens that a Hugging Face model has positions for; None where it does not say."""
-    config = getattr(model, "config", None)
-    if config is None:
-        return None
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config = text_config(model)
     limit = getattr(config, "max_position_embeddings", None)
     table = next(
         (m for n, m in model.named_modules() if n.endswith("embeddings.position_embeddings")), None

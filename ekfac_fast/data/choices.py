@@ -1,4 +1,4 @@
-"""How text becomes sequences: what a user may choose."""
+"""What a user may choose by a word: how text becomes sequences, and what is asked of queries."""
 
 from typing import Literal
 
@@ -8,3 +8,7 @@ Split = Literal["file", "paragraph", "line"]
 OnLong = Literal["chunk", "truncate", "refuse"]
 # What becomes of an example of more tokens than the model has positions.
 OnLongExample = Literal["truncate", "refuse"]
+# What is measured of a query's label or pair.
+Measure = Literal["loss", "margin"]
+# What becomes of the measurements of a set of queries.
+Reduce = Literal["sum", "mean"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..checks import choice, require, shown, sized, told, whole
+from ..checks import callback, choice, require, shown, sized, whole
 from ..errors import ArgumentError, DataError
 from ..store.fingerprint import Digest
 from .choices import OnLong
@@ -142,7 +142,7 @@ def tokenize(
     whole("context", context)
     choice("on_long", on_long, get_args(OnLong))
     choice("on_empty", on_empty, ("refuse", "skip"))
-    told("progress", progress)
+    callback("progress", progress)
     require(callable(tokenizer), "tokenizer", tokenizer, "a tokenizer of transformers' kind")
     sized(records)
     bos = _bos(tokenizer)

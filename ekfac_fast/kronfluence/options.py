@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..errors import ArgumentError
+from ..checks import choice, flag, is_number, require
 
 TRUNCATIONS = ("kronfluence", "randomised")
 
@@ -19,7 +19,7 @@ class Options:
     memory_share: between 0 and 1.
 
     Raises:
-        ArgumentError: an unknown truncation, or a share outside [0, 1].
+        ArgumentError: an option is none of these.
     """
 
     truncation: str = "kronfluence"
@@ -27,12 +27,10 @@ class Options:
     memory_share: float = 0.25
 
     def __post_init__(self) -> None:
-        if self.truncation not in TRUNCATIONS:
-            raise ArgumentError(
-                f"truncation is {self.truncation!r}, expected one of {', '.join(TRUNCATIONS)}"
-            )
-        if not 0 <= self.memory_share <= 1:
-            raise ArgumentError(f"memory_share is {self.memory_share}, expected a number in [0, 1]")
+        choice("truncation", self.truncation, TRUNCATIONS)
+        flag("hold_queries", self.hold_queries)
+        share = self.memory_share
+        require(is_number(share) and 0 <= share <= 1, "memory_share", share, "a number in [0, 1]")
 
 
 class Hold:

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from .experts import Routing
 from .layers import Layer
-from .products import is_plain, is_product
+from .products import is_plain, seems_product
 from .rows import Grid
-from .weights import is_packed
 
 
 class Calls:
@@ -49,17 +48,10 @@ class Calls:
 
     def check(self, layer: Layer, module: nn.Module, x: Tensor, output: Tensor) -> None:
         """Look whether a layer of a class of its own computes W x + b; `settle` refuses it."""
-        weight = module.weight
         if module in self._looked_at or is_plain(module) or not x.numel():
             return
         self._looked_at.add(module)
-        if not isinstance(weight, Tensor) or is_packed(weight) or weight.is_meta:
-            return  # packed or elsewhere: a product all the same, of a weight that is not at hand
-        rows = [t.detach().reshape(-1, t.shape[-1])[:1] for t in (x, output)]
-        computes = torch.tensor(False)
-        # Rows of a block-diagonal layer are of other sizes than its weight.
-        if (x.shape[-1], output.shape[-1]) == (layer.I, layer.O):
-            computes = is_product(module, *rows)
+        computes = seems_product(module, x, output, layer.I, layer.O)
         self._checks.append((layer.name, type(module).__name__, computes))
 
     def settle(self) -> None:

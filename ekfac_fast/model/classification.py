@@ -17,12 +17,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..checks import choice
+from ..data.choices import Measure
 from ..data.examples import IGNORED
 from ..data.forms import Class, Classes, Form, Numbers, Reads
 from ..errors import ArgumentError, ModelError
 from ..ops.shapes import wide
 from .sampling import EDGE, inverted, uniforms
-from .text_tasks import UNTOLD, Measure, OutputTask, padding_form, roundings
+from .text_tasks import (
+    UNTOLD,
+    OutputTask,
+    changed_by_padding,
+    padding_form,
+    roundings,
+)
 
 SINGLE, MULTI, REGRESSION = (
     "single_label_classification", "multi_label_classification", "regression",
@@ -83,10 +90,7 @@ class Classified(OutputTask):
         if alone.ndim > 1:
             behind = behind[:T]
         if not bool((behind - alone).abs().max() <= roundings(model, alone)):
-            raise ModelError(
-                "padding behind a sequence changes what the model computes of it: give "
-                "batch_tokens=1, so that every sequence is alone in its batch"
-            )
+            raise changed_by_padding()
         return 0
 
     def compute_outputs(self, batch: Any, model: nn.Module) -> Tensor:

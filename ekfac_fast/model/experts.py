@@ -12,7 +12,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from ..data.batches import text_config
 from ..errors import ModelError
+from .products import near
 from .rows import Rows
 
 # (parameter, expert, x, y) -> y: one product y = W[e] x + b[e].
@@ -47,8 +49,7 @@ def matrices(module: Any) -> dict[str, tuple[int, int, bool]]:
 def share(module: Any, model: nn.Module) -> float:
     """Of the tokens, how many come to an expert on average, by a configuration; else all."""
     for of in (module, model):
-        config: Any = getattr(of, "config", None)
-        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        config = text_config(of)
         for name in TOP_K:
             if isinstance(top := getattr(config, name, None), int):
                 return min(1.0, top / int(module.num_experts))
@@ -279,9 +280,8 @@ def verify(name: str, module: nn.Module, given: tuple[Tensor, ...], out: Tensor)
     own = getattr(written, "__wrapped__", written)(module, *given)
     kind = out.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else out.dtype
-    # Rounding of two products and what is between them; routers and weights are the same.
-    slack = max(1e-3, 8 * torch.finfo(dtype).eps) * own.abs().max()
-    if not bool(((own - out).abs() <= slack).all()):
+    # What differs is the rounding of two products and of what is between them.
+    if not near(out, own, dtype):
         raise ModelError(
             f"{name} ({type(module).__name__}) does not compute what its marks say; leave its "
             "experts out of `layers`"

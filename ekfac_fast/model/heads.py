@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..data.batches import text_config
 from .layers import Layer
 
 Part = Literal["q", "k", "v", "o"]
@@ -53,8 +54,7 @@ class HeadPart:
 
 def head_parts(model: nn.Module, layers: Sequence[Layer]) -> dict[str, list[HeadPart]]:
     """What heads there are in attention layers, by the layer's name; others have no entry."""
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config = text_config(model)
     heads = getattr(config, "num_attention_heads", None)
     if not isinstance(heads, int):
         return {}

@@ -16,7 +16,7 @@ from ..errors import ModelError
 from . import dora, ia3
 from .calls import given
 from .layers import Layer
-from .products import is_conv1d, is_plain
+from .products import is_conv1d, is_plain, near
 
 # Norms whose code multiplies by a vector that cannot be given row by row: what that multiplies.
 NORMS: dict[Any, Any] = {
@@ -73,11 +73,11 @@ def verify(layer: Layer, module: nn.Module, args: tuple, kwargs: dict, output: T
         if x.ndim != W.ndim:
             raise _refused(layer, module, f"is given {list(x.shape)}, without an axis of examples")
         y = F.linear(_patches(module, x[:1]), W.flatten(1), b).mT.reshape(output[:1].shape)
-        right = _near(y, output[:1])
+        right = bool(near(y, output[:1]))
     else:
         table: Any = module
         plain = table.max_norm is None and not table.scale_grad_by_freq
-        right = plain and _near(W[x] * _scale(module), output)
+        right = plain and bool(near(W[x] * _scale(module), output))
     if not right:
         raise _refused(layer, module, "does not compute what its class says")
 
@@ -153,7 +153,7 @@ def _verify_vector(
     if ia3.is_ia3(module):
         l = module.get_parameter(str(layer.parameter)).flatten()
         u = ia3.multiplied(module, str(layer.parameter), given(args, kwargs))
-        if not _near(ia3.output(module, l * u), output):
+        if not near(ia3.output(module, l * u), output):
             raise _refused(layer, module, "does not multiply by it (merged, or not active?)")
         return
     if dora.is_dora(module):
@@ -165,7 +165,7 @@ def _verify_vector(
     generator = torch.Generator().manual_seed(0)
     some = (torch.rand(output.shape, generator=generator) < 0.5).to(output.device)
     other = _run(layer, module, p + some.to(p.dtype), args, kwargs)
-    if not _near(y, output) or not _near(torch.where(some, y, other), y):
+    if not near(y, output) or not near(torch.where(some, y, other), y):
         raise _refused(layer, module, "does not multiply by it, or add it, row by row")
 
 
@@ -193,13 +193,6 @@ def _run(layer: Layer, module: nn.Module, p: Tensor, args: tuple, kwargs: dict) 
     except (RuntimeError, ValueError, TypeError) as error:
         raise _refused(layer, module, f"takes no vector of each row's own ({error})") from error
     return y
-
-
-def _near(x: Tensor, y: Tensor) -> bool:
-    """Whether two outputs are one, as far as their dtype tells."""
-    x, y = x.detach().float(), y.detach()
-    slack = max(1e-3, 8 * torch.finfo(y.dtype).eps) * y.float().abs().max()
-    return x.shape == y.shape and bool(((x - y.float()).abs() <= slack).all())
 
 
 def _refused(layer: Layer, module: nn.Module, why: str) -> ModelError:

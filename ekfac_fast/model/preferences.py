@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..checks import is_number, require
+from ..data.choices import Measure
 from ..data.forms import REFERENCES, Form, pair_form
 from ..errors import ArgumentError
 from .classification import Classified, outputs_of
 from .sampling import EDGE
 from .tasks import LanguageModelTask
-from .text_tasks import Measure, OutputTask, padding_form
+from .text_tasks import OutputTask, padding_form
 
 # How far DPO lets a model go from its reference.
 BETA = 0.1

@@ -5,6 +5,8 @@ import sys
 import torch
 from torch import Tensor, nn
 
+from .weights import is_packed
+
 
 def weights(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     """W [O,I] of a linear layer, and b in fp32, if it has one."""
@@ -13,14 +15,35 @@ def weights(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     return W.t() if is_conv1d(module) else W, b.float() if isinstance(b, Tensor) else None
 
 
+def near(x: Tensor, y: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Whether x is y of the same shape, as far as y's dtype (or another) tells: one bool."""
+    if x.shape != y.shape:
+        return torch.tensor(False)
+    x, wide = x.detach().float(), y.detach().float()
+    slack = max(1e-3, 8 * torch.finfo(dtype or y.dtype).eps) * wide.abs().max()
+    return ((x - wide).abs() <= slack).all()
+
+
 @torch.no_grad()
 def is_product(module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """Whether y [...,O] is W x + b of every row x [...,I], as far as y's dtype tells: one bool."""
     W, b = weights(module)
     with torch.autocast(x.device.type, enabled=False):
-        error = (nn.functional.linear(x.float(), W.float(), b) - y.float()).abs()
-    slack = max(1e-3, 8 * torch.finfo(y.dtype).eps) * y.abs().max()
-    return (error <= slack).all()
+        return near(nn.functional.linear(x.float(), W.float(), b), y)
+
+
+def seems_product(module: nn.Module, x: Tensor, y: Tensor, I: int, O: int) -> Tensor:
+    """Whether the first row of y [...,O] is W x + b: one bool.
+
+    True of a weight that is not at hand, packed or elsewhere: a product all the same.
+    """
+    weight = module.weight
+    if not isinstance(weight, Tensor) or is_packed(weight) or weight.is_meta:
+        return torch.tensor(True)
+    # Rows of a block-diagonal layer are of other sizes than its weight.
+    if (x.shape[-1], y.shape[-1]) != (I, O):
+        return torch.tensor(False)
+    return is_product(module, *(t.detach().reshape(-1, t.shape[-1])[:1] for t in (x, y)))
 
 
 def is_embedding(module: nn.Module) -> bool:

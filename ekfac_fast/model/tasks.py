@@ -46,7 +46,7 @@ from .head import (
     token_losses,
 )
 from .sampling import inverted, uniforms
-from .text_tasks import UNTOLD, TextTask, roundings
+from .text_tasks import UNTOLD, TextTask, changed_by_padding, roundings
 from .weights import computes_in
 
 # Tokens on which a model is tried out before a run.
@@ -219,10 +219,7 @@ class LanguageModelTask(TextTask):
         tolerance = min(1000 * eps, 0.02)
         # Another length is another rounding, and in few bits perhaps another expert.
         if (behind - logits).abs().max() > roundings(model, logits):
-            raise ModelError(
-                "padding behind a sequence changes what the model computes of it: give "
-                "batch_tokens=1, so that every sequence is alone in its batch"
-            )
+            raise changed_by_padding()
         if last and (after - logits)[:last].abs().max() > tolerance * size:
             raise ModelError(
                 "the model sees the token that it predicts: it is bidirectional, not causal. "

@@ -3,19 +3,21 @@ measurement is known by itself.
 """
 
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..checks import choice, whole
+from ..data.batches import text_config
+from ..data.choices import Measure
 from ..data.forms import REFERENCES, Form
+from ..errors import ModelError
 from .sampling import uniforms
 from .weights import computes_in
 
 # What a batch holds that no model is given.
 UNTOLD = ("labels", "label", "index", "draw", *REFERENCES)
-Measure = Literal["loss", "margin"]
 
 
 class TextTask:
@@ -134,15 +136,21 @@ def form_of(task: Any, model: nn.Module, *, asked: bool = False) -> Form:
 
 def pad_token(model: nn.Module) -> int | None:
     """The token that a model takes for padding, where its configuration says so."""
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return getattr(config, "pad_token_id", None)
+    return getattr(text_config(model), "pad_token_id", None)
 
 
 def padding_form(model: nn.Module, form: Form) -> Form:
     """A form that pads as the model expects: some look for the last token that is none."""
     token = pad_token(model)
     return form if token is None else replace(form, pad=token)
+
+
+def changed_by_padding() -> ModelError:
+    """What a task says of a model that computes something else beside padding."""
+    return ModelError(
+        "padding behind a sequence changes what the model computes of it: give batch_tokens=1, so "
+        "that every sequence is alone in its batch"
+    )
 
 
 def roundings(model: nn.Module, x: Tensor) -> float:

@@ -22,9 +22,8 @@ from .layer_batch import LayerBatch
 from .layers import Layer
 from .outputs import tensors_of
 from .own_loss import ASK, check_own_loss, own_loss
-from .products import is_plain, is_product
+from .products import is_plain, seems_product
 from .rows import Grid, Layout, Rows, arranged, trusted
-from .weights import is_packed
 
 
 class Pass:
@@ -252,11 +251,7 @@ class Watch:
         if name in self._looked_at or is_plain(module) or not x.numel():
             return
         self._looked_at.add(name)
-        weight = module.weight
-        if not isinstance(weight, Tensor) or is_packed(weight) or weight.is_meta:
-            return  # packed: a product all the same, of a weight that is not at hand
-        rows = (t.detach().reshape(-1, t.shape[-1])[:1] for t in (x, y))
-        if (x.shape[-1], y.shape[-1]) != (layer.I, layer.O) or not is_product(module, *rows):
+        if not seems_product(module, x, y, layer.I, layer.O):
             raise ModelError(
                 f"layer {name} ({type(module).__name__}) does not compute W x + b of its own "
                 "weight and bias; leave it out of `layers`"

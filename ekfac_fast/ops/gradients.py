@@ -17,6 +17,7 @@ forced.
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .shapes import Shape
 
@@ -32,6 +33,11 @@ def flops(shape: Shape, rotate_g: bool = True, rotate_a: bool = True) -> int:
     T, O, J = shape.T, shape.O, shape.J
     rotations = rotate_a * J * J * min(T, O) + rotate_g * O * O * min(T, J)
     return 2 * shape.B * (rotations + T * O * J)
+
+
+def with_ones(a: Tensor, bias: bool) -> Tensor:
+    """(a, 1), for products that want the ones column: a [...,I] -> [...,J]."""
+    return pad(a, (0, 1), value=1.0) if bias else a
 
 
 def rotate_activations(a: Tensor, Qa: Tensor, bias: bool) -> Tensor:

@@ -24,11 +24,11 @@ def fitting_tokens(model: nn.Module, memory: int, most: int) -> int:
     """
     weights = resident_bytes(model)
     each = token_width(model) * computes_in(model).itemsize
-    check_weights(weights, memory)
+    check_room(weights, memory)
     return max(1, min(most, int(ACTIVATIONS * (memory - weights) / max(1, each))))
 
 
-def check_weights(weights: int, memory: int) -> None:
+def check_room(weights: int, memory: int) -> None:
     """ArgumentError where the weights leave nothing of the memory."""
     if weights >= memory:
         raise ArgumentError(

@@ -26,7 +26,7 @@ from .run import Run, Stage, accumulator
 from .scores import DETAIL, HEADS, INPUT, KINDS, TARGET, Scores
 
 PIECES, ATTRIBUTED = "detail", "attributed_detail"
-Heads = Mapping[str, Sequence[HeadPart]]
+HeadParts = Mapping[str, Sequence[HeadPart]]
 
 
 def explain(
@@ -96,7 +96,7 @@ def _pass(
     gradients: dict[str, QueryGradients],
     store: Store,
     wanted: Wanted,
-    heads: Heads,
+    heads: HeadParts,
     tokens: Attributing | None,
 ) -> None:
     """What a pass over the sequences says of layers and heads, and of `tokens`, in pieces.
@@ -110,7 +110,7 @@ def _pass(
         layers,
         run.batches.divided(sorted(wanted)) if tokens is None else tokens.batches(),
         Details(run, layers, gradients, wanted, pieces, heads, tokens),
-        done=run.processes.told(pieces.done),
+        done=run.processes.from_first(pieces.done),
         loss=None if tokens is None else tokens.loss,
         capture=None if tokens is None else tokens.capture,
     )
@@ -150,7 +150,7 @@ class Details(Consumer):
         gradients: dict[str, QueryGradients],
         wanted: Wanted,
         pieces: Pieces,
-        heads: Heads,
+        heads: HeadParts,
         tokens: Attributing | None = None,
     ) -> None:
         self.run, self.gradients, self.wanted, self.pieces = run, gradients, wanted, pieces

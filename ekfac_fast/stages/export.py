@@ -9,12 +9,20 @@ from ..checks import path
 from ..errors import ArgumentError, StoreError
 from ..store.files import load_json, save_json, save_tensors
 from ..store.manifest import MANIFEST
-from .factors import COVARIANCES, EIGENVALUES, EIGENVECTORS, LAMBDA, LAMBDA_COUNT, Factors
+from .factors import (
+    COVARIANCES,
+    EIGENVALUES,
+    EIGENVECTORS,
+    LAMBDA,
+    LAMBDA_COUNT,
+    TOKEN_COUNTS,
+    Factors,
+)
 
 ARGUMENTS = "factor_arguments.json"
 # All but the covariances themselves.
 FILES = (
-    *(f"num_{side}_covariance_processed.safetensors" for side in EIGENVECTORS),
+    *TOKEN_COUNTS.values(),
     *EIGENVECTORS.values(),
     *EIGENVALUES.values(),
     LAMBDA,

@@ -40,6 +40,11 @@ EIGENVALUES = {
     "activation": "activation_eigenvalues.safetensors",
     "gradient": "gradient_eigenvalues.safetensors",
 }
+# Tokens that each covariance was summed over.
+TOKEN_COUNTS = {
+    "activation": "num_activation_covariance_processed.safetensors",
+    "gradient": "num_gradient_covariance_processed.safetensors",
+}
 # What a fit's manifest says of its covariances: in their files, or deleted once decomposed.
 SUMMED, DROPPED = "summed", "dropped"
 # Of the free memory of a CPU, what bases may take.
@@ -49,7 +54,6 @@ SCHEMA = {
     "eigenvectors": (str, None), FACT: (int, None),
 }  # fmt: skip
 LAMBDA, LAMBDA_COUNT = "lambda_matrix.safetensors", "num_lambda_processed.safetensors"
-TOKEN_COUNT = "num_activation_covariance_processed.safetensors"
 
 
 def check_damping(absolute: float | None) -> float | None:
@@ -198,7 +202,7 @@ class Factors(Mapping[str, LayerFactors]):
             raise StoreError(f"{self.folder / LAMBDA_COUNT} holds no layer; fit again")
         corrected = max(int(x) for x in self._counts.values())
         self.sequences = self.facts["examples"] if self.sample and self.facts else corrected
-        self.tokens = max(int(x) for x in self._load(TOKEN_COUNT).values())
+        self.tokens = max(int(x) for x in self._load(TOKEN_COUNTS["activation"]).values())
 
     def _is_ours(self) -> bool:
         return os.path.exists(self.folder / MANIFEST)  # whatever the path: no error

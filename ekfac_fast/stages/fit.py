@@ -43,7 +43,7 @@ from .factors import (
     LAMBDA,
     LAMBDA_COUNT,
     SUMMED,
-    TOKEN_COUNT,
+    TOKEN_COUNTS,
     Factors,
     block_facts,
     blocks_of,
@@ -147,7 +147,7 @@ def _fit(run: Run, layers: list[Layer], store: Store) -> None:
         room, itemsize = int(SUMS * free_bytes(run.device)), accumulator(run.model).itemsize
         parts = partitions(layers, room, itemsize, blocks_of(store.facts))
         names = [[x.name for x in some] for some in parts]
-    names = run.processes.told(names)
+    names = run.processes.from_first(names)
     if len(names) == 1:
         _Fit(run, layers, store).run()
         return
@@ -189,7 +189,7 @@ class _Fit:
 
     def run(self) -> None:
         batches = self.passes.planned(self.store)
-        decomposed = self.processes.told((self.folder / EIGENVALUES["gradient"]).exists())
+        decomposed = self.processes.from_first((self.folder / EIGENVALUES["gradient"]).exists())
         if not decomposed and "covariances" not in self.store.state:
             self._covariances(batches)
         edges = self.store.state.get("edge_draws", {})
@@ -225,7 +225,7 @@ class _Fit:
 
     def _reached(self) -> list[Layer]:
         """The layers that tokens came to; a `Notice` names experts that none was routed to."""
-        counts = load_tensors(self.folder / TOKEN_COUNT, ours=True)
+        counts = load_tensors(self.folder / TOKEN_COUNTS["activation"], ours=True)
         if idle := [x.name for x in self.layers if x.name not in counts]:
             warnings.warn(
                 f"no token of the data was routed to {listed(idle, 3)}: without factors, these "
@@ -298,7 +298,7 @@ class _Fit:
                 },
             )
             save_tensors(
-                self.folder / f"num_{side}_covariance_processed.safetensors",
+                self.folder / TOKEN_COUNTS[side],
                 {name: found[f"{side} count {o}"].cpu().reshape(1) for name, o in owner.items()},
             )
 
@@ -319,7 +319,7 @@ class _Fit:
     def _eigendecompositions(self) -> None:
         """Eigenvectors of every matrix, each kept as soon as it is found."""
         done, (matrices, diagonals) = self.store.pieces("eigen"), self._matrices()
-        done.done = self.processes.told(done.done)
+        done.done = self.processes.from_first(done.done)
         sizes = [len(range(n)[x]) for n in matrices.values() for x in block_rows(n, self.blocks)]
         jobs: list[Job] = []
         # Where all are done, covariances may have been dropped.
@@ -360,8 +360,7 @@ class _Fit:
         sums, counts = {}, {}
         for side, file in COVARIANCES.items():
             sums[side] = load_tensors(self.folder / file, ours=True)
-            counted = self.folder / f"num_{side}_covariance_processed.safetensors"
-            counts[side] = load_tensors(counted, ours=True)
+            counts[side] = load_tensors(self.folder / TOKEN_COUNTS[side], ours=True)
         return [
             Job(sums[side][name], counts[side][name], f"the {side} covariance of {name}")
             for side, name in covariances

@@ -29,17 +29,19 @@ class Heap:
         if not len(touched):
             return
         s = s[touched]
-        values = torch.cat([self.values[touched], s], 1).numpy()
-        every = torch.where(s > -torch.inf, indices.expand(len(s), -1), -1)
-        ids = torch.cat([self.indices[touched], every], 1).numpy()
-        order = np.lexsort((ids, -values))[:, : self.values.shape[1]]
-        self.values[touched] = torch.from_numpy(np.take_along_axis(values, order, 1))
-        self.indices[touched] = torch.from_numpy(np.take_along_axis(ids, order, 1))
+        ids = torch.where(s > -torch.inf, indices.expand(len(s), -1), -1)
+        before = self.values[touched], self.indices[touched]
+        self.values[touched], self.indices[touched] = _best(before, (s, ids))
 
     def merge(self, other: "Heap") -> None:
         """Take in what another heap of the same queries has kept of other sequences."""
-        values = torch.cat([self.values, other.values], 1).numpy()
-        ids = torch.cat([self.indices, other.indices], 1).numpy()
-        order = np.lexsort((ids, -values))[:, : self.values.shape[1]]
-        self.values = torch.from_numpy(np.take_along_axis(values, order, 1))
-        self.indices = torch.from_numpy(np.take_along_axis(ids, order, 1))
+        before, others = (self.values, self.indices), (other.values, other.indices)
+        self.values, self.indices = _best(before, others)
+
+
+def _best(kept: tuple[Tensor, Tensor], more: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Of both (values, indices) as many as are kept, in their order."""
+    values, ids = (torch.cat(pair, 1).numpy() for pair in zip(kept, more, strict=True))
+    order = np.lexsort((ids, -values))[:, : kept[0].shape[1]]
+    values, ids = (np.take_along_axis(x, order, 1) for x in (values, ids))
+    return torch.from_numpy(values), torch.from_numpy(ids)

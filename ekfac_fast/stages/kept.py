@@ -14,7 +14,7 @@ from .scores import HEAP
 COLUMNS = "columns"
 
 
-class Whole:
+class WholeMatrix:
     """A matrix [Q,N], by the columns of batches.
 
     The first process writes it. Others leave pieces, which it takes in where a run begins and where
@@ -37,7 +37,7 @@ class Whole:
             self._matrix.verify(batches)
             self._take_in(store.pieces(COLUMNS).done)
         marked = () if self._matrix is None else tuple(self._matrix.done)
-        self.done: frozenset[int] = frozenset(processes.told(marked))
+        self.done: frozenset[int] = frozenset(processes.from_first(marked))
         self._saved = set(self.done)
 
     def take(self, number: int, indices: Sequence[int], s: Tensor) -> None:
@@ -97,7 +97,7 @@ class Best:
         self.processes, self.store, self.heap = processes, store, heap
         state = store.load_state(HEAP)
         self.seconds: float = state.notes.get("seconds", 0.0)
-        first = processes.told(state.done)
+        first = processes.from_first(state.done)
         # What the first has taken in is no other's any more.
         mine = processes.first or not state.done <= first
         self._before = state.done if mine else frozenset()

@@ -1,6 +1,6 @@
 """A layer's rows as the ops take them: all at once, or an expert's without those that are none."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -9,6 +9,8 @@ from torch import Tensor
 from ..curvature.basis import Basis, Eigenvectors, SharedRotation
 from ..curvature.blocks import rotate as rotated_by
 from ..curvature.query_gradients import LowRank, QueryGradients
+from ..data.examples import Indexable, named
+from ..errors import NotFiniteError
 from ..model.layer_batch import LayerBatch
 from ..ops.gradients import cheapest_order
 from ..ops.shapes import Shape
@@ -67,3 +69,18 @@ def add_self_influence(s: Tensor, seen: LayerBatch, basis: Basis, rotate: Shared
             part = s.new_zeros(len(members))
             here.add_self_influence(part, g, a, bias)
             s.index_add_(0, members, part)
+
+
+def check_scores(s: Tensor, dataset: Indexable, indices: Sequence[int]) -> None:
+    """Refuse scores [...,Q,B] of a batch that are not finite.
+
+    Raises:
+        NotFiniteError: names the first example and its query.
+    """
+    if bool(s.isfinite().all()):
+        return
+    *_, q, b = where = (~s.isfinite()).nonzero()[0].tolist()
+    raise NotFiniteError(
+        f"the score of {named(dataset, indices[b])} for query {q} is {s[tuple(where)].item()}: its "
+        "gradient overflowed, or is NaN where the loss is not. Look at the example, or leave it out"
+    )

@@ -21,11 +21,12 @@ from ..model.weights import usual_device
 from ..ops.gradients import flops as gradient_flops
 from ..ops.products import multiplied
 from ..ops.shapes import Card, Shape
-from .budget import ACTIVATIONS, SUMS, check_weights, fitting_bytes, partitions
+from .budget import ACTIVATIONS, SUMS, check_room, fitting_bytes, partitions
 from .disk import check_stored, fit_bytes, keeps_covariances, matrix_bytes
 from .factors import block_facts
 from .measured import DENSE_BYTES
 from .processes import dealt
+from .run import Stage
 from .sample import sample_facts, sample_of
 from .sums import BATCHES_A_FOLD
 from .waiting import SHARE as WAITING
@@ -41,6 +42,8 @@ FP32 = 4
 # gradients, beside what the ops keep for their next call (`csrc/cpu/scratch.h`).
 TOKENS_KEPT, LOGITS_AT_ONCE, DENSE_AT_ONCE = 2, 8, 3
 OPS_KEEP = 192 << 20
+# The least that a scan takes, as if it were a stage.
+FLOOR = "scan: forward and backward alone"
 
 
 @dataclass(frozen=True)
@@ -261,12 +264,12 @@ def plan(
     corrected = sample_of(sample_facts(eigenvalue_examples, fit_sequences)) or fit_sequences
     block_facts(blocks, layers)
     width = width or 2 * round(sum(x.share * (x.read + x.O) for x in layers))
+    memory = free_bytes(usual_device()) if memory is None else whole("memory", memory)
     job = _Asked(
         layers, parameters, width, sequences, tokens, fit_sequences, corrected, queries, rank,
-        blocks, processes, sharded, dtype, head, 0,
+        blocks, processes, sharded, dtype, head, memory,
     )  # fmt: skip
-    job = replace(job, memory=free_bytes(job.device) if memory is None else whole("memory", memory))
-    check_weights(job.weights, job.memory)
+    check_room(job.weights, job.memory)
     right = rate is None or (is_number(rate) and rate > 0)
     require(right, "rate", rate, "FLOP/s, more than 0")
     rate = rate or gemm_rate()
@@ -322,15 +325,14 @@ def _fitting(job: _Asked, covariances: int, eigenvalues: int) -> list[StageCost]
     solving = sum(sorted(solved)[-at_once:])
     return [
         StageCost(
-            "covariance", sums + len(parts) * passes, 0, job.batch(job.fit_sequences) + held,
+            Stage.COVARIANCE, sums + len(parts) * passes, 0, job.batch(job.fit_sequences) + held,
             several * covariances,
         ),
         StageCost(
-            "eigendecomposition", max(loads), 0,
-            job.weights + max(waits) + solving,
+            Stage.EIGENDECOMPOSITION, max(loads), 0, job.weights + max(waits) + solving,
         ),
         StageCost(
-            "eigenvalues",
+            Stage.EIGENVALUE,
             job.rotated(ops.eigenvalues, job.corrected) + len(parts) * job.passes(job.corrected), 0,
             job.batch(job.corrected) + held, several * eigenvalues,
         ),
@@ -354,15 +356,15 @@ def _asking(job: _Asked, ways: Sequence[Contraction]) -> list[StageCost]:
     scores = FP32 * job.queries * job.each(job.sequences)
     alone = job.batch(job.sequences)
     return [
-        StageCost("queries", work, 0, job.batch(job.queries, predicted=False) + queries + made),
-        StageCost("scan", scan + passes, 0, alone + queries, (job.processes > 1) * scores),
-        StageCost("scan: forward and backward alone", passes, 0, alone),
+        StageCost(Stage.QUERIES, work, 0, job.batch(job.queries, predicted=False) + queries + made),
+        StageCost(Stage.SCAN, scan + passes, 0, alone + queries, (job.processes > 1) * scores),
+        StageCost(FLOOR, passes, 0, alone),
     ]
 
 
 def _reached(stage: StageCost, rate: float) -> float:
     """FLOP/s of a stage."""
-    decomposing = stage.name == "eigendecomposition"
+    decomposing = stage.name == Stage.EIGENDECOMPOSITION
     return min(EIGH_SHARE * rate, EIGH_MOST) if decomposing else rate
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Unpack, get_args
+from typing import Any, Unpack, get_args
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..checks import choice, instance, path, require, shown, whole
 from ..curvature.basis import Eigenvectors
-from ..data.choices import OnLongExample
+from ..data.choices import OnLongExample, Reduce
 from ..data.examples import IGNORED, Example, Indexable, tokenized_by
 from ..errors import ArgumentError, DataError
 from ..model.layers import Layer
@@ -26,8 +26,6 @@ from .sample import FACT
 
 # Of a run under way: what the pass over the queries found, and what a refinement made of it.
 PIECES = ("shard", "refined")
-# How a set of queries is one.
-Reduce = Literal["sum", "mean"]
 
 
 @torch.inference_mode(False)
@@ -173,7 +171,7 @@ class _Preparation:
             consumer = Preconditioning(
                 self.run, self.factors, self.layers, self.dampings, self.rank, found.write
             )
-        done = self.run.processes.told(found.done)
+        done = self.run.processes.from_first(found.done)
         if self.sets is None:
             self.run.each(
                 Stage.QUERIES, self.layers, batches, consumer, done=done, loss=consumer.loss,
@@ -225,7 +223,7 @@ class _Preparation:
         """Groups of queries, and what became of each."""
         some = refining.at_once
         groups = [list(order[at : at + some]) for at in range(0, len(order), some)]
-        done = self.run.processes.told(pieces.done)
+        done = self.run.processes.from_first(pieces.done)
         left = [number for number in range(len(groups)) if number not in done]
         for number in self.run.processes.mine(left):
             mine, name = slice(number * some, (number + 1) * some), f"refinement_{number}_state"

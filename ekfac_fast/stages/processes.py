@@ -208,7 +208,7 @@ class Processes:
             dist.all_gather_object(found, value)
         return found
 
-    def told(self, value: T) -> T:
+    def from_first(self, value: T) -> T:
         """The first process's value."""
         found: list[Any] = self.gathered(value if self.first else None)
         return found[0]

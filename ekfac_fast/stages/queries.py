@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..checks import Whole, check_json, instance, path, whole
+from ..checks import Whole, check_json, instance, listed, path, require, whole
 from ..curvature.query_gradients import Dense, LowRank, QueryGradients
 from ..errors import StoreError
 from ..model.identity import model_fingerprint
@@ -91,12 +91,11 @@ class Queries:
         """(G + damping)^-1 grad f of one layer: [Q,O,J].
 
         Raises:
-            KeyError: no such layer; names those there are.
+            ArgumentError: no such layer; names those there are.
         """
-        for queries in self.layers:
-            if queries.layer.name == layer:
-                return queries.dense()
-        raise KeyError(f"{layer}: the layers are {', '.join(q.layer.name for q in self.layers)}")
+        named = {x.layer.name: x for x in self.layers}
+        require(layer in named, "layer", layer, f"one of {listed(list(named))}")
+        return named[layer].dense()
 
     def parameters(self, model: nn.Module, query: int = 0) -> dict[str, Tensor]:
         """(G + damping)^-1 grad f of one query, by the names and in the shapes of the checkpoint's

@@ -123,7 +123,8 @@ def _log_probabilities(model: nn.Module, pairs: Indexable, arguments: RunArgumen
     """[2,N], fp64, in every process."""
     task, processes = _Sides(), Processes.here()
     run = Run(model, pairs, {**arguments, "task": task}, processes=processes)
-    batches, done = list(run.batches.divided()), 0
+    batches, done = list(run.batches.divided()), processes.counter(Stage.REFERENCES)
+    total = run.batches.tokens(range(run.batches.size))
     mine = processes.mine(range(len(batches)))
     found = torch.zeros(2, run.batches.size, dtype=torch.float64)
     with alone(model), run.settings():
@@ -133,8 +134,7 @@ def _log_probabilities(model: nn.Module, pairs: Indexable, arguments: RunArgumen
             nll = task.negative_log_likelihoods(run.batches.load(some), model)
             if at < len(mine):
                 found[:, list(some)] = -nll.view(-1, 2).mT.to("cpu", torch.float64)
-                done += run.batches.tokens(some)
-                run.report(Stage.QUERIES, done, run.batches.tokens(range(run.batches.size)))
+                run.report(Stage.REFERENCES, done(run.batches.tokens(some)), total)
     wrong = (~found.isfinite()).any(0).nonzero()
     if len(wrong):
         where = named(pairs, int(wrong[0]))

@@ -240,7 +240,7 @@ class Refining:
         run, kept = self.run, State() if store is None else store.load_state(name)
         b = {n: x.to(run.device, self.dtype) for n, x in b.items()}
         run.seconds[Stage.REFINEMENT] = kept.notes.get(
-            "seconds", run.seconds.get("refinement", 0.0)
+            "seconds", run.seconds.get(Stage.REFINEMENT, 0.0)
         )
         solver = self._solver(b, kept)
         for step in range(len(kept.done), self.steps):

@@ -18,7 +18,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from ..checks import instance, require, size, told
+from ..checks import callback, instance, require, size
 from ..curvature.memory import budget, free_bytes, give_back, taken_bytes
 from ..data.batches import Batches, default_tokens
 from ..data.choices import OnLongExample
@@ -54,6 +54,7 @@ _checked: "weakref.WeakKeyDictionary[nn.Module, tuple]" = weakref.WeakKeyDiction
 class Stage(StrEnum):
     """The stages that report progress and whose time is kept."""
 
+    REFERENCES = "references"
     COVARIANCE = "covariance"
     EIGENDECOMPOSITION = "eigendecomposition"
     EIGENVALUE = "eigenvalue"
@@ -111,7 +112,7 @@ class Run:
         self.autocast, self.progress = arguments.get("autocast"), arguments.get("progress")
         lowered = any(self.autocast is x for x in (None, torch.bfloat16, torch.float16))
         require(lowered, "autocast", self.autocast, "torch.bfloat16, torch.float16 or None")
-        told("progress", self.progress)
+        callback("progress", self.progress)
         check_weights(model)
         memory, tokens = arguments.get("memory"), arguments.get("batch_tokens")
         self.memory = None if memory is None else size("memory", memory)

@@ -19,8 +19,8 @@ from ..curvature.basis import SharedRotation
 from ..curvature.choice import contraction
 from ..curvature.memory import free_bytes
 from ..curvature.query_gradients import Dense, QueryGradients
-from ..data.examples import Indexable, named
-from ..errors import ArgumentError, NotFiniteError, StoreError
+from ..data.examples import Indexable
+from ..errors import ArgumentError, StoreError
 from ..model.layer_batch import LayerBatch
 from ..model.layers import Layer
 from ..ops.shapes import Shape
@@ -32,8 +32,8 @@ from .consumer import Batch, Consumer
 from .detail import explain, remove_pieces
 from .factors import Factors, bases, check_damping
 from .heap import Heap
-from .kept import Best, Whole
-from .parts import add_scores, add_self_influence
+from .kept import Best, WholeMatrix
+from .parts import add_scores, add_self_influence, check_scores
 from .processes import Processes
 from .queries import LayerQueries, Queries
 from .run import Run, RunArguments, Stage, accumulator
@@ -120,7 +120,7 @@ def score(
                 add = adding(gradients)
                 _scan(run, layers, len(queries), store, chosen, top_k, add, own)
             gradients = gradients if shards == 1 else None
-        later = run.processes.told(attribution and store.state.get("attribution") is None)
+        later = run.processes.from_first(attribution and store.state.get("attribution") is None)
         if detail and (later or not store.finished):
             order = ranked if isinstance(candidates, str) else None
             counts = (top_k or DETAILED, 0 if top_k else LOWEST)
@@ -292,9 +292,9 @@ class Scan(Consumer):
         # Of every device that layers are on.
         self.s: dict[torch.device, Tensor] = {}
         shape, kind = (Q, run.batches.size), "float64" if dtype == torch.float64 else "float32"
-        self.kept: Whole | Best
+        self.kept: WholeMatrix | Best
         if top_k is None:
-            self.kept = Whole(run.processes, store, batches, shape, kind)
+            self.kept = WholeMatrix(run.processes, store, batches, shape, kind)
         else:
             empty = Heap.empty(Q, min(top_k, run.batches.size), dtype)
             self.kept = Best(run.processes, store, empty)
@@ -319,14 +319,7 @@ class Scan(Consumer):
         s, indices = self.run.processes.joined(sum(others, start=first)), batch.indices
         if s is None:
             return  # another process has them
-        finite = s.isfinite()
-        if not bool(finite.all()):
-            q, b = (int(i) for i in (~finite).nonzero()[0])
-            raise NotFiniteError(
-                f"the score of {named(self.run.batches.dataset, indices[b])} for query {q} is "
-                f"{s[q, b].item()}: its gradient overflowed, or is NaN where the loss is not. Look "
-                "at the example, or leave it out"
-            )
+        check_scores(s, self.run.batches.dataset, indices)
         if self.chosen is not None:
             s = torch.where(_membership(self.chosen, indices), s, torch.nan)
         self.kept.take(batch.number, indices, s)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..checks import Whole, check_json, path
+from ..checks import Whole, check_json, path, whole
 from ..errors import ArgumentError, StoreError
 from ..extras import optional
 from ..store.files import replacing
@@ -190,7 +190,15 @@ class Scores:
         return self.store.load_state(HEAP).tensors
 
     def top(self, query: int, k: int, *, lowest: bool = False) -> list[tuple[int, float]]:
-        """The k highest (or lowest) scores: (index, raw score), best first, ties by index."""
+        """The k highest (or lowest) scores: (index, raw score), best first, ties by index.
+
+        Fewer where fewer sequences were scanned.
+
+        Raises:
+            ArgumentError: no such query; or only the top k were kept, and others are wanted.
+        """
+        whole("query", query, 0, self.queries - 1)
+        whole("k", k, 0)
         kept = self.store.facts["top_k"]
         if kept is None:
             row = np.asarray(self.matrix[query])
@@ -208,7 +216,11 @@ class Scores:
         """Layer and token detail of the query's top (or lowest) sequences, best (or worst) first.
 
         [] if not asked for; of the lowest also where only the top k were kept.
+
+        Raises:
+            ArgumentError: no such query.
         """
+        whole("query", query, 0, self.queries - 1)
         if query not in self._shards.done:
             return []
         shard, side = self._shards.read(query), "lowest" if lowest else "top"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..data.batches import collate
+from ..data.examples import IGNORED
 
 if TYPE_CHECKING:
     from .run import Run
@@ -41,7 +42,7 @@ def _forward(run: "Run", indices: list[int]) -> Tensor:
         # An odd number of positions: cut where there are enough, else padded.
         T = even["input_ids"].shape[1]
         change = 0 if T % 2 else 1 if T == 2 else -1
-        values = {"labels": -100, "input_ids": run.batches.form.pad}
+        values = {"labels": IGNORED, "input_ids": run.batches.form.pad}
         padded = {
             name: x
             if name in examples[0].values

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ..checks import told
+from ..checks import callback
 from ..errors import ArgumentError
 from ..extras import optional
 from .loop import BatchScores, Captured, EmpiricalCovariance, capture
@@ -55,7 +55,7 @@ class CaptureCallback(TrainerCallback):
         scale: Tensor | float | None = None,
         on_step: Callable[[Step], None] | None = None,
     ) -> None:
-        told("on_step", on_step)
+        callback("on_step", on_step)
         if on_step is not None and queries is None:
             raise ArgumentError("on_step is called with scores: give queries, too")
         self._how: dict[str, Any] = {

@@ -13,12 +13,11 @@ from torch.utils.data import Dataset
 from ..checks import path
 from ..data.examples import Corpus, Indexable, tokenized_by
 from ..data.tokens import Tokens, tokenize
-from ..errors import NotFiniteError
 from ..model.layer_batch import LayerBatch
 from ..model.layers import Layer
 from ..stages.consumer import Batch, Consumer
 from ..stages.factors import Factors
-from ..stages.parts import add_scores
+from ..stages.parts import add_scores, check_scores
 from ..stages.preparation import prepare_queries
 from ..stages.processes import Processes
 from ..stages.queries import Queries
@@ -91,7 +90,7 @@ def layer_scores(
         batches, pieces = run.planned(store), store.pieces()
         if not store.finished:
             consumer = _ByLayer(run, queries, layers, pieces)
-            done = run.processes.told(pieces.done)
+            done = run.processes.from_first(pieces.done)
             run.each(Stage.SCAN, layers, batches, consumer, done=done)
             run.processes.meet()
             store.finish(seconds=run.seconds)
@@ -123,12 +122,7 @@ class _ByLayer(Consumer):
     def end(self, batch: Batch) -> None:
         """Keep the batch."""
         s = self.s.cpu()
-        if not bool(s.isfinite().all()):
-            _, q, b = (int(i) for i in (~s.isfinite()).nonzero()[0])
-            raise NotFiniteError(
-                f"the score of example {batch.indices[b]} for query {q} is not finite: its "
-                "gradient overflowed. Look at the example, or leave it out"
-            )
+        check_scores(s, self.run.batches.dataset, batch.indices)
         self.pieces.write(batch.number, {"scores": s})
 
 

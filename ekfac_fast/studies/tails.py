@@ -158,12 +158,12 @@ def _tail(name: str, row: np.ndarray, kept: np.ndarray, law: PowerLaw | NoFit) -
     best = np.argsort(-row, kind="stable")[:PLACE]
     tenth = float(np.sort(row[kept])[-PLACE])
     seen = scanned(row)
-    share = float((seen >= tenth).mean())
+    needed = PLACE / float((seen >= tenth).mean())
     against: dict[str, Against] = {}
     if isinstance(law, PowerLaw):
         against = compared(seen[-law.count :], law)
         if tenth >= law.xmin:
-            share = float(law.ccdf(tenth))
+            needed = law.scan_for(PLACE, tenth)
     return Tail(
         question=name,
         law=law,
@@ -171,7 +171,7 @@ def _tail(name: str, row: np.ndarray, kept: np.ndarray, law: PowerLaw | NoFit) -
         top_percent=top_share(row),
         filtered=float(np.isin(best, kept).mean()),
         tenth=tenth,
-        needed=PLACE / share,
+        needed=needed,
     )
 
 

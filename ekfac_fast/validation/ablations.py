@@ -32,7 +32,7 @@ from ..stages.factors import (
     EIGENVECTORS,
     LAMBDA,
     LAMBDA_COUNT,
-    TOKEN_COUNT,
+    TOKEN_COUNTS,
     Factors,
 )
 from ..stages.fit import COVARIANCE_DRAW, EIGENVALUE_DRAW
@@ -58,7 +58,10 @@ def kfac_factors(factors: Factors, out: str | Path) -> Factors:
     vectors = {name: factors.stored(name) for name in EIGENVECTORS.values()}
     lam_a, lam_g = (factors.stored(EIGENVALUES[side]) for side in EIGENVECTORS)
     # Of an expert, those that were routed to it.
-    tokens = {n: int(x) / factors.sequences for n, x in load_tensors(source / TOKEN_COUNT).items()}
+    tokens = {
+        n: int(x) / factors.sequences
+        for n, x in load_tensors(source / TOKEN_COUNTS["activation"]).items()
+    }
     lam = {
         n: tokens[n] * torch.outer(lam_g[n].clamp(min=0), lam_a[n].clamp(min=0)) for n in factors
     }  # fmt: skip
@@ -205,5 +208,5 @@ def _save_eigenvalues(
 ) -> None:
     """Sums over sequences, and what they hold; `lam` times so many is the sum."""
     save_tensors(out / LAMBDA, {name: x * times for name, x in lam.items()})
-    for file, count in ((LAMBDA_COUNT, sequences), (TOKEN_COUNT, tokens)):
+    for file, count in ((LAMBDA_COUNT, sequences), (TOKEN_COUNTS["activation"], tokens)):
         save_tensors(out / file, {name: torch.tensor([count]) for name in lam})

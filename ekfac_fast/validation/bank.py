@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..checks import Whole, check_json, is_number, path, require, shown, sized, told, whole
+from ..checks import Whole, callback, check_json, is_number, path, require, shown, sized, whole
 from ..data.batches import data_fingerprint
 from ..data.examples import Indexable
 from ..errors import ArgumentError, DataError, NotFiniteError, StoreError
@@ -92,8 +92,8 @@ def retrain(
     """
     folder = path("folder", folder)
     require(callable(train), "train", train, "a function of (indices, seed)")
-    told("measure", measure)
-    told("progress", progress)
+    callback("measure", measure)
+    callback("progress", progress)
     whole("seeds", seeds)
     whole("seed", seed, 0)
     whole("processes", processes)

@@ -26,6 +26,7 @@ from ..ops.shapes import wide
 from ..stages.candidates import top_candidates
 from ..stages.consumer import Batch, Consumer
 from ..stages.measured import Gradients
+from ..stages.parts import check_scores
 from ..stages.run import Run, RunArguments, Stage, accumulator
 from ..stages.scan import adding
 
@@ -46,6 +47,9 @@ def gradient_dot(
     """<grad f_q, grad L_i> over the tracked layers, or their cosine: [Q,N], fp64.
 
     Arguments are those of `fit` and `score`.
+
+    Raises:
+        NotFiniteError: a loss or a product is not finite; names the example.
     """
     tracked = select_layers(model, layers)
     ask = Run(model, queries, {**arguments, "on_long": "refuse"})
@@ -108,7 +112,9 @@ class _Matrix(Consumer):
 
     def end(self, batch: Batch) -> None:
         """Keep the batch."""
-        self.matrix[:, batch.indices] = self.s.cpu().double().numpy()
+        s = self.s.cpu()
+        check_scores(s, self.run.batches.dataset, batch.indices)
+        self.matrix[:, batch.indices] = s.double().numpy()
 
 
 def tfidf(queries: Indexable, dataset: Indexable) -> np.ndarray:

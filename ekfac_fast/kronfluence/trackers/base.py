@@ -160,3 +160,16 @@ class TokenTracker(BaseTracker):
     def sizes(self) -> tuple[int, int]:
         """O and J of the module."""
         return self.module.out_features, self.module.in_features + self.bias
+
+
+class ScoreTracker(TokenTracker):
+    """What those of queries and scores share, by kronfluence's `ScoreArguments`."""
+
+    def operand_dtype(self) -> torch.dtype:
+        """The wider of the two dtypes that kronfluence would pass through."""
+        args = self.module.score_args
+        return torch.promote_types(args.per_sample_gradient_dtype, args.precondition_dtype)
+
+    def offloads(self) -> bool:
+        """As `offload_activations_to_cpu` says."""
+        return self.module.score_args.offload_activations_to_cpu

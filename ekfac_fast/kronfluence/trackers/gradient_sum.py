@@ -6,10 +6,10 @@ from kronfluence.utils.constants import AGGREGATED_GRADIENT_NAME
 from torch import Tensor
 
 from ...ops.shapes import wide
-from .base import TokenTracker
+from .base import ScoreTracker
 
 
-class FastGradientTracker(TokenTracker, GradientTracker):
+class FastGradientTracker(ScoreTracker, GradientTracker):
     """One product over all rows of a batch, into an accumulator that is never below fp32."""
 
     joins_uses = False
@@ -17,10 +17,6 @@ class FastGradientTracker(TokenTracker, GradientTracker):
     def operand_dtype(self) -> torch.dtype:
         """kronfluence's `per_sample_gradient_dtype`."""
         return self.module.score_args.per_sample_gradient_dtype
-
-    def offloads(self) -> bool:
-        """As `offload_activations_to_cpu` says."""
-        return self.module.score_args.offload_activations_to_cpu
 
     def consume(self, g: Tensor, a: Tensor) -> None:
         """Add one batch."""

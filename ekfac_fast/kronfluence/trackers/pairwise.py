@@ -13,11 +13,11 @@ from torch import Tensor
 
 from ...curvature.query_gradients import Dense, LowRank, QueryGradients
 from ...ops.shapes import wide
-from .base import TokenTracker
+from .base import ScoreTracker
 from .queries import FastPreconditionTracker
 
 
-class FastPairwiseScoreTracker(TokenTracker, PairwiseScoreTracker):
+class FastPairwiseScoreTracker(ScoreTracker, PairwiseScoreTracker):
     """s [Q,B] of one batch, or [Q,B,T] per token; uses of a shared module add up."""
 
     joins_uses = False
@@ -26,10 +26,6 @@ class FastPairwiseScoreTracker(TokenTracker, PairwiseScoreTracker):
     def operand_dtype(self) -> torch.dtype:
         """kronfluence's `score_dtype`."""
         return self.module.score_args.score_dtype
-
-    def offloads(self) -> bool:
-        """As `offload_activations_to_cpu` says."""
-        return self.module.score_args.offload_activations_to_cpu
 
     def register_hooks(self) -> None:
         """Begin a pass: join the held queries, install the hook."""

@@ -17,25 +17,16 @@ from torch import Tensor, nn
 from ...curvature.basis import Basis
 from ...ops.shapes import wide
 from ..truncation import low_rank
-from .base import TokenTracker
+from .base import ScoreTracker
 
 
-class FastPreconditionTracker(TokenTracker, PreconditionTracker):
+class FastPreconditionTracker(ScoreTracker, PreconditionTracker):
     """P = (Qg^T G Qa) / (lam + damping) of every query, then low rank, then weight space."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
         # Query batches that wait for the next pass over the training data.
         self.held: list[Tensor | list[Tensor]] = []
-
-    def operand_dtype(self) -> torch.dtype:
-        """The wider of the two dtypes that kronfluence would pass through."""
-        args = self.module.score_args
-        return torch.promote_types(args.per_sample_gradient_dtype, args.precondition_dtype)
-
-    def offloads(self) -> bool:
-        """As `offload_activations_to_cpu` says."""
-        return self.module.score_args.offload_activations_to_cpu
 
     def consume(self, g: Tensor, a: Tensor) -> None:
         """Precondition one batch of queries."""

@@ -7,20 +7,11 @@ from torch import Tensor
 
 from ...curvature.basis import Basis
 from ...ops.shapes import wide
-from .base import TokenTracker
+from .base import ScoreTracker
 
 
-class _Scores(TokenTracker):
+class _Scores(ScoreTracker):
     """What both kinds share: a vector a batch, and factors that stay where they are."""
-
-    def operand_dtype(self) -> torch.dtype:
-        """The wider of the two dtypes that kronfluence would pass through."""
-        args = self.module.score_args
-        return torch.promote_types(args.per_sample_gradient_dtype, args.precondition_dtype)
-
-    def offloads(self) -> bool:
-        """As `offload_activations_to_cpu` says."""
-        return self.module.score_args.offload_activations_to_cpu
 
     def release_memory(self) -> None:
         """Drop the scores of the batch. kronfluence moves all factors to the CPU here."""
