@@ -246,6 +246,10 @@ def test_every_example_begins_with_the_bos_of_the_tokenizer() -> None:
     assert last["input_ids"].tolist() == tokenizer("The fox")["input_ids"]
     assert (last["labels"] == -100).tolist() == [True] * 2 + [False] * (len(last["labels"]) - 2)
     assert tokenize([{"text": " fox"}], tokenizer, 16)[0]["labels"][0] == 0
+    own = tokenize([{"text": f"<s>{TEXT}"}], tokenizer, 16)
+    assert [x["input_ids"].tolist() for x in own] == [
+        x["input_ids"].tolist() for x in list(tokens)[:-1]
+    ]
     with pytest.raises(ValueError, match="a context of 2 tokens is too short"):
         tokenize([{"text": "a"}], tokenizer, 2)
 

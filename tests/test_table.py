@@ -6,18 +6,21 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet
 import pytest
-from dense_ekfac import asked, corpus, gpt2
+from dense_ekfac import asked, gpt2
 from test_data import bpe, jsonl
 
 from ekfac_fast import fit, prepare_queries, score
 from ekfac_fast.data import read, tokenize
 from ekfac_fast.errors import ArgumentError, DataError
 
+TEXTS = [f"fox {n} " * (12 if n == 0 else 1) for n in range(6)]
+
 
 @pytest.fixture(scope="module")
-def scored(tmp_path_factory):
+def scored(tmp_path_factory, tokens):
     folder = tmp_path_factory.mktemp("table")
-    model, data = gpt2().eval(), corpus(8)
+    model, data = gpt2().eval(), tokens
+    model.resize_token_embeddings(400)
     factors = fit(model, data, out=folder / "f")
     queries = prepare_queries(model, factors, asked(2), rank=4)
     whole = score(model, queries, data, out=folder / "s")
@@ -26,12 +29,11 @@ def scored(tmp_path_factory):
     return whole, some, best
 
 
-@pytest.fixture
-def tokens(tmp_path):
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
     """Eight sequences of six records: the first is cut in three."""
-    rows = [{"text": f"fox {n} " * (12 if n == 0 else 1), "set": "ab"[n % 2], "n": n} for n in
-            range(6)]  # fmt: skip
-    path = jsonl(tmp_path / "c.jsonl", *map(json.dumps, rows))
+    rows = [{"text": text, "set": "ab"[n % 2], "n": n} for n, text in enumerate(TEXTS)]
+    path = jsonl(tmp_path_factory.mktemp("read") / "c.jsonl", *map(json.dumps, rows))
     data = tokenize(read(path, keep=["set", "n"]), bpe(), 16)
     assert len(data) == 8
     return data
@@ -106,7 +108,12 @@ def test_what_is_refused(scored, tokens, tmp_path: Path):
         whole.to_arrow(tokens, columns=["score"])
     with pytest.raises(ArgumentError, match=r"labels: unhashable type.*; give texts or numbers"):
         whole.totals([[1]] * 8)
-    mixed = tokenize([{"text": f"The fox {n}", "n": "a" if n else n} for n in range(8)], bpe(), 16)
+    turned = tokenize([{"text": text} for text in TEXTS[::-1]], bpe(), 16)
+    assert len(turned) == 8
+    with pytest.raises(ArgumentError, match=r"other sequences than were scored in .*table"):
+        whole.to_arrow(turned)
+    mixed = [{"text": text, "n": "a" if n else n} for n, text in enumerate(TEXTS)]
+    mixed = tokenize(mixed, bpe(), 16)
     with pytest.raises(ArgumentError, match=r"columns \['n'\]: one holds values of kinds"):
         whole.to_arrow(mixed, columns=["n"])
     with pytest.raises(DataError, match=r"line 1: no column 'url' was kept; read\(path, keep="):

@@ -259,6 +259,11 @@ def test_json_lines_are_read_as_columns_are(tmp_path):
         assert [*found.column("set")] == [*expected.column("set")]
         assert data_fingerprint(found) == data_fingerprint(expected)
     assert found.source(3) == f"{folder / '2.jsonl'}, sequence 1"
+    late = [{"input_ids": [1, 2, 3]}, {"input_ids": [1, 2, 3], "labels": [-100, -100, 3]}]
+    for rows, lacking in ((late, 1), (late[::-1], 2)):
+        (tmp_path / "late.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        with pytest.raises(DataError, match=rf"late\.jsonl, sequence {lacking}: has no labels"):
+            open_tokens(tmp_path / "late.jsonl", 4)
     (tmp_path / "text.jsonl").write_text('{"text": "a", "input_ids": [1]}')
     assert not are_tokens(tmp_path / "text.jsonl")
 

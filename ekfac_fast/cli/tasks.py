@@ -16,7 +16,7 @@ from ..model.classification import SequenceClassificationTask, TokenClassificati
 from ..model.preferences import BETA, PairTask, PreferenceTask, RewardTask
 from ..model.tasks import LanguageModelTask
 from ..model.text_tasks import TextTask
-from ..stages.references import has_references, referenced
+from ..stages.references import has_references, referenced, without_its_adapter
 from ..store.files import load_json
 from .inputs import LABELLED, Cutting, Source, load, read_examples
 from .options import Dtype, Kind
@@ -167,7 +167,9 @@ def with_references(
         return pairs, None
     file = next((file for file in files if has_references(file, pairs)), files[-1])
     if reference is None and file.exists():
-        return referenced(None, pairs, file=file), str(file)
+        own = source.adapter is not None and without_its_adapter(file)
+        model = source.model if own else None
+        return referenced(model, pairs, file=file, without_adapter=own), str(file)
     if reference is None and source.adapter is None:
         raise ArgumentError(
             "--task dpo needs log-probabilities under the reference model: give --reference (the "

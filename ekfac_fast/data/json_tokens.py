@@ -56,13 +56,13 @@ def json_tokens(files: Sequence[Path], keep: Sequence[str] = ()) -> MappedTokens
 
 
 def _table(path: Path, keep: Sequence[str]) -> Any:
-    """A mapped table of the columns that the first record has."""
+    """A mapped table of the columns that a record has; of texts and numbers, that the first has."""
     pa, reader, ipc = (optional(f"pyarrow{x}", "hf") for x in ("", ".json", ".ipc"))
     first = first_record(path)
     kinds = {bool: pa.bool_(), int: pa.int64(), float: pa.float64(), str: pa.string()}
-    fields = []
-    for name in (x for x in first if x in {*TOKENS, *keep}):
-        kind = pa.list_(pa.int64()) if name in TOKENS else kinds.get(type(first[name]))
+    fields = [pa.field(name, pa.list_(pa.int64())) for name in TOKENS]
+    for name in (x for x in first if x in keep and x not in TOKENS):
+        kind = kinds.get(type(first[name]))
         if kind is None:
             raise DataError(
                 f"{path}: {name!r} holds a {type(first[name]).__name__}: only texts and numbers "
@@ -77,4 +77,6 @@ def _table(path: Path, keep: Sequence[str]) -> Any:
             for block in blocks:
                 writer.write_batch(block.select(schema.names))
         target.flush()
-        return mapped_table(Path(f"/proc/self/fd/{target.fileno()}"))
+        table = mapped_table(Path(f"/proc/self/fd/{target.fileno()}"))
+    nowhere = [x for x in TOKENS if table[x].null_count == len(table)]
+    return table.drop_columns(nowhere)

@@ -153,8 +153,11 @@ def tokenize(
         for index, (record, ids) in enumerate(_encoded(records, tokenizer, last_turn)):
             # A text may bring its BOS token along; a conversation begins as its template does.
             silent = len(ids) > 0 and ids[0] < 0
-            begins = ids[:1] in (bos, _silent(bos)) or is_conversation(record)
-            start = bos[:0] if begins else _silent(bos) if silent else bos
+            start = _silent(bos) if silent else bos
+            if bos and ids[:1] in (bos, _silent(bos)):
+                start, ids = ids[:1], ids[1:]
+            elif is_conversation(record):
+                start = bos[:0]
             total = len(start) + len(ids)
             if total > context and on_long == "refuse":
                 raise DataError(f"{record['source']}: {total} tokens, but the context is {context}")

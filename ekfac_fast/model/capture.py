@@ -7,7 +7,7 @@ computed, and nothing below the first tracked layer is differentiated.
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,6 +23,8 @@ from .graph import backward, copied, reshaped, started
 from .layer_batch import LayerBatch
 from .layers import Layer
 from .outputs import product_among, tensors_of
+from .products import is_plain
+from .reads import Reads
 from .rows import Grid, Layout, Rows, arranged, probed, trusted
 from .spread import let_go, offloaded
 
@@ -66,6 +68,14 @@ class Capture:
                 f"the experts {min(away)} are offloaded: their weights are there in the module's "
                 "own forward pass alone. Keep them on a device, or leave them out of `layers`"
             )
+        # Layers whose every product with their weight is their own: seen in a pass.
+        modules = {
+            x.name: model.get_submodule(x.module)
+            for x in layers
+            if x.kind == "linear" and x.expert is None
+        }
+        self._plain = {name: module for name, module in modules.items() if is_plain(module)}
+        self._read = False
         self._verified: set[str] = set()
         self._places: dict[str, int] = {}
         self._anchor = torch.zeros((), requires_grad=True)
@@ -105,7 +115,8 @@ class Capture:
         """A forward pass that a backward pass may follow, run again where it has to be."""
         while True:
             calls = Calls(consume, grid, self.layers)
-            with self._hooked(calls):
+            reads = None if self._read else Reads(self._plain)
+            with self._hooked(calls), reads or nullcontext():
                 value = loss()
             calls.settle()
             changed = calls.changed_in_place() - self._copied
@@ -121,6 +132,9 @@ class Capture:
                 self._started_at |= calls.unstarted
             else:
                 break
+        if reads and not calls.without_grad:
+            reads.check({name: len(uses) for name, uses in calls.inputs.items()})
+            self._read = True
         silent -= calls.without_grad
         if silent:
             raise ModelError(
@@ -158,7 +172,7 @@ class Capture:
         shapes |= {name: routes[0].shape for name, routes in calls.routes.items()}
         for name, size in shapes.items():
             leading = tuple(size[:-1])
-            if name in self._layouts and self._layouts[name].fits(leading, grid.sequences):
+            if name in self._layouts and self._layouts[name].fits(leading, grid):
                 continue
             known = trusted(leading, grid)
             if known is None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..ops.products import linear
 from ..ops.shapes import wide
+from .products import is_plain
 from .sampling import inverted
 
 # A matrix by its product with a stack of vectors.
@@ -39,7 +40,7 @@ def inspect_head(model: nn.Module, inputs: Mapping[str, Any]) -> None:
     _last.pop(model, None)
     outputs = getattr(model, "get_output_embeddings", None)
     head = outputs() if callable(outputs) else None
-    if type(head) is not nn.Linear:
+    if type(head) is not nn.Linear or not is_plain(head):
         return
     told: list[Tensor] = []
 
@@ -77,7 +78,11 @@ def states(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[nn.Linear, Tens
         return None
     watched = head._forward_hooks or head._forward_pre_hooks or head._backward_hooks
     # An offloaded one has its weight only while it runs.
-    if watched or any(p.requires_grad or p.is_meta for p in head.parameters()):
+    if (
+        watched
+        or not is_plain(head)
+        or any(p.requires_grad or p.is_meta for p in head.parameters())
+    ):
         return None
     h = _states(model, head, inputs)
     return None if h is None else (head, h)

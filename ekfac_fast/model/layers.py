@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..checks import flag, instance, require
 from ..errors import ArgumentError, Notice
@@ -266,6 +267,14 @@ def _mlps(model: nn.Module, layers: dict[str, Layer], others: dict[str, Layer]) 
         if layer.expert is not None or (MLP.search(name) and not ROUTER.search(name))
     }
     found = {name for name in found if not TOWER.search(name)} or found
+    if made := sorted(n for n in found if is_parametrized(model.get_submodule(layers[n].module))):
+        warnings.warn(
+            f"{len(made)} layers have a weight that is made of other parameters (the first is "
+            f"{made[0]}) and are left out; one that is named is tracked by that weight's gradient",
+            Notice,
+            stacklevel=3,
+        )
+        found -= {*made}
     trained = {n for n in found if any(p.requires_grad for p in parameters_of(model, layers[n]))}
     found = trained or found
     modules = {layer.module for layer in layers.values()}

@@ -8,7 +8,8 @@ and a loop goes on to c loss (accumulation, several processes, a gradient scaler
 that arrives at `loss` in the backward pass tells the rest: M / c of the loop's loss is the sum.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from torch.nn import functional as F
 
 from ..data.examples import IGNORED
 from ..errors import ModelError
+from ..ops.shapes import wide
+from .products import near
 
 ASK = (
     "say by `scale` what its gradients are to be multiplied with to be those of a sum over the "
@@ -51,10 +54,10 @@ def check_own_loss(inputs: Mapping[str, Any], output: Any, loss: Tensor, M: Tens
             f"the model returns a loss without a row of logits a label: how many losses it is the "
             f"mean of cannot be checked; {ASK}"
         )
-    wide = logits.detach() if logits.dtype == torch.float64 else logits.detach().float()
-    with torch.autocast(wide.device.type, enabled=False):
+    z = logits.detach().to(wide(logits.dtype))
+    with torch.autocast(z.device.type, enabled=False):
         total = F.cross_entropy(
-            wide.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+            z.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum"
         )
     found = float(loss.detach() * M)
     if abs(found - float(total)) > 1e-4 * abs(float(total)):
@@ -62,6 +65,40 @@ def check_own_loss(inputs: Mapping[str, Any], output: Any, loss: Tensor, M: Tens
             f"the model's loss times {float(M):g} is {found:.6g}, and its labels' cross-entropies "
             f"sum to {float(total):.6g}: it is another loss than their mean; {ASK}"
         )
+
+
+def logits_of(output: Any) -> Tensor | None:
+    """A model's logits, where a gradient can come back to them."""
+    logits = _part(output, "logits")
+    return logits if isinstance(logits, Tensor) and logits.requires_grad else None
+
+
+def only_loss(inputs: Mapping[str, Any], logits: Tensor) -> Callable[[Tensor, float], None]:
+    """Looks at the gradient g [B,T,V] that comes back to logits whose loss has gradient c / M.
+
+    g_t = (softmax(z_t) - onehot(y_t)) c / M where nothing but the loss is made of z: at the first
+    position that has a label.
+
+    Raises:
+        ModelError: it is another: the loop's loss has a further term (z-loss, KL, distillation).
+    """
+    labels = _predicted(inputs)
+    assert labels is not None
+    labels = labels.flatten()
+    at = int((labels != IGNORED).nonzero()[0])
+    z = logits.detach().flatten(0, -2)[at]
+    row = z.to(wide(z.dtype)).softmax(-1)
+    row[labels[at]] -= 1
+
+    def check(g: Tensor, share: float) -> None:
+        found = g.detach().flatten(0, -2)[at]
+        if math.isfinite(share) and not near(row * share, found):
+            raise ModelError(
+                "the loop's loss has a term of the model's logits beside the loss that the model "
+                f"returned: by what a sequence's gradients are divided cannot be told; {ASK}"
+            )
+
+    return check
 
 
 def _predicted(inputs: Mapping[str, Any]) -> Tensor | None:

@@ -1,11 +1,15 @@
 """What a module computes: W x + b, by whose code, and rows of W for ids."""
 
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .weights import is_packed
+
+# Their hooks leave outputs as they are, and what their modules do a configuration says.
+LIBRARIES = ("ekfac_fast", "torch", "accelerate", "transformers", "peft")
 
 
 def weights(module: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -58,11 +62,27 @@ def is_embedding(module: nn.Module) -> bool:
 
 def is_plain(module: nn.Module) -> bool:
     """Whether a layer computes W x + b by the code of `nn.Linear` or `Conv1D` itself (or W^T x, by
-    that of `nn.Embedding`).
+    that of `nn.Embedding`), and no hook of a user's may change it.
     """
+    changes = (hook for hook in module._forward_hooks.values() if not of_library(hook))
+    if own_forward(module) is not None or next(changes, None) is not None:
+        return False
     if type(module).forward is nn.Linear.forward or is_embedding(module):
         return True
     return is_conv1d(module) and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def own_forward(module: nn.Module) -> Any:
+    """A forward pass that was given to the module itself, None where it runs its class's."""
+    # accelerate keeps what it wraps.
+    own = vars(module).get("_old_forward", vars(module).get("forward"))
+    return None if getattr(own, "__func__", None) is type(module).forward else own
+
+
+def of_library(hook: Any) -> bool:
+    """Whether a hook is ours, or of a library that leaves outputs as they are."""
+    place = str(getattr(getattr(hook, "func", hook), "__module__", ""))
+    return place.partition(".")[0] in LIBRARIES
 
 
 def is_conv1d(module: nn.Module) -> bool:

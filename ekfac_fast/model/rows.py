@@ -118,12 +118,19 @@ class Layout:
     axis: int
     kind: Literal["whole", "outer", "inner"]
 
-    def fits(self, leading: tuple[int, ...], B: int) -> bool:
-        """Whether a tensor of these leading sizes can hold B sequences so."""
+    def fits(self, leading: tuple[int, ...], grid: Grid) -> bool:
+        """Whether a tensor of these leading sizes can hold a batch so.
+
+        Together with positions it holds all of them: in a model that drops padding every sequence
+        has as many rows as real tokens.
+        """
         if self.axis >= len(leading):
             return False
         size = leading[self.axis]
-        return size == B if self.kind == "whole" else size % B == 0
+        if self.kind == "whole" or size == grid.sequences:
+            return size == grid.sequences
+        positions = 1 if grid.positions is None else grid.before + grid.positions
+        return size % (grid.sequences * positions) == 0
 
     def by_sequence(self, x: Tensor, B: int) -> Tensor:
         """[..., F] -> [B, rows, F]."""
@@ -164,10 +171,11 @@ def arranged(
         )
     if grid is None or grid.sequences == 1:
         return x.reshape(x.shape[0] if grid is None else 1, -1, features)
-    if layout is None or not layout.fits(tuple(x.shape[:-1]), grid.sequences):
+    if layout is None or not layout.fits(tuple(x.shape[:-1]), grid):
         raise ModelError(
             f"layer {name}: a tensor of shape {list(x.shape)} for {grid.sequences} sequences of "
-            f"{grid.positions} positions; which rows belong to which sequence cannot be told"
+            f"{grid.positions} positions; which rows belong to which sequence cannot be told. Give "
+            "batch_tokens=1, so that every sequence is alone in its batch"
         )
     return layout.by_sequence(x, grid.sequences)
 

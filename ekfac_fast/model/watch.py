@@ -21,7 +21,7 @@ from .graph import reshaped
 from .layer_batch import LayerBatch
 from .layers import Layer
 from .outputs import tensors_of
-from .own_loss import ASK, check_own_loss, own_loss
+from .own_loss import ASK, check_own_loss, logits_of, only_loss, own_loss
 from .products import is_plain, seems_product
 from .rows import Grid, Layout, Rows, arranged, trusted
 
@@ -170,6 +170,9 @@ class Watch:
             if not self._checked:
                 check_own_loss(one.inputs, output, *found)
                 self._checked = True
+                if (logits := logits_of(output)) is not None:
+                    alone = only_loss(one.inputs, logits)
+                    self._hook(one, logits, partial(_alone, one, alone))
             self._hook(one, loss, partial(_divided, one))
         parts = vars(output) if hasattr(output, "__dict__") else output
         for x in [output] if isinstance(output, Tensor) else tensors_of(parts):
@@ -310,6 +313,12 @@ def _divided(one: Pass, c: Tensor) -> None:
     """The gradient of a pass's own loss has come."""
     assert one.divisor is not None
     one.factor = one.divisor / c.detach()
+
+
+def _alone(one: Pass, check: Callable[[Tensor, float], None], g: Tensor) -> None:
+    """The gradient of a pass's logits has come, after its loss's where that is in it."""
+    if one.factor is not None:
+        check(g, float(1 / one.factor))
 
 
 def _in_backward() -> bool:

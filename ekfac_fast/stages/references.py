@@ -105,6 +105,11 @@ def has_references(file: Path, pairs: Indexable) -> bool:
     return file.exists() and load_noted(file, ours=True)[1].get("pairs") == _identity(pairs)
 
 
+def without_its_adapter(file: Path) -> bool:
+    """Whether the reference of a file's values was the model itself, its adapters switched off."""
+    return load_noted(file, ours=True)[1].get("without_adapter") == str(True)
+
+
 def _identity(pairs: Indexable) -> str:
     """Of the pairs without the values."""
     return data_fingerprint(pairs, pair_form())

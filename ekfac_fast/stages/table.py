@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..data.batches import data_fingerprint
 from ..data.examples import Corpus
 from ..errors import ArgumentError
 from ..extras import optional
@@ -31,6 +32,12 @@ def arrow(
     names = [f"query {q}" for q in range(Q)] if names is None else list(names)
     if data is not None and len(data) != N:
         raise ArgumentError(f"data has {len(data)} sequences, {N} were scored: another corpus")
+    then = scores.store.facts.get("data")
+    if data is not None and then is not None and (now := data_fingerprint(data)) != then:
+        raise ArgumentError(
+            f"data has other sequences than were scored in {scores.folder} (fingerprint {then}, "
+            f"now {now}): another corpus"
+        )
     if columns and data is None:
         raise ArgumentError(f"columns {list(columns)} are of the records: give data=")
     taken = {"index", "read_from", "query", "place", "score"}
