@@ -1,7 +1,7 @@
 """Which way of scoring is true? A bank of retrainings of a small language model, and all of them.
 
     python bench/faithfulness.py                       # docs/faithfulness.md: halves left out
-    python bench/faithfulness.py --fine-tune           # docs/fine_tuning.md: one per cent left out
+    python bench/faithfulness.py --fine-tune --refined-layers MLP all      # docs/fine_tuning.md
     python bench/faithfulness.py --refined cg:20 lissa:500 astra:300       # these take hours
     python bench/faithfulness.py --runs 8 --seeds 1 --epochs 2 --work /tmp/f --page /tmp/f.md
 
