@@ -352,21 +352,16 @@ def test_commands_are_the_tasks(kind, tokenizer, run, tmp_path):
 def test_references_without_an_adapter_are_those_of_its_own_model(plain, preferred, run, tmp_path):
     import peft
 
-    for n in (0, 1):
-        causal(plain, tmp_path / f"base{n}", n)
-        drawn = {"target_modules": ["c_fc"], "fan_in_fan_out": True, "init_lora_weights": False}
-        adapter = peft.LoraConfig(**drawn)
-        peft.get_peft_model(causal(plain, seed=n), adapter).save_pretrained(f"adapter{n}")
-
-    def fitted(n, **how):
-        return run("fit", f"base{n}", preferred, "--adapter", f"adapter{n}", "--task", "dpo",
-                   "--out", "f", "--context", 32, **how)  # fmt: skip
-
-    fitted(0)
-    shutil.rmtree("f")
-    fitted(0)  # as it was
-    shutil.rmtree("f")
-    assert "f.references.safetensors: log-probabilities with other model" in fitted(1, ok=False)
+    drawn = {"target_modules": ["c_fc"], "fan_in_fan_out": True, "init_lora_weights": False}
+    for n, right in ((0, True), (0, True), (1, False)):
+        causal(plain, tmp_path / "base", n)
+        torch.manual_seed(0)
+        adapted = peft.get_peft_model(causal(plain, seed=n), peft.LoraConfig(**drawn))
+        adapted.save_pretrained("adapter")
+        said = run("fit", "base", preferred, "--adapter", "adapter", "--task", "dpo", "--out", "f",
+                   "--context", 32, ok=right)  # fmt: skip
+        shutil.rmtree("f", ignore_errors=True)
+    assert "f.references.safetensors: log-probabilities with other model" in said
 
 
 def test_preferences_from_a_file_to_a_report(plain, preferred, run, tmp_path):

@@ -68,12 +68,9 @@ class Capture:
                 f"the experts {min(away)} are offloaded: their weights are there in the module's "
                 "own forward pass alone. Keep them on a device, or leave them out of `layers`"
             )
-        # Layers whose every product with their weight is their own: seen in a pass.
-        modules = {
-            x.name: model.get_submodule(x.module)
-            for x in layers
-            if x.kind == "linear" and x.expert is None
-        }
+        # Layers whose module makes one product a call; `_read`: no other was seen.
+        linear = (x for x in layers if x.kind == "linear" and x.expert is None)
+        modules = {x.name: model.get_submodule(x.module) for x in linear}
         self._plain = {name: module for name, module in modules.items() if is_plain(module)}
         self._read = False
         self._verified: set[str] = set()
