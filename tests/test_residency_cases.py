@@ -186,6 +186,7 @@ def spread(model):
         def carry(module, args, kwargs):
             return _each((args, kwargs), lambda x: x.to(target))
 
+        carry.__module__ = "accelerate.hooks"  # no hook of a user's, which would be another model
         return carry
 
     inner = model.model

@@ -129,14 +129,14 @@ class Capture:
                 self._started_at |= calls.unstarted
             else:
                 break
-        if reads and not calls.without_grad:
-            reads.check({name: len(uses) for name, uses in calls.inputs.items()})
-            self._read = True
         silent -= calls.without_grad
         if silent:
             raise ModelError(
                 f"layer {min(silent)} did not run in the forward pass; leave it out of `layers`"
             )
+        if reads and not calls.without_grad:
+            reads.check({name: len(uses) for name, uses in calls.inputs.items()})
+            self._read = True
         if not value.requires_grad:
             raise ModelError(
                 "no tracked layer reaches the loss: "
