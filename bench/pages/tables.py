@@ -148,7 +148,8 @@ def stages(rows: list[Row]) -> str:
 def race(rows: list[Row]) -> str:
     """Whole jobs, the fastest contestant first; last those that did not arrive, and why."""
     lines = []
-    for row in latest(rows):
+    rows = latest(rows)
+    for row in rows:
         s, theirs = row.shape, row.seconds.get("kronfluence")
         job = f"{row.name}, {s['blocks']} blocks, {s['fit']} fitted, {s['scan']} scored, "
         job += f"{s['queries']} queries"
