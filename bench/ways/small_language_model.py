@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -16,8 +17,7 @@ from ekfac_fast.model.tasks import LanguageModelTask
 from ekfac_fast.store.files import load_json, save_json
 
 VOCABULARY, CONTEXT, PROMPT = 1024, 64, 32
-BATCH, RATE, WARM = 16, 3e-3, 20
-FINE_BATCH, FINE_RATE = 64, 1e-3
+WARM = 20
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,16 @@ class Training:
     epochs: int
     width: int = 64
     blocks: int = 4
+    batch: ClassVar[int] = 16
+    rate: ClassVar[float] = 3e-3
 
     def __call__(self, indices: np.ndarray, seed: int) -> torch.nn.Module:
         """A model in evaluation mode."""
-        steps = self.epochs * -(-len(indices) // BATCH)
-        return descended(self.untrained(seed), self.data, self.batches(indices, seed), steps, RATE)
+        return descended(self.begun(seed), self.data, [*self.batches(indices, seed)], self.rate)
+
+    def begun(self, seed: int) -> torch.nn.Module:
+        """What is trained."""
+        return self.untrained(seed)
 
     def batches(self, indices: np.ndarray, seed: int) -> Iterator[tuple[np.ndarray, int]]:
         """(indices, by how many sequences their loss is divided): the data in another order an
@@ -44,7 +49,7 @@ class Training:
         """
         for epoch in range(self.epochs):
             order = np.random.default_rng([seed, epoch]).permutation(indices)
-            for some in np.array_split(order, -(-len(indices) // BATCH)):
+            for some in np.array_split(order, -(-len(indices) // self.batch)):
                 yield some, len(some)
 
     def untrained(self, seed: int) -> torch.nn.Module:
@@ -82,26 +87,26 @@ class FineTuning(Training):
     """
 
     start: Path = Path()
+    batch: ClassVar[int] = 64
+    rate: ClassVar[float] = 1e-3
 
-    def __call__(self, indices: np.ndarray, seed: int) -> torch.nn.Module:
-        """A model in evaluation mode."""
+    def begun(self, seed: int) -> torch.nn.Module:
+        """The same for every seed."""
         from transformers import GPT2LMHeadModel
 
-        model = GPT2LMHeadModel.from_pretrained(self.start)
-        steps = self.epochs * -(-len(self.data) // FINE_BATCH)
-        return descended(model, self.data, self.batches(indices, seed), steps, FINE_RATE)
+        return GPT2LMHeadModel.from_pretrained(self.start)
 
     def batches(self, indices: np.ndarray, seed: int) -> Iterator[tuple[np.ndarray, int]]:
         """(what is kept of a batch of the whole data, how many it would be)."""
-        every = len(self.data)
-        for epoch in range(self.epochs):
-            order = np.random.default_rng([seed, epoch]).permutation(every)
-            for some in np.array_split(order, -(-every // FINE_BATCH)):
-                yield some[np.isin(some, indices)], len(some)
+        for some, size in super().batches(np.arange(len(self.data)), seed):
+            yield some[np.isin(some, indices)], size
 
 
-def descended(model, data, batches, steps: int, rate: float) -> torch.nn.Module:
+def descended(
+    model: torch.nn.Module, data: list[dict], batches: list[tuple[np.ndarray, int]], rate: float
+) -> torch.nn.Module:
     """The model after AdamW on these batches, in evaluation mode."""
+    steps = len(batches)
     load, task = Batches(data, model).load, LanguageModelTask()
     optimiser = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
 

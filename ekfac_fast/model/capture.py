@@ -68,11 +68,10 @@ class Capture:
                 f"the experts {min(away)} are offloaded: their weights are there in the module's "
                 "own forward pass alone. Keep them on a device, or leave them out of `layers`"
             )
-        # Layers whose module makes one product a call; `_read`: no other was seen.
+        # Modules that make one product a call, until a pass has shown that no other is made.
         linear = (x for x in layers if x.kind == "linear" and x.expert is None)
         modules = {x.name: model.get_submodule(x.module) for x in linear}
-        self._plain = {name: module for name, module in modules.items() if is_plain(module)}
-        self._read = False
+        self._unread = {name: module for name, module in modules.items() if is_plain(module)}
         self._verified: set[str] = set()
         self._places: dict[str, int] = {}
         self._anchor = torch.zeros((), requires_grad=True)
@@ -112,8 +111,8 @@ class Capture:
         """A forward pass that a backward pass may follow, run again where it has to be."""
         while True:
             calls = Calls(consume, grid, self.layers)
-            reads = None if self._read else Reads(self._plain)
-            with self._hooked(calls), reads or nullcontext():
+            reads = Reads(self._unread)
+            with self._hooked(calls), reads if self._unread else nullcontext():
                 value = loss()
             calls.settle()
             changed = calls.changed_in_place() - self._copied
@@ -134,9 +133,9 @@ class Capture:
             raise ModelError(
                 f"layer {min(silent)} did not run in the forward pass; leave it out of `layers`"
             )
-        if reads and not calls.without_grad:
+        if not calls.without_grad:
             reads.check({name: len(uses) for name, uses in calls.inputs.items()})
-            self._read = True
+            self._unread = {}
         if not value.requires_grad:
             raise ModelError(
                 "no tracked layer reaches the loss: "

@@ -127,10 +127,9 @@ class Layout:
         if self.axis >= len(leading):
             return False
         size = leading[self.axis]
-        if self.kind == "whole" or size == grid.sequences:
-            return size == grid.sequences
         positions = 1 if grid.positions is None else grid.before + grid.positions
-        return size % (grid.sequences * positions) == 0
+        together = self.kind != "whole" and size % (grid.sequences * positions) == 0
+        return together or size == grid.sequences
 
     def by_sequence(self, x: Tensor, B: int) -> Tensor:
         """[..., F] -> [B, rows, F]."""
