@@ -119,8 +119,10 @@ def assert_scores(
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _quick():
-    with quick_release():
+def _quick(tmp_path_factory):
+    """Releases without waiting; the pairs' folders go where pytest clears up."""
+    with quick_release(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("pairs")))
         yield
 
 

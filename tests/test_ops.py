@@ -107,6 +107,36 @@ def test_layers_of_several_library_products(O, I, dtype):
             parity.check(card, Sample(f"{T} tokens", shape, args, T + O + I), ops.call(card))
 
 
+@each_dtype
+@pytest.mark.parametrize("rotated", [False, True], ids=["in the eigenbasis", "to be rotated"])
+@pytest.mark.parametrize(("B", "O", "I"), [(1, 40, 60), (7, 130, 20), (150, 70, 300)])
+def test_gradients_of_one_token(B, O, I, rotated, dtype):
+    """Outer products, whose squares and norms are products of the squared sides."""
+    bias = rotated
+    x = problem(B=B, T=1, I=I, O=O, bias=bias, dtype=dtype)
+    if not rotated:
+        x |= {"Qg": None, "Qa": None}
+    shape = Shape(B=B, T=1, I=I, O=O, bias=bias)
+    for card in ROTATING:
+        sample = Sample("one token", shape, rotating(card, x, bias=bias), O + I)
+        parity.check(card, sample, ops.call(card))
+
+
+@pytest.mark.parametrize("T", [1, 5])
+def test_an_eigenvalue_whose_reciprocal_is_no_number(T):
+    x = problem(B=3, T=T) | {"Qg": None, "Qa": None}
+    x["lam"] = torch.full_like(x["lam"], 1e-39)
+    x["a"] = torch.cat([x["a"], torch.ones(3, T, 1)], dim=2)
+    x |= {name: x[name] * 1e-9 for name in ("g", "a")}
+    x["s"].zero_()
+    args = (*(x[name] for name in ("s", "g", "a", "Qg", "Qa", "lam")), 0.0, False, None)
+    ops.call(self_influence)(*args)
+    gradients = torch.einsum("bto,bti->boi", x["g"].double(), x["a"].double())
+    torch.testing.assert_close(
+        x["s"].double(), gradients.square().sum((1, 2)) / 1e-39, rtol=1e-2, atol=0
+    )
+
+
 def test_parity_refuses_wrong_results():
     sample = samples(eigenvalues)[2]
 

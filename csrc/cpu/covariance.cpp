@@ -1,6 +1,5 @@
 // cov += x^T diag(mask) x: tiles on and above the diagonal, each added to both triangles.
 #include <ATen/ops/addmm.h>
-#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -8,12 +7,13 @@
 #include "../check.h"
 #include "endings.h"
 #include "gemm.h"
+#include "gradients.h"
 
 namespace ekfac_fast::cpu {
 namespace {
 
 constexpr int64_t kStreamed = 2 * kTile;  // features whose covariance stays in cache
-constexpr int64_t kCopied = 1 << 18;      // elements that are copied beside a column of ones
+constexpr int64_t kCopied = 1 << 18;      // elements that stay in cache beside a column of ones
 constexpr int64_t kPart = 16 * kDepth;    // rows worth sums of their own
 
 template <class Acc>
@@ -39,26 +39,18 @@ void add_tile(Acc* cov, int64_t J, int64_t m0, int64_t m, int64_t n0, int64_t n,
 // triangles take longer to add than to multiply. Of fp32 alone: a 16-bit result would be rounded.
 bool library_multiplies(const at::Tensor& x, int64_t N, int64_t J) {
   if (x.scalar_type() != at::kFloat || compute_dtype(at::kFloat) != at::kFloat) return false;
-  if (library_is_fastest(at::kFloat)) return J <= 2 * kTile + kLanes || N <= kTile;
+  if (library_is_fastest(at::kFloat)) return J <= 3 * kTile || N <= kTile;
   return J <= kTile + kLanes || N <= 2 * kLanes;
 }
 
 void library_accumulate(at::Tensor& cov, const at::Tensor& x, const at::Tensor& rows, bool bias) {
-  const int64_t N = rows.defined() ? rows.numel() : x.size(0), step = slab_lines(x.size(1));
+  const int64_t N = rows.defined() ? rows.numel() : x.size(0), most = slab_lines(x.size(1));
+  const int64_t step = bias ? std::clamp(kCopied / cov.size(0), kDepth, most) : most;
   for (int64_t r = 0; r < N; r += step) {
     const int64_t n = std::min(step, N - r);
     at::Tensor part = rows.defined() ? x.index_select(0, rows.narrow(0, r, n)) : x.narrow(0, r, n);
-    const int64_t I = part.size(1);
-    if (bias && part.numel() <= kCopied) part = at::constant_pad_nd(part, {0, 1}, 1);
-    if (part.size(1) == cov.size(0)) {
-      cov.addmm_(part.t(), part);
-      continue;
-    }
-    cov.narrow(0, 0, I).narrow(1, 0, I).addmm_(part.t(), part);
-    const at::Tensor sum = part.sum(0);
-    cov.select(0, I).narrow(0, 0, I).add_(sum);
-    cov.select(1, I).narrow(0, 0, I).add_(sum);
-    cov.select(0, I).select(0, I).add_(n);
+    if (bias) part = with_ones(part);
+    cov.addmm_(part.t(), part);
   }
 }
 

@@ -1,13 +1,11 @@
 // s_qb += <P_q, G_b>: the product [Q,OJ] x [OJ,B], of which the right side is made a tile at a time
 // and met by every query while it is in cache. Per token: `token_scores.cpp`.
 #include <ATen/ops/bmm.h>
-#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <optional>
-#include <utility>
 
 #include "../check.h"
 #include "endings.h"
@@ -202,27 +200,32 @@ struct Dots {
   // A single sequence is as fast as P is read: long rows of it, as they lie.
   static Cut cut(const Letters& size) {
     if (size.B >= kSequences) return {kTile / 2, (kNarrows ? 1 : 2) * kTile, kGroup};
-    return {std::clamp(round_up(4 * kPiece / size.J, kLanes), kTile / 4, kTile), 16 * kTile,
-            kSequences};
+    return {std::clamp(round_up(4 * kPiece / size.J, kLanes), kTile / 4, kTile),
+            round_up(ceil_div(size.J, ceil_div(size.J, 48 * kTile)), kTile), kSequences};
   }
   const at::Tensor& P;
   const Letters& size;
   Tile<In> room{kNarrows ? 0 : 4 * kPiece};
+  // Few sequences and short pieces: P is read from end to end, four queries at a time.
+  int64_t block = has_avx512() || size.B >= kSequences ? P.size(0) : 4;
   int64_t most = kNarrows && size.B >= kSequences ? kPiece / 4 : has_avx512() ? kPiece : kPiece / 8;
 
   void close(const Held<Acc>& held) {
-    const int64_t columns = std::min(most, held.n), rows = most / columns;
-    for (int64_t r = 0; r < held.m; r += rows) {
-      for (int64_t j = 0; j < held.n; j += columns) {
-        piece(held, r, std::min(rows, held.m - r), j, std::min(columns, held.n - j));
+    const int64_t columns = std::min(most, held.n), rows = most / columns, Q = P.size(0);
+    for (int64_t q0 = 0; q0 < Q; q0 += block) {
+      for (int64_t r = 0; r < held.m; r += rows) {
+        for (int64_t j = 0; j < held.n; j += columns) {
+          piece(held, q0, std::min(Q, q0 + block), r, std::min(rows, held.m - r), j,
+                std::min(columns, held.n - j));
+        }
       }
     }
   }
 
-  void piece(const Held<Acc>& held, int64_t r, int64_t m, int64_t j, int64_t n) {
-    const int64_t Q = P.size(0);
-    for (int64_t q = 0; q < Q; q += 4) {
-      const int64_t queries = std::min<int64_t>(4, Q - q);
+  void piece(const Held<Acc>& held, int64_t q0, int64_t q1, int64_t r, int64_t m, int64_t j,
+             int64_t n) {
+    for (int64_t q = q0; q < q1; q += 4) {
+      const int64_t queries = std::min<int64_t>(4, q1 - q);
       const In *x[4], *y[4];
       int64_t ld = 0;
       for (int64_t k = 0; k < queries; k++) {
@@ -253,7 +256,7 @@ void by_sequence(at::Tensor& s, const at::Tensor& P, const at::Tensor& g, const 
   const Cut cut = rows_alone ? library_cut(size)
                   : library  ? Cut{Closing::cut(size).rows, size.J, library}
                              : Closing::cut(size);
-  const at::Tensor inputs = rows_alone && bias ? at::constant_pad_nd(a, {0, 1}, 1) : a;
+  const at::Tensor inputs = rows_alone && bias ? with_ones(a) : a;
   std::optional<Panels> A, B;
   if (!library && !rows_alone) {
     A = pack_rows(g.mT(), {.width = cut.rows});
@@ -321,8 +324,7 @@ void by_sequence(at::Tensor& s, const at::Tensor& P, const at::Tensor& g, const 
               }
             }
           }
-          // Whole rows that follow each other are one.
-          if (held.n == held.ld && P.stride(1) == held.n) held.n *= std::exchange(held.m, 1);
+          join_rows(held.m, held.n, held.ld, P.stride(1));
           closing.close(held);
         }
       }
@@ -339,7 +341,9 @@ void dense_scores(at::Tensor& s, const at::Tensor& P, const at::Tensor& g, const
   if (s.numel() == 0 || P.numel() == 0) return;
   if (s.dim() == 3) return token_scores(s, P, g, a, bias, size);
   // A gradient of one token is an outer product: not made.
-  if (size.T == 1 && size.B >= kLanes && size.O * size.J >= kSmall) {
+  const bool whole = library_is_fastest(g.scalar_type()) && P.stride(2) == 1 &&
+                     P.stride(1) == size.J && 4 * size.B * size.O * size.J <= kLibraryBytes;
+  if (!whole && size.T == 1 && size.B >= kLanes && size.O * size.J >= kSmall) {
     return token_scores(s.unsqueeze(2), P, g, a, bias, size);
   }
   auto run = [&]<class Acc>(Acc) {
@@ -349,6 +353,10 @@ void dense_scores(at::Tensor& s, const at::Tensor& P, const at::Tensor& g, const
         return by_sequence<Acc, Dots<Acc, at::BFloat16>>(s, rows, g, a, bias, size);
       }
       if (library_is_fastest(g.scalar_type())) {
+        if (whole) {
+          s.addmm_(rows.flatten(1), unrotated_gradients(g, a, bias).flatten(1).t());
+          return;
+        }
         return by_sequence<Acc, Library>(s, rows, g, a, bias, size);
       }
       if (product_is_faster(rows, size)) {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 
 #include "clones.h"
 #include "isa.h"
@@ -11,8 +12,9 @@
 #endif
 
 // Sums are split over independent lanes in source order, so that they vectorise without -ffast-math
-// and are the same in every run; LANES floats fill two AVX-512 registers.
-#define LANES 32
+// and are the same in every run. Vectors are AVX2's: wider ones are kept in memory where registers
+// are no wider, ten times slower.
+#define BYTES 32
 
 #define CONVERT(To, From)                                         \
   CLONES void convert(To* y, const From* x, int64_t n) {          \
@@ -29,6 +31,17 @@
   CLONES void divide(T* y, const T* x, const T* lam, T damping, int64_t n) {         \
     for (int64_t i = 0; i < n; i++) y[i] = x[i] / (lam[i] + damping);                \
   }                                                                                  \
+  CLONES void multiply(T* y, const T* x, const T* w, int64_t n) {                    \
+    for (int64_t i = 0; i < n; i++) y[i] = x[i] * w[i];                              \
+  }                                                                                  \
+  CLONES bool reciprocals(T* y, const T* lam, T damping, int64_t n) {                \
+    T most = 0;                                                                      \
+    for (int64_t i = 0; i < n; i++) {                                                \
+      y[i] = 1 / (lam[i] + damping);                                                 \
+      most = y[i] > most ? y[i] : most;                                              \
+    }                                                                                \
+    return most <= std::numeric_limits<T>::max();                                    \
+  }                                                                                  \
   CLONES void add_products(T* y, const T* u, const T* v, const T* bias, int64_t n) { \
     for (int64_t i = 0; i < n; i++) y[i] += u[i] * (v[i] + bias[i]);                 \
   }                                                                                  \
@@ -36,67 +49,87 @@
     for (int64_t i = 0; i < n; i++) y[i] += u[i] * (v[i] + bias);                    \
   }
 
-#define REDUCTION(T, name, parameters, term)         \
-  CLONES T name parameters {                         \
-    T lanes[LANES] = {};                             \
-    int64_t i = 0;                                   \
-    for (; i + LANES <= n; i += LANES) {             \
-      for (int l = 0; l < LANES; l++) {              \
-        const int64_t k = i + l;                     \
-        lanes[l] += term;                            \
-      }                                              \
-    }                                                \
-    T sum = 0;                                       \
-    for (int l = 0; l < LANES; l++) sum += lanes[l]; \
-    for (; i < n; i++) {                             \
-      const int64_t k = i;                           \
-      sum += term;                                   \
-    }                                                \
-    return sum;                                      \
+// A sum of terms in `load(x + k)`: two vectors of lanes run through any number of stretches of k,
+// then they are added up with what was left of each.
+#define LANES(T)                                                           \
+  typedef T V __attribute__((vector_size(BYTES), aligned(sizeof(T))));     \
+  constexpr int64_t W = BYTES / sizeof(T);                                 \
+  auto vector = [](const T* x) { return *reinterpret_cast<const V*>(x); }; \
+  auto one = [](const T* x) { return *x; };                                \
+  V lanes = {}, others = {};                                               \
+  T sum = 0, half[W / 2];
+
+#define STRETCH(begin, end, term)            \
+  {                                          \
+    int64_t at = begin;                      \
+    const auto load = vector;                \
+    for (; at + 2 * W <= end; at += 2 * W) { \
+      int64_t k = at;                        \
+      lanes += term;                         \
+      k += W;                                \
+      others += term;                        \
+    }                                        \
+    for (; at + W <= end; at += W) {         \
+      const int64_t k = at;                  \
+      lanes += term;                         \
+    }                                        \
+    for (; at < end; at++) {                 \
+      const int64_t k = at;                  \
+      const auto load = one;                 \
+      sum += term;                           \
+    }                                        \
   }
 
-#define GROUPS(T, name, parameters, term)                      \
-  CLONES void name parameters {                                \
-    for (int64_t g = 0; g < groups; g++) {                     \
-      const int64_t first = g * K;                             \
-      T lanes[16] = {}, sum = 0;                               \
-      int64_t i = first;                                       \
-      for (; i + 16 <= first + K; i += 16) {                   \
-        for (int l = 0; l < 16; l++) {                         \
-          const int64_t k = i + l;                             \
-          lanes[l] += term;                                    \
-        }                                                      \
-      }                                                        \
-      for (int l = 0; K >= 16 && l < 16; l++) sum += lanes[l]; \
-      for (int64_t k = i; k < first + K; k++) sum += term;     \
-      y[g * ldy] += sum;                                       \
-    }                                                          \
+#define TOTAL                                                            \
+  lanes += others;                                                       \
+  for (int l = 0; l < W / 2; l++) half[l] = lanes[l] + lanes[l + W / 2]; \
+  for (int l = 0; l < W / 2; l++) sum += half[l];
+
+#define REDUCTION(T, name, parameters, term) \
+  CLONES T name parameters {                 \
+    LANES(T)                                 \
+    STRETCH(0, n, term)                      \
+    TOTAL                                    \
+    return sum;                              \
+  }
+
+#define NORM(T, name, parameters, term)                     \
+  CLONES T name parameters {                                \
+    LANES(T)                                                \
+    for (int64_t r = 0; r < m; r++, x += ldx, lam += ldl) { \
+      STRETCH(0, n, term)                                   \
+    }                                                       \
+    TOTAL                                                   \
+    return sum;                                             \
+  }
+
+#define NORMS(T)                                                                              \
+  NORM(T, damped_norm,                                                                        \
+       (const T* x, int64_t ldx, const T* lam, int64_t ldl, T damping, int64_t m, int64_t n), \
+       load(x + k) * load(x + k) / (load(lam + k) + damping))                                 \
+  NORM(T, weighted_norm,                                                                      \
+       (const T* x, int64_t ldx, const T* lam, int64_t ldl, int64_t m, int64_t n),            \
+       load(x + k) * load(x + k) * load(lam + k))
+
+#define GROUPS(T, name, parameters, term)  \
+  CLONES void name parameters {            \
+    for (int64_t g = 0; g < groups; g++) { \
+      LANES(T)                             \
+      STRETCH(g * K, (g + 1) * K, term)    \
+      TOTAL                                \
+      y[g * ldy] += sum;                   \
+    }                                      \
   }
 
 #define GROUP_SUMS(T)                                                                            \
-  GROUPS(T, add_group_sums, (T * y, int64_t ldy, const T* x, int64_t groups, int64_t K), x[k])   \
+  GROUPS(T, add_group_sums, (T * y, int64_t ldy, const T* x, int64_t groups, int64_t K),         \
+         load(x + k))                                                                            \
+  GROUPS(T, add_group_dots,                                                                      \
+         (T * y, int64_t ldy, const T* u, const T* v, int64_t groups, int64_t K),                \
+         load(u + k) * load(v + k))                                                              \
   GROUPS(T, add_group_dots,                                                                      \
          (T * y, int64_t ldy, const T* u, const T* v, const T* bias, int64_t groups, int64_t K), \
-         u[k] * (v[k] + bias[k]))
-
-// Lanes run on from row to row and are added up once.
-#define DAMPED_NORM(T, W)                                                                        \
-  CLONES T damped_norm(const T* x, int64_t ldx, const T* lam, int64_t ldl, T damping, int64_t m, \
-                       int64_t n) {                                                              \
-    typedef T V __attribute__((vector_size(W * sizeof(T)), aligned(sizeof(T))));                 \
-    V lanes = {};                                                                                \
-    T sum = 0;                                                                                   \
-    for (int64_t r = 0; r < m; r++, x += ldx, lam += ldl) {                                      \
-      int64_t i = 0;                                                                             \
-      for (; i + W <= n; i += W) {                                                               \
-        const V v = *reinterpret_cast<const V*>(x + i);                                          \
-        lanes += v * v / (*reinterpret_cast<const V*>(lam + i) + damping);                       \
-      }                                                                                          \
-      for (; i < n; i++) sum += x[i] * x[i] / (lam[i] + damping);                                \
-    }                                                                                            \
-    for (int l = 0; l < W; l++) sum += lanes[l];                                                 \
-    return sum;                                                                                  \
-  }
+         load(u + k) * (load(v + k) + load(bias + k)))
 
 // P x Q running vectors: of 4 x 4, each loaded value meets four of the other side.
 #define BLOCK(T, W, P, Q)                                                           \
@@ -141,6 +174,14 @@
       BLOCK(T, W, 4, 1)                                                                      \
       BLOCK(T, W, 1, 1)                                                                      \
     }                                                                                        \
+  }
+
+// Registers of AVX-512, or the sixteen of AVX2.
+#define CHOSEN_DOTS(T)                                                                \
+  void dots(T* S, int64_t sx, int64_t sy, const T* const* X, int64_t nx, int64_t ldx, \
+            const T* const* Y, int64_t ny, int64_t ldy, int64_t m, int64_t n) {       \
+    if (has_avx512()) return dots_of_32(S, sx, sy, X, nx, ldx, Y, ny, ldy, m, n);     \
+    dots_of_16(S, sx, sy, X, nx, ldx, Y, ny, ldy, m, n);                              \
   }
 
 #define PAIRS                                                                                   \
@@ -219,20 +260,17 @@ CLONES void interleave(BFloat16* y, int64_t ldy, const BFloat16* even, const BFl
 
 ELEMENTWISE(float)
 ELEMENTWISE(double)
-DAMPED_NORM(float, 16)
-DAMPED_NORM(double, 8)
-REDUCTION(float, dot, (const float* x, const float* y, int64_t n), x[k] * y[k])
-REDUCTION(double, dot, (const double* x, const double* y, int64_t n), x[k] * y[k])
+NORMS(float)
+NORMS(double)
+REDUCTION(float, dot, (const float* x, const float* y, int64_t n), load(x + k) * load(y + k))
+REDUCTION(double, dot, (const double* x, const double* y, int64_t n), load(x + k) * load(y + k))
 GROUP_SUMS(float)
 GROUP_SUMS(double)
 DOTS(dots_of_32, float, 16, 16, 4)
-DOTS(dots_of_16, float, 16, 8, 2)
-DOTS(dots, double, 8, 8, 4)
-
-void dots(float* S, int64_t sx, int64_t sy, const float* const* X, int64_t nx, int64_t ldx,
-          const float* const* Y, int64_t ny, int64_t ldy, int64_t m, int64_t n) {
-  const auto sums = has_avx512() ? dots_of_32 : dots_of_16;
-  sums(S, sx, sy, X, nx, ldx, Y, ny, ldy, m, n);
-}
+DOTS(dots_of_16, float, 8, 8, 2)
+DOTS(dots_of_32, double, 8, 8, 4)
+DOTS(dots_of_16, double, 4, 4, 2)
+CHOSEN_DOTS(float)
+CHOSEN_DOTS(double)
 
 }  // namespace ekfac_fast::cpu

@@ -32,11 +32,21 @@ void add_squares(double* y, const double* x, int64_t n);
 // y = x / (lam + damping)
 void divide(float* y, const float* x, const float* lam, float damping, int64_t n);
 void divide(double* y, const double* x, const double* lam, double damping, int64_t n);
+// y = 1 / (lam + damping); whether all are finite
+bool reciprocals(float* y, const float* lam, float damping, int64_t n);
+bool reciprocals(double* y, const double* lam, double damping, int64_t n);
+// y = x w
+void multiply(float* y, const float* x, const float* w, int64_t n);
+void multiply(double* y, const double* x, const double* w, int64_t n);
 // sum x^2 / (lam + damping) over m rows of n, ldx and ldl apart
 float damped_norm(const float* x, int64_t ldx, const float* lam, int64_t ldl, float damping,
                   int64_t m, int64_t n);
 double damped_norm(const double* x, int64_t ldx, const double* lam, int64_t ldl, double damping,
                    int64_t m, int64_t n);
+// sum x^2 w, the same
+float weighted_norm(const float* x, int64_t ldx, const float* w, int64_t ldw, int64_t m, int64_t n);
+double weighted_norm(const double* x, int64_t ldx, const double* w, int64_t ldw, int64_t m,
+                     int64_t n);
 // y += u (v + bias), elementwise
 void add_products(float* y, const float* u, const float* v, const float* bias, int64_t n);
 void add_products(double* y, const double* u, const double* v, const double* bias, int64_t n);
@@ -45,6 +55,11 @@ void add_products(double* y, const double* u, const double* v, double bias, int6
 // y[g ldy] += sum_k x[g K + k], for `groups` of K
 void add_group_sums(float* y, int64_t ldy, const float* x, int64_t groups, int64_t K);
 void add_group_sums(double* y, int64_t ldy, const double* x, int64_t groups, int64_t K);
+// y[g ldy] += sum_k u[g K + k] v[g K + k], for `groups` of K
+void add_group_dots(float* y, int64_t ldy, const float* u, const float* v, int64_t groups,
+                    int64_t K);
+void add_group_dots(double* y, int64_t ldy, const double* u, const double* v, int64_t groups,
+                    int64_t K);
 // y[g ldy] += sum_k u[g K + k] (v[g K + k] + bias[g K + k]), for `groups` of K
 void add_group_dots(float* y, int64_t ldy, const float* u, const float* v, const float* bias,
                     int64_t groups, int64_t K);

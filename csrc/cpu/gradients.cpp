@@ -1,9 +1,11 @@
 #include "gradients.h"
 
 #include <ATen/ops/addmm.h>
+#include <ATen/ops/baddbmm.h>
 #include <ATen/ops/bmm.h>
-#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/ones.h>
 
 #include "endings.h"
 #include "scratch.h"
@@ -68,18 +70,25 @@ void multiply_into(at::Tensor& y, int64_t at, const Panels& A, const Panels& B,
 
 at::Tensor rotate_tokens(const at::Tensor& x, const at::Tensor& Q, bool bias) {
   const int64_t F = x.size(-1);
-  const at::Tensor rows = x.reshape({1, -1, F});
   // The library's product of bf16 is as fast as ours, and packs neither side.
   if ((x.scalar_type() == at::kBFloat16 && compute_dtype(at::kBFloat16) == at::kBFloat16) ||
       (library_is_fastest(x.scalar_type()) && Q.scalar_type() == x.scalar_type())) {
-    at::Tensor y = scratch({rows.size(1), Q.size(1)}, x.scalar_type());
-    const at::Tensor x2 = rows.squeeze(0), head = Q.narrow(0, 0, F);
-    bias ? at::addmm_out(y, Q.select(0, F), x2, head) : at::mm_out(y, x2, head);
-    return y.view({x.size(0), x.size(1), Q.size(1)});
+    const at::Tensor head = Q.narrow(0, 0, F), last = bias ? Q.select(0, F) : at::Tensor();
+    at::Tensor y = scratch({x.size(0), x.size(1), Q.size(1)}, x.scalar_type());
+    // Sequences that lie turned are multiplied so, but where Q would be read often for few tokens.
+    if (x.stride(1) == 1 && x.stride(2) > 1 && (x.size(1) >= 2 * kBlock || F <= 2 * kBlock)) {
+      const at::Tensor every = head.expand({x.size(0), -1, -1});
+      bias ? at::baddbmm_out(y, last, x, every) : at::bmm_out(y, x, every);
+    } else {
+      at::Tensor y2 = y.flatten(0, 1);
+      const at::Tensor x2 = x.flatten(0, 1);
+      bias ? at::addmm_out(y2, last, x2, head) : at::mm_out(y2, x2, head);
+    }
+    return y;
   }
   const auto wide = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const at::Tensor last = bias ? Q.select(0, F).to(wide).contiguous() : at::Tensor();
-  const Panels A = pack_rows(rows);
+  const Panels A = pack_rows(x.reshape({1, -1, F}));
   at::Tensor y = scratch({1, A.extent, Q.size(1)}, A.storage.scalar_type());
   const int64_t step = slab_lines(F);
   for (int64_t n = 0; n < Q.size(1); n += step) {
@@ -89,16 +98,39 @@ at::Tensor rotate_tokens(const at::Tensor& x, const at::Tensor& Q, bool bias) {
   return y.view({x.size(0), x.size(1), Q.size(1)});
 }
 
+at::Tensor with_ones(const at::Tensor& x) {
+  std::vector<int64_t> sizes = x.sizes().vec(), column = sizes;
+  sizes.back()++;
+  column.back() = 1;
+  at::Tensor y = scratch(sizes, x.scalar_type());
+  at::cat_out(y, {x, at::ones(column, x.options())}, -1);
+  return y;
+}
+
 at::Tensor unrotated_gradients(const at::Tensor& g, const at::Tensor& a, bool bias) {
   if (library_forms(g, a, a.size(2) + bias)) {
     at::Tensor G = scratch({g.size(0), g.size(2), a.size(2) + bias}, g.scalar_type());
-    at::bmm_out(G, g.mT(), bias ? at::constant_pad_nd(a, {0, 1}, 1) : a);
+    at::bmm_out(G, g.mT(), bias ? with_ones(a) : a);
     return G;
   }
   const Panels A = pack_rows(g.mT()), B = pack_columns(a, A.extent, {.ones = bias});
   at::Tensor G = scratch({A.batch, A.extent, B.extent}, A.storage.scalar_type());
   multiply_into(G, 0, A, B, {});
   return G;
+}
+
+std::pair<at::Tensor, at::Tensor> squared_sides(const at::Tensor& g, const at::Tensor& a,
+                                                const std::optional<at::Tensor>& Qg,
+                                                const std::optional<at::Tensor>& Qa, bool bias,
+                                                const Letters& size,
+                                                const std::optional<c10::string_view>& forced) {
+  const Order order = contraction_order(size, forced);
+  if (size.T != 1 || (Qg && !order.g_tokens) || (Qa && !order.a_tokens)) return {};
+  const auto wide = g.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  auto squared = [&](const at::Tensor& x) { return x.squeeze(1).to(wide).square(); };
+  return {squared(Qg ? rotate_tokens(g, *Qg, false) : g), squared(Qa ? rotate_tokens(a, *Qa, bias)
+                                                                  : bias ? with_ones(a)
+                                                                         : a)};
 }
 
 }  // namespace ekfac_fast::cpu

@@ -8,6 +8,7 @@
 
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "../check.h"
 #include "gemm.h"
@@ -19,12 +20,19 @@ at::Tensor rotate_tokens(const at::Tensor& x, const at::Tensor& Q, bool bias);
 // Whether gradients of J columns are the library's product, rounded to the operands' dtype: narrow
 // ones, and any of bf16, where packing both sides takes longer than its product.
 bool library_forms(const at::Tensor& g, const at::Tensor& a, int64_t J);
+// x [..,F] and ones [..,1] beside it.
+at::Tensor with_ones(const at::Tensor& x);
 // sum_t g_bt (a_bt, 1)^T of every sequence, [B,O,J], in the dtype products use.
 at::Tensor unrotated_gradients(const at::Tensor& g, const at::Tensor& a, bool bias);
 
 // Tiles of one gradient.
 inline int64_t tiles(const Letters& size) {
   return ceil_div(size.O, kTile) * ceil_div(size.J, kTile);
+}
+
+// A tile whose rows follow each other, `ld` apart here and `ldy` there, is one long row.
+inline void join_rows(int64_t& rows, int64_t& columns, int64_t ld, int64_t ldy) {
+  if (columns == ld && columns == ldy) columns *= std::exchange(rows, 1);
 }
 
 // How many sequences are packed at a time: a slab of the wider side. Where whole gradients are
@@ -80,7 +88,7 @@ void library_product(const at::Tensor& A, const at::Tensor& B, const Ending& end
   const int64_t most = std::clamp<int64_t>(kSquare * kSquare / (m * n), 1, batch);
   parts = std::min(parts, batch);
   // Endings that sum over no sequences leave it to us how many are a part; little work is one.
-  const bool little = M * N * A.size(2) * batch <= int64_t{1} << 22;
+  const bool little = M * N * A.size(2) * batch <= int64_t{1} << 25;
   if (parts == batch || little) parts = ceil_div(batch, most);
   const int64_t part = ceil_div(batch, parts), across = ceil_div(N, kSquare);
   const int64_t squares = ceil_div(M, kSquare) * across;
@@ -123,6 +131,24 @@ void library_product(const at::Tensor& A, const at::Tensor& B, const Ending& end
         }
       });
 }
+
+// `product` of matrices [n,M,K] and [n,K,N] by whichever is the fastest.
+template <class Acc, class Ending>
+void fastest_product(const at::Tensor& A, const at::Tensor& B, const Ending& ending,
+                     int64_t parts) {
+  if constexpr (std::is_same_v<Acc, float>) {
+    if (library_is_fastest(A.scalar_type())) return library_product(A, B, ending, parts);
+  }
+  product<Acc>(pack_rows(A), pack_columns(B, A.size(1)), ending, parts);
+}
+
+// The squares [B,O] and [B,J] of both sides in the eigenbasis where sequences are of one token: a
+// gradient is then an outer product, and its square that of the squares. Undefined otherwise.
+std::pair<at::Tensor, at::Tensor> squared_sides(const at::Tensor& g, const at::Tensor& a,
+                                                const std::optional<at::Tensor>& Qg,
+                                                const std::optional<at::Tensor>& Qa, bool bias,
+                                                const Letters& size,
+                                                const std::optional<c10::string_view>& forced);
 
 // ending(b, o0, o, j0, j, tile, ld, index) for every tile of every Qg^T G_b Qa. Sequences are cut
 // into `parts`; tiles of one index run on one thread in the order of b, so an ending may accumulate

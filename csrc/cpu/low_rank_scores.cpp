@@ -55,7 +55,8 @@ struct Side {
         library((library_multiplies(N, x.size(2), factors.size(2), x.scalar_type()) &&
                  (N <= kFew || x.stride(2) == 1)) ||
                 (x.scalar_type() == at::kFloat && factors.size(2) <= kLanes) ||
-                (library_is_fastest(x.scalar_type()) && N > 2 * kLanes)),
+                (library_is_fastest(x.scalar_type()) &&
+                 (N > 2 * kLanes || N * factors.size(2) > 16 * kTile))),
         A(library ? Panels(lines, false, rows.width) : pack_rows(lines, {.width = rows.width})),
         B(library ? Panels(factors, true, width) : pack_columns(factors, N, {.width = width})) {
     if (!library) return;
@@ -112,13 +113,15 @@ void accumulate(at::Tensor s, const at::Tensor& L, const at::Tensor& R, const at
           const int64_t n = columns.size(p), queries = n / K, q = p * group;
           const auto [us, ldu] = left.tile(b, i, p, U.data);
           const auto [vs, ldv] = right.tile(b, i, p, V.data);
+          // The sum over one token is written as it is made.
           const int64_t run = per_token ? 1 : std::min(size.T, G.size(i));
           for (int64_t r = 0; r < G.size(i); r += run) {
             const int64_t sequence = (first + r) / size.T, token = (first + r) % size.T;
             const Acc *u = us + r * ldu, *v = vs + r * ldv;
-            if (per_token) {
-              add_group_dots(sums + q * s.stride(0) + sequence * s.stride(1) + token * s.stride(2),
-                             s.stride(0), u, v, &ones[q * K], queries, K);
+            if (run == 1) {
+              Acc* to = sums + q * s.stride(0) + sequence * s.stride(1);
+              if (per_token) to += token * s.stride(2);
+              add_group_dots(to, s.stride(0), u, v, &ones[q * K], queries, K);
               continue;
             }
             std::fill_n(column.data, n, Acc(0));
@@ -153,7 +156,7 @@ void few_columns(at::Tensor s, const at::Tensor& L, const at::Tensor& R, const a
   const int64_t K = size.K, N = size.B * size.T;
   const auto wide = c10::CppTypeToScalarType<Acc>::value;
   // Without products of 16 bits the library's run in plain loops.
-  const bool widened = library_is_fastest(wide);
+  const bool widened = library_is_fastest(wide) && g.scalar_type() != wide;
   auto product = [&](const at::Tensor& factors, const at::Tensor& x) {
     const at::Tensor left = factors.contiguous(), rows = x.reshape({N, x.size(2)});
     if (!widened) return at::mm(left, rows.t()).to(wide);
@@ -221,7 +224,8 @@ void low_rank_scores(at::Tensor& s, const at::Tensor& L, const at::Tensor& R, co
       part.K = std::min(kTile, size.K - k);
       const at::Tensor L_q = some(some(L, 0, q, part.Q), 2, k, part.K);
       const at::Tensor R_q = some(some(R, 0, q, part.Q), 1, k, part.K);
-      const bool few = part.Q * part.K < kLanes &&
+      const int64_t least = library_is_fastest(g.scalar_type()) ? 5 : 0;
+      const bool few = part.Q * part.K < kLanes && part.Q * part.K >= least &&
                        (g.scalar_type() != at::kHalf || (g.stride(2) == 1 && a.stride(2) == 1));
       for (int64_t b = 0; b < size.B; b += sequences) {
         part.B = std::min(sequences, size.B - b);

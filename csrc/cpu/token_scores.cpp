@@ -1,15 +1,17 @@
 #include "token_scores.h"
 
-#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/bmm.h>
 #include <ATen/ops/from_blob.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 
 #include "endings.h"
 #include "gemm.h"
+#include "gradients.h"
 
 namespace ekfac_fast::cpu {
 namespace {
+
+constexpr int64_t kWritten = 1 << 18;  // elements of products that stay in cache
 
 // Whether products per token are at::mm's, which packs neither side: of narrow inputs and few
 // queries, and wherever it is the fastest.
@@ -55,15 +57,21 @@ void add_dots(Acc* sums, const at::Tensor& P, const at::Tensor& y, const at::Ten
     for (int64_t r = m0; r < m0 + m; r++, C += ld) sums[q * N + r] += dot(C, data + r * K + j, n);
   };
   if (is_the_library(P)) {
-    const int64_t step = std::min(N, slab_lines(8 * K)), steps = ceil_div(N, step);
+    const int64_t step = std::clamp(kWritten / K, std::min(kFew, N), N), steps = ceil_div(N, step);
+    const int64_t most = std::clamp<int64_t>(kWritten / (step * K), 1, Q);
     return at::parallel_for(
-        0, Q * steps, grain(step * P[0].numel()), [&](int64_t begin, int64_t end) {
-          Tile<Acc> room(step * K);
+        0, ceil_div(Q, most) * steps, grain(most * step * P[0].numel()),
+        [&](int64_t begin, int64_t end) {
+          Tile<Acc> room(most * step * K);
           for (int64_t unit = begin; unit < end; unit++) {
-            const int64_t q = unit / steps, n = unit % steps * step, m = std::min(step, N - n);
-            at::Tensor product = at::from_blob(room.data, {m, K}, y.options());
-            at::mm_out(product, y.narrow(0, n, m), P.select(0, q));
-            close(q, n, m, 0, K, room.data, K);
+            const int64_t q0 = unit / steps * most, n = unit % steps * step;
+            const int64_t queries = std::min(most, Q - q0), m = std::min(step, N - n);
+            at::Tensor products = at::from_blob(room.data, {queries, m, K}, y.options());
+            at::bmm_out(products, y.narrow(0, n, m).expand({queries, -1, -1}),
+                        P.narrow(0, q0, queries));
+            for (int64_t q = 0; q < queries; q++) {
+              add_group_dots(sums + (q0 + q) * N + n, 1, room.data + q * m * K, data + n * K, m, K);
+            }
           }
         });
   }
@@ -104,7 +112,7 @@ void accumulate(const at::Tensor& s, const at::Tensor& P, const at::Tensor& g, c
   at::Tensor total = at::zeros({Q, N}, at::dtype(s.scalar_type()));
   Acc* sums = total.mutable_data_ptr<Acc>();
   const at::Tensor outputs = g.reshape({N, O}), rows = a.reshape({N, size.I});
-  const at::Tensor inputs = bias ? at::constant_pad_nd(rows, {0, 1}, 1) : rows;
+  const at::Tensor inputs = bias ? with_ones(rows) : rows;
   if (library_is_fastest(P.scalar_type())) {
     // The wider side is contracted first: less is written.
     J > O ? add_dots<Acc>(sums, P.mT(), inputs, outputs) : add_dots<Acc>(sums, P, outputs, inputs);
