@@ -31,9 +31,6 @@
   CLONES void divide(T* y, const T* x, const T* lam, T damping, int64_t n) {         \
     for (int64_t i = 0; i < n; i++) y[i] = x[i] / (lam[i] + damping);                \
   }                                                                                  \
-  CLONES void multiply(T* y, const T* x, const T* w, int64_t n) {                    \
-    for (int64_t i = 0; i < n; i++) y[i] = x[i] * w[i];                              \
-  }                                                                                  \
   CLONES bool reciprocals(T* y, const T* lam, T damping, int64_t n) {                \
     T most = 0;                                                                      \
     for (int64_t i = 0; i < n; i++) {                                                \

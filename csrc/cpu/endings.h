@@ -35,9 +35,6 @@ void divide(double* y, const double* x, const double* lam, double damping, int64
 // y = 1 / (lam + damping); whether all are finite
 bool reciprocals(float* y, const float* lam, float damping, int64_t n);
 bool reciprocals(double* y, const double* lam, double damping, int64_t n);
-// y = x w
-void multiply(float* y, const float* x, const float* w, int64_t n);
-void multiply(double* y, const double* x, const double* w, int64_t n);
 // sum x^2 / (lam + damping) over m rows of n, ldx and ldl apart
 float damped_norm(const float* x, int64_t ldx, const float* lam, int64_t ldl, float damping,
                   int64_t m, int64_t n);

@@ -135,6 +135,7 @@ class Batches:
         config = getattr(inner, "config", None)
         own = bool(form.values) or form.labels != "next"
         self.two_sided = mapping and not own and bool(getattr(config, "is_encoder_decoder", False))
+        self.padding = getattr(text_config(inner), "pad_token_id", None) or 0
         self.language = mapping if own else not self.two_sided and is_text(first)
         found = self._survey(on_long) if self.language else _unsurveyed(dataset, self.size)
         self.lengths, self._fingerprint = found.lengths, found.fingerprint
@@ -242,7 +243,9 @@ class Batches:
                 "index": torch.tensor([x.id for x in examples])
             }
         records = [self.dataset[i] for i in indices]
-        return _padded(records) if self.two_sided else default_collate(records)
+        if not self.two_sided:
+            return default_collate(records)
+        return _padded(records, indices, self.padding)
 
     def example(self, index: int) -> Example:
         """Example `index` of a language-model data set, checked against the model."""
@@ -370,13 +373,26 @@ def _plain(value: Any) -> Any:
     return repr(value)
 
 
-def _padded(records: list[Any]) -> dict[str, Tensor]:
-    """Every field of sequences padded to its longest: labels by -100, the others by 0."""
+def _padded(records: list[Any], indices: Sequence[int], token: int) -> dict[str, Tensor]:
+    """Every field of sequences padded to its longest: ids by the model's token, labels by -100, the
+    others by 0.
+
+    Raises:
+        DataError: which of the ids are padding could not be told.
+    """
+    ids = [record["input_ids"] for record in records]
+    if len({len(x) for x in ids}) > 1 and "attention_mask" not in records[0]:
+        raise DataError(
+            f"examples {indices[0]} to {indices[-1]}: input_ids of {min(map(len, ids))} to "
+            f"{max(map(len, ids))} tokens and no attention_mask, so that padding would be read as "
+            "text: give every example an attention_mask of ones, or batch_size=1"
+        )
+    fillings = {"labels": IGNORED, "input_ids": token, "decoder_input_ids": token}
     batch = {}
     for name in records[0]:
         rows = [torch.as_tensor(record[name]) for record in records]
         if rows[0].ndim:
-            batch[name] = pad_sequence(rows, True, IGNORED if name == "labels" else 0)
+            batch[name] = pad_sequence(rows, True, fillings.get(name, 0))
         else:
             batch[name] = torch.stack(rows)
     return batch

@@ -46,6 +46,8 @@ def adapter_layers(model: nn.Module, layers: Collection[str]) -> list[str] | Non
             part = any(n == t or n.startswith(f"{t}.") for t in tuned)
             if part and not {n, n.rpartition(".")[0]} & {*own}:
                 others[n] = p.numel()
+    configs = getattr(model, "peft_config", None) or {}
+    kinds |= {x.peft_type.value.lower() for x in configs.values() if x.is_prompt_learning}
     if not kinds:
         return None
     if not found:
@@ -56,6 +58,7 @@ def adapter_layers(model: nn.Module, layers: Collection[str]) -> list[str] | Non
     for name in wrapped:
         module = model.get_submodule(name)
         others |= {n: p.numel() for n, p in module.named_parameters(prefix=name) if ".lora_" in n}
+    others |= _biases(model, {getattr(x, "bias", "none") for x in configs.values()}, found)
     if others:
         warnings.warn(
             f"{sum(others.values()):,} parameters of the adapter are no linear layers "
@@ -64,3 +67,17 @@ def adapter_layers(model: nn.Module, layers: Collection[str]) -> list[str] | Non
             stacklevel=5,
         )
     return found
+
+
+def _biases(model: nn.Module, trained: Collection[str], tracked: Collection[str]) -> dict[str, int]:
+    """The base's biases that train with an adapter, by peft's names for which: "all" of them,
+    "none", or those of the layers that it is put into.
+    """
+    if not {*trained} - {"none"}:
+        return {}
+    which = ".bias" if "all" in trained else ".base_layer.bias"
+    return {
+        name: p.numel()
+        for name, p in model.named_parameters()
+        if name.endswith(which) and name.rpartition(".")[0] not in tracked
+    }

@@ -73,6 +73,12 @@ def logits_of(output: Any) -> Tensor | None:
     return logits if isinstance(logits, Tensor) and logits.requires_grad else None
 
 
+def predicts(inputs: Mapping[str, Any]) -> bool:
+    """Whether any position has a label."""
+    labels = _predicted(inputs)
+    return labels is not None and bool((labels != IGNORED).any())
+
+
 def only_loss(inputs: Mapping[str, Any], logits: Tensor) -> Callable[[Tensor, float], None]:
     """Looks at the gradient g [B,T,V] that comes back to logits whose loss has gradient c / M.
 

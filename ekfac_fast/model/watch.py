@@ -21,7 +21,7 @@ from .graph import reshaped
 from .layer_batch import LayerBatch
 from .layers import Layer
 from .outputs import tensors_of
-from .own_loss import ASK, check_own_loss, logits_of, only_loss, own_loss
+from .own_loss import ASK, check_own_loss, logits_of, only_loss, own_loss, predicts
 from .products import is_plain, seems_product
 from .rows import Grid, Layout, Rows, arranged, trusted
 
@@ -167,7 +167,7 @@ class Watch:
         one.running = False
         if self._scale() is None and (found := own_loss(one.inputs, output)) is not None:
             loss, one.divisor = found
-            if not self._checked:
+            if not self._checked and predicts(one.inputs):
                 check_own_loss(one.inputs, output, *found)
                 self._checked = True
                 if (logits := logits_of(output)) is not None:

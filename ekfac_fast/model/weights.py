@@ -1,12 +1,13 @@
 """Where a model's weights are: on one device, on several, offloaded, or sharded over processes."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..checks import listed
 from ..errors import ArgumentError
 from .spread import is_spread, offloaded
 
@@ -44,6 +45,18 @@ def check_weights(model: nn.Module) -> None:
             f"the model's weights lie on {', '.join(sorted(devices))}: put it on one device, "
             "spread it by a device_map (--device-map auto), or shard it over processes "
             "(fully_shard; --shard)"
+        )
+
+
+def check_changeable(model: nn.Module, weights: Iterable[Tensor], what: str) -> None:
+    """ArgumentError where weights that `what` changes are offloaded: every pass brings them as they
+    were.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    if away := [names[id(w)] for w in weights if w.is_meta]:
+        raise ArgumentError(
+            f"{what} changes weights of the model, and {listed(away, 2)} are offloaded: every pass "
+            "brings them as they were. Load the model on one device"
         )
 
 

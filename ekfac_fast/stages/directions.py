@@ -13,6 +13,7 @@ from ..model.alone import alone, restored
 from ..model.layers import Layer
 from ..model.packed import refuse_packed
 from ..model.products import is_conv1d
+from ..model.weights import check_changeable
 
 
 def as_parameters(model: nn.Module, layers: Mapping[Layer, Tensor]) -> dict[str, Tensor]:
@@ -68,10 +69,11 @@ def moved(model: nn.Module, direction: Mapping[str, Tensor], alpha: float) -> It
     """The model's parameters plus alpha x direction; afterwards they are bitwise what they were.
 
     Raises:
-        ArgumentError: alpha is no finite number.
+        ArgumentError: alpha is no finite number; a parameter is offloaded.
     """
     require(is_number(alpha), "alpha", alpha, "a finite number")
     held = dict(model.named_parameters(remove_duplicate=False))
+    check_changeable(model, [held[name] for name in direction], "apply")
     with restored(held[name] for name in direction):
         with alone(model), torch.no_grad():
             for name, step in direction.items():

@@ -161,7 +161,7 @@ class LayerFactors:
                 )
 
     def damping(self, absolute: float | None = None) -> float:
-        """`absolute`, or a tenth of the mean eigenvalue, at least 1e-8."""
+        """`absolute`, or a tenth of the mean eigenvalue."""
         return heuristic_damping(self.lam) if absolute is None else absolute
 
     def copied_bytes(self, dtype: torch.dtype) -> int:
@@ -345,6 +345,17 @@ def check_same(
                 f"{what} on a {name} of fingerprint {then}, this one's is {now}: {other}. Use the "
                 f"{name} that they are from, or {again} again"
             )
+
+
+def check_loss(fitted: str | None, facts: Mapping[str, Any], asked: str) -> None:
+    """ArgumentError where the loss of a run's training data is not that of the task `fitted`, if it
+    is known.
+    """
+    if fitted not in (None, facts["task"]):
+        raise ArgumentError(
+            f"{asked}: the factors were fitted with the loss of {fitted}, and the training data's "
+            f"is that of {facts['task']} here: give the task that fit was given"
+        )
 
 
 def bases(

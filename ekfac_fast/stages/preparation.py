@@ -93,6 +93,7 @@ def prepare_queries(
         "layers": [layer.name for layer in layers],
         "rank": rank,
         "damping": damping,
+        **({"fitted": factors.facts["task"]} if factors.facts else {}),
         **({"blocks": factors.blocks} if factors.blocks > 1 else {}),
         **diagonal_facts(layers),
         **({"eigenvectors": factors.eigenvectors} if factors.eigenvectors else {}),

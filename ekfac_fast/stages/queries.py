@@ -16,7 +16,7 @@ from ..model.layers import Layer
 from ..store.files import load_json, load_tensors, save_json, save_tensors
 from ..store.fingerprint import fingerprint
 from .directions import as_parameters, moved
-from .factors import check_same
+from .factors import check_loss, check_same
 from .refine import Refinement
 
 TENSORS, FACTS = "queries.safetensors", "queries.json"
@@ -124,8 +124,12 @@ class Queries:
         return moved(model, self.parameters(model, query), alpha)
 
     def check_run(self, facts: Mapping[str, Any], asked: str) -> None:
-        """ArgumentError where they were prepared on another model, or with another tokenizer."""
+        """ArgumentError where they were prepared on another model, or with another tokenizer; or
+        for another loss of the training data, where a run has one.
+        """
         check_same(self.facts, facts, f"{asked}: the queries were prepared", "prepare them")
+        if "task" in facts:
+            check_loss((self.facts or {}).get("fitted"), facts, asked)
 
     def save(self, folder: str | Path) -> None:
         """Write `queries.safetensors` and `queries.json` into `folder`."""

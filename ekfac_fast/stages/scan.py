@@ -30,7 +30,7 @@ from .attribution import thin
 from .candidates import top_candidates
 from .consumer import Batch, Consumer
 from .detail import explain, remove_pieces
-from .factors import Factors, bases, check_damping
+from .factors import Factors, bases, check_damping, check_loss
 from .heap import Heap
 from .kept import Best, WholeMatrix
 from .parts import add_scores, add_self_influence, check_scores
@@ -167,6 +167,7 @@ def self_scores(
         "top_k": None,
     }
     factors.check_run(facts, "self_scores")
+    check_loss((factors.facts or {}).get("task"), facts, "self_scores")
     with run.opened(out, "self", facts) as store:
         if not store.finished:
             dampings = factors.dampings(layers, damping)

@@ -22,6 +22,7 @@ from ..errors import ModelError
 from ..model.alone import alone
 from ..model.layer_batch import LayerBatch
 from ..model.layers import Layer, select_layers
+from ..model.spread import device_of
 from ..ops.shapes import wide
 from ..stages.candidates import top_candidates
 from ..stages.consumer import Batch, Consumer
@@ -171,7 +172,7 @@ def representation(model: nn.Module, queries: Indexable, dataset: Indexable) -> 
 @torch.no_grad()
 def _states(model: nn.Module, dataset: Indexable) -> np.ndarray:
     """[N,D], fp64."""
-    batches = Batches(dataset, model)
+    batches = Batches(dataset, model, device=device_of(model))
     found: dict[int, np.ndarray] = {}
     with alone(model):
         for some in batches.divided():

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from ..data.batches import Batches
 from ..data.examples import Indexable
 from ..model.alone import alone
+from ..model.spread import device_of
 from ..model.tasks import LanguageModelTask, Task
 from ..model.text_tasks import form_of
 from ..stages.measured import measures_each
@@ -18,7 +19,10 @@ def measurements(model: nn.Module, queries: Indexable, task: Task | None = None)
     Of a language model -log p(completion | prompt), nats.
     """
     task = task or LanguageModelTask()
-    ask = Batches(queries, model, on_long="refuse", form=form_of(task, model, asked=True))
+    ask = Batches(
+        queries, model, on_long="refuse", form=form_of(task, model, asked=True),
+        device=device_of(model),
+    )  # fmt: skip
     found = torch.full((ask.size,), torch.nan, dtype=torch.float64)
     with alone(model):
         if measures_each(task):

@@ -12,7 +12,9 @@ from ..data.examples import Indexable
 from ..model.alone import restored
 from ..model.layers import parameters_of, select_layers
 from ..model.packed import refuse_packed
+from ..model.spread import device_of
 from ..model.tasks import LanguageModelTask
+from ..model.weights import check_changeable
 from ..stages.queries import Queries
 from ..stages.scores import Scores
 from .measure import measurements
@@ -49,11 +51,12 @@ def step_check(
     """
     task = LanguageModelTask()
     asked = [{"input_ids": ids, "labels": labels} for ids, labels in queries.examples]
-    every = Batches(data, model)
+    every = Batches(data, model, device=device_of(model))
     layers = select_layers(model, scores.layers)
     refuse_packed(model, layers, "a step")
     # Experts are parts of one parameter.
     weights = [*{id(w): w for w in (parameters_of(model, x)[0] for x in layers)}.values()]
+    check_changeable(model, weights, "a step")
     changes = []
     for q, one in enumerate(asked):
         before = float(measurements(model, [one], task))

@@ -14,8 +14,10 @@ from ..checks import instance, whole
 from ..data.batches import Batches, is_text
 from ..data.examples import Indexable
 from ..errors import ArgumentError, NotFiniteError
+from ..model.spread import device_of
 from ..model.tasks import LanguageModelTask, Task
 from ..model.text_tasks import form_of
+from ..model.weights import check_changeable
 from ..stages.run import checked_task
 from .baselines import bm25, chance
 from .measure import measurements
@@ -55,12 +57,13 @@ def tail_patch(
     instance("scores", scores, Mapping, "a mapping from names to scores")
     whole("steps", steps)
     task = checked_task(task) or LanguageModelTask()
-    every = Batches(dataset, model, form=form_of(task, model))
+    every = Batches(dataset, model, form=form_of(task, model), device=device_of(model))
     if whole("k", k) > every.size:
         raise ArgumentError(f"k is {k}, but the data set has {every.size} sequences")
     weights = [w for w in model.parameters() if w.requires_grad]
     if not weights:
         raise ArgumentError("no parameter of the model requires a gradient: none can be trained")
+    check_changeable(model, weights, "a step")
     shape = (len(queries), every.size)
     matrices = {name: scores_of(one, shape, name) for name, one in scores.items()}
     if controls:

@@ -28,8 +28,9 @@ from ..errors import ArgumentError, NotFiniteError, Notice
 from ..model.alone import restored
 from ..model.layers import parameters_of, select_layers
 from ..model.packed import refuse_packed
-from ..model.tasks import LanguageModelTask, Task
+from ..model.tasks import LanguageModelTask, Task, draws_several
 from ..model.text_tasks import form_of
+from ..model.weights import check_changeable
 from ..stages.run import checked_task
 from .measure import measurements
 
@@ -67,6 +68,7 @@ def responses(
         NotFiniteError: an optimisation diverged; names the example.
     """
     task = checked_task(task) or LanguageModelTask()
+    check_changeable(model, model.parameters(), "a response")
     own = copy.deepcopy(model).double().eval()
     batches = Batches(
         dataset, own, batch_tokens=batch_tokens, batch_size=batch_size, form=form_of(task, own)
@@ -128,7 +130,7 @@ class _Proximal:
         """What the loss is a function of."""
         if hasattr(self.task, "compute_outputs"):
             return self.task.compute_outputs(batch=batch, model=self.model)
-        if isinstance(self.task, LanguageModelTask):
+        if draws_several(self.task):  # its loss is the language models' own
             return self.task.logits(batch, self.model)
         raise ArgumentError(
             f"{type(self.task).__name__} does not tell its outputs: give it compute_outputs and "
