@@ -147,8 +147,9 @@ def dense_ekfac(model, names, data, queries, damping=None, task=None, autocast=N
         for n in names:
             rotated = Q[n][1].T @ weight_gradient(model, n, loss) @ Q[n][0]
             lam[n] = lam.get(n, 0) + rotated**2 / len(data)
-    # As kronfluence's, the damping of a layer is at least 1e-8.
-    size = {n: (0.1 * lam[n].mean()).clamp(min=1e-8) if damping is None else damping for n in names}
+    size = {
+        n: (0.1 * lam[n].mean()).clamp(min=1e-16) if damping is None else damping for n in names
+    }
 
     def inverse(n, G):
         Qa, Qg = Q[n]

@@ -205,3 +205,18 @@ def test_an_adapter_of_other_things_has_no_default():
     model = peft.get_peft_model(made("Llama", **LLAMA), config)
     with pytest.raises(ArgumentError, match=r"an adapter \(loha\) without a layer that can be"):
         select_layers(model)
+
+
+def test_prompts_that_train_have_no_layer():
+    config = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(made("Llama", **LLAMA), config)
+    with pytest.raises(ArgumentError, match=r"an adapter \(prompt_tuning\) without a layer that"):
+        select_layers(model)
+
+
+@pytest.mark.parametrize(("bias", "said"), [("all", "4 more"), ("lora_only", "base_layer")])
+def test_biases_that_train_beside_an_adapter_are_said(bias, said):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], bias=bias)
+    model = peft.get_peft_model(made("Qwen2", **LLAMA), config)
+    with pytest.warns(Notice, match=rf"parameters of the adapter .*bias.*{said}"):
+        select_layers(model)

@@ -163,7 +163,9 @@ def test_sums_and_pieces_hold_blocks_alone(tmp_path, monkeypatch):
     solve = stage.eigendecompositions
     monkeypatch.setattr(
         stage, "eigendecompositions",
-        lambda jobs, *more: (pieces.extend(len(job.sum) for job in jobs), solve(jobs, *more))[1],
+        lambda jobs, *more, **how: (
+            pieces.extend(len(job.sum) for job in jobs), solve(jobs, *more, **how)
+        )[1],
     )  # fmt: skip
     fit(gpt2(), corpus(), out=tmp_path / "f", blocks=2)
     assert {*shapes[f"{Stage.COVARIANCE}_state"].values()} == {(16, 8), (17, 9), (64, 32), (65, 33)}

@@ -13,7 +13,9 @@ import pytest
 import torch
 from commands import Python
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2Model
+from typer.testing import CliRunner
 
+from ekfac_fast.cli import app
 from ekfac_fast.cli.inputs import load, load_tokenizer
 from ekfac_fast.data import read, tokenize
 from ekfac_fast.errors import ArgumentError
@@ -276,3 +278,17 @@ def test_an_adapter_of_a_folder(demo, few, run, tmp_path):
     words = ("fit", "demo/model", "demo/corpus", "--out", tmp_path / "g", *given)
     said = " ".join(run(*words, cwd=few, ok=False).split())
     assert "no adapter_model.safetensors; save it" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--reduce", "mean"], "--reduce is for --set"),
+        (["--refine-seed", "3"], "--refine-seed is for --refine"),
+        (["--no-detail", "--attribution"], "--attribution is a part of --detail"),
+    ],
+)
+def test_options_that_would_be_lost_are_refused(words, message):
+    done = CliRunner().invoke(app, ["score", "m", "f", "q", "d", "--out", "o", *words])
+    assert done.exit_code == 1
+    assert message in " ".join(done.output.split())

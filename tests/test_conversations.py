@@ -7,7 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from test_data import bpe, jsonl
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from ekfac_fast.data import Tokens, read, read_queries, tokenize
@@ -128,6 +130,53 @@ def test_special_tokens_tell_where_an_answer_is(template, rstrip, said) -> None:
     if template == THOUGHT:
         with pytest.raises(DataError, match=r"renders turn 3 otherwise .*\{% generation"):
             tokenize([{"messages": TALK}], speaking(template), 512)
+
+
+def test_an_answer_of_end_tokens_alone_keeps_them() -> None:
+    tokenizer = speaking(PHI)
+    names = ("user", "assistant", "end", "endoftext")
+    special = [AddedToken(f"<|{x}|>", rstrip=True, special=True) for x in names]
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    for said in ("", "<|end|>and more"):
+        talk = [*TALK[1:2], {"role": "assistant", "content": said}]
+        assert labelled(tokenizer, tokenize([{"messages": talk}], tokenizer, 512)) == [
+            f"{said}<|end|>"
+        ]
+
+
+WORDS = ("[UNK]", "user", "assistant", "hello", "yes", "again", "no", ":")
+ENDING = (
+    "{% for m in messages %}{{ m.role + ': ' }}{% if m.role == 'assistant' %}{% generation %}"
+    "{{ m.content + '\n' }}{% endgeneration %}{% else %}{{ m.content + '\n' }}{% endif %}"
+    "{% endfor %}"
+)
+BEGINNING = (
+    "{% for m in messages %}{{ m.role + ':' }}{% if m.role == 'assistant' %}{% generation %}"
+    "{{ ' ' + m.content }}{% endgeneration %}{{ '\n' }}{% else %}{{ m.content + '\n' }}{% endif %}"
+    "{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [ENDING, BEGINNING])
+def test_white_space_without_a_token_moves_no_label(template) -> None:
+    """A tag that opens or closes at white space which the tokenizer drops."""
+    words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
+    tokenizer.chat_template = template
+    said = [("user", "hello"), ("assistant", "yes"), ("user", "again"), ("assistant", "no")]
+    talk = [{"role": role, "content": content} for role, content in said]
+    assert labelled(tokenizer, tokenize([{"messages": talk}], tokenizer, 512)) == ["yes", "no"]
+    first = [{"role": "assistant", "content": "yes"}, *talk]
+    found = labelled(tokenizer, tokenize([{"messages": first}], tokenizer, 512))
+    assert found == ["yes", "yes", "no"]
+
+
+@pytest.mark.parametrize("template", [CHATML, TAGGED])
+def test_a_completion_without_the_assistant_has_nothing_to_predict(template) -> None:
+    pair = {"prompt": TALK[1:4], "completion": [{"role": "tool", "content": "fox"}]}
+    with pytest.raises(DataError, match="nothing to predict"):
+        tokenize([pair], speaking(template), 512)
 
 
 def test_what_is_marked_belongs_to_the_turn_that_is_asked_about() -> None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ekfac_fast.data import read, read_queries, tokenize
 from ekfac_fast.data.examples import example
-from ekfac_fast.errors import DataError, Notice
+from ekfac_fast.errors import ArgumentError, DataError, Notice
 
 TEXT = "The quick brown fox jumps over the lazy dog. A context manager is used by with. " * 30
 
@@ -116,6 +116,9 @@ def test_text_by_file_paragraph_and_line(tmp_path: Path) -> None:
         "four",
         "five",
     ]
+    lines = jsonl(tmp_path / "b.jsonl", json.dumps({"text": "one"}))
+    with pytest.raises(ArgumentError, match=r"split is 'line': .*b\.jsonl holds no \.txt"):
+        read(lines, split="line")
     path.write_bytes(b"fine\nfine\n\xff\n")
     with pytest.raises(DataError, match=r"a\.txt, line 3: not UTF-8"):
         read(path)[0]

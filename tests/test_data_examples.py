@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ekfac_fast.data.batches import collate, divided
+from ekfac_fast.data.batches import divided
+from ekfac_fast.data.collate import collate
 from ekfac_fast.data.examples import example
 from ekfac_fast.errors import DataError
 

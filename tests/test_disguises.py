@@ -7,9 +7,19 @@ from dense_ekfac import asked, batch_of, close, corpus, gpt2, llama, weight_grad
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
+from transformers import BartConfig, BartForConditionalGeneration
 
-from ekfac_fast import LanguageModelTask, Notice, Scores, capture, fit, prepare_queries, score
-from ekfac_fast.errors import ModelError, StoreError
+from ekfac_fast import (
+    LanguageModelTask,
+    Notice,
+    Scores,
+    capture,
+    fit,
+    prepare_queries,
+    score,
+    self_scores,
+)
+from ekfac_fast.errors import ArgumentError, DataError, ModelError, StoreError
 from ekfac_fast.model.layers import select_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -202,3 +212,80 @@ def test_a_default_without_parametrised_layers_says_so():
         chosen = select_layers(model)
     assert len(chosen) == 5
     assert DOWN in {x.name for x in select_layers(model, ["*.mlp.*"])}
+
+
+class Tenth(LanguageModelTask):
+    """A loss of its own."""
+
+    def compute_train_loss(self, batch, model, sample=False):
+        return 0.1 * super().compute_train_loss(batch, model, sample)
+
+
+def test_a_loss_that_the_factors_were_not_fitted_with_is_refused(tmp_path):
+    model, data, task = gpt2().eval(), corpus(5), Tenth()
+    factors = fit(model, data, out=tmp_path / "f", task=task)
+    # What is measured of a query may be another task's.
+    queries = prepare_queries(model, factors, asked())
+    message = r"{}: the factors were fitted with the loss of Tenth, .* is that of LanguageModelTask"
+    with pytest.raises(ArgumentError, match=message.format("score")):
+        score(model, queries, data, out=tmp_path / "s")
+    with pytest.raises(ArgumentError, match=message.format("self_scores")):
+        self_scores(model, factors, data, out=tmp_path / "own")
+    score(model, queries, data, out=tmp_path / "s", task=task)
+
+
+def test_padding_that_would_be_read_as_text_is_refused(tmp_path):
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=60, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24,
+        max_position_embeddings=32, pad_token_id=1, bos_token_id=0, eos_token_id=2,
+        decoder_start_token_id=2,
+    )  # fmt: skip
+    model = BartForConditionalGeneration(config).double().eval()
+
+    class Translation:
+        def compute_train_loss(self, batch, model, sample=False):
+            z = model(**batch).logits.flatten(0, 1)
+            labels = batch["labels"].flatten()
+            if sample:
+                drawn = torch.distributions.Categorical(logits=z).sample()
+                labels = torch.where(labels < 0, labels, drawn)
+            return F.cross_entropy(z, labels, ignore_index=-100, reduction="sum")
+
+        def compute_measurement(self, batch, model):
+            return self.compute_train_loss(batch, model)
+
+        def get_influence_tracked_modules(self):
+            return None
+
+        def get_attention_mask(self, batch):
+            return None
+
+    data = [
+        {"input_ids": torch.arange(3, 6 + n), "labels": torch.arange(9, 12 + n)} for n in range(4)
+    ]
+    masked = [x | {"attention_mask": torch.ones_like(x["input_ids"])} for x in data]
+    how = {"task": Translation()}
+    with pytest.raises(
+        DataError, match=r"examples 0 to 3: input_ids of 3 to 6 tokens and no atten"
+    ):
+        fit(model, data, out=tmp_path / "refused", **how)
+    factors = fit(model, data, out=tmp_path / "f", batch_size=1, **how)
+    queries = prepare_queries(model, factors, data[:2], batch_size=1, rank=None, **how)
+    alone = score(model, queries, data, out=tmp_path / "alone", batch_size=1, **how)
+    together = score(model, queries, masked, out=tmp_path / "together", **how)
+    np.testing.assert_allclose(together.matrix, alone.matrix, rtol=1e-9)
+
+
+@pytest.mark.parametrize("layers", [None, ["lm_head"]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_batches_show_in_no_score_however_few_the_tokens_are(layers, dtype, tmp_path):
+    """Of fewer tokens than a layer has columns, most eigenvectors stand for nothing."""
+    model, found = llama(dtype).eval(), []
+    for tokens in (1, 20, 1024):
+        how = {"layers": layers, "batch_tokens": tokens}
+        found.append(job(model, tmp_path / str(tokens), corpus(3), **how)[0])
+    for each in found[1:]:
+        distance = np.linalg.norm(each - found[0]) / np.linalg.norm(found[0])
+        assert distance < (1e-5 if dtype == torch.float64 else 1e-3)

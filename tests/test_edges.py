@@ -23,7 +23,7 @@ from transformers import (
 from ekfac_fast import Scores, fit, prepare_queries, score
 from ekfac_fast.cli.inputs import Source
 from ekfac_fast.data import read, read_queries, tokenize
-from ekfac_fast.errors import DataError, StoreError
+from ekfac_fast.errors import DataError, Notice, StoreError
 from ekfac_fast.model.layers import select_layers
 from ekfac_fast.store.files import save_json
 
@@ -34,7 +34,8 @@ def test_the_context_that_is_asked_of_a_model_without_a_limit():
     model = BloomForCausalLM(BloomConfig(**SIZES, n_layer=1, n_head=4))
     assert Source("m", model, None).context(2048) == 2048
     assert Source("m", model, None).context(None) == 512
-    assert Source("m", gpt2(), None).context(2048) == 24
+    with pytest.warns(Notice, match="context is 2048: the model has 24 positions"):
+        assert Source("m", gpt2(), None).context(2048) == 24
 
 
 @pytest.mark.parametrize("shape", [(1, 9), (1, 1, 9, 9)])

@@ -89,7 +89,28 @@ def test_an_error_is_seen_and_fp64_takes_over(what, monkeypatch):
 
 def test_a_dead_layer_has_a_basis():
     job = Job(torch.zeros(FP32_FROM, FP32_FROM), torch.tensor(3), "nothing")
-    ((values, vectors),) = eigendecompositions([job], torch.device("cpu"), None)
+    ((values, vectors),) = eigendecompositions([job], torch.device("cpu"), None, settle=True)
     assert not bool(values.any())
     assert vectors.dtype == job.sum.dtype
     assert error(torch.eye(FP32_FROM).double(), torch.ones(FP32_FROM), vectors.double()) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("n", "rows", "rank"),
+    [(40, 25, 25), (40, 60, 30), (40, 25, 20), (600, 60, 60), (600, 500, 500)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_rounding_does_not_choose_the_eigenvectors_to_0(n, rows, rank, dtype):
+    """Sums in another order have the same eigenvectors where these stand for nothing."""
+    cpu, found = torch.device("cpu"), []
+    x = torch.randn(rank, n, generator=torch.Generator().manual_seed(n), dtype=dtype)
+    x = torch.cat([x, x[: rows - rank]])
+    for order in (range(rows), reversed(range(rows))):
+        total = sum(torch.outer(x[i], x[i]) for i in order)
+        job = Job(total, torch.tensor(rows), "x")
+        ((values, vectors),) = eigendecompositions([job], cpu, None, settle=True)
+        assert error(total.double() / rows, values.double(), vectors.double()) < FP32_ERROR
+        found.append(vectors.double())
+    zeros = slice(0, n - rank)
+    apart = (found[0][:, zeros] - found[1][:, zeros]).abs().max()
+    assert apart < (1e-10 if dtype == torch.float64 and n < FP32_FROM else 2e-3)

@@ -76,7 +76,10 @@ def inputs(folder: Path) -> dict[Path, object]:
     tokenizer = speaking(CHATML)
     return {
         folder / name: (
-            lambda path=folder / name: [r["text"] for r in read(path, split="paragraph")]
+            lambda path=folder / name: [
+                r["text"]
+                for r in read(path, split="paragraph" if path.suffix == ".txt" else "file")
+            ]
         )
         for name in names
     } | {folder / "f.jsonl": lambda: list(tokenize(read(folder / "f.jsonl"), tokenizer, 256))}

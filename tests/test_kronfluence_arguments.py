@@ -270,3 +270,28 @@ def test_files_are_those_of_kronfluence(tmp_path: Path) -> None:
         written.append(files(one.folder))
     assert len(written[0]) > 40
     assert written[1] == written[0]
+
+
+class Faint(SumLoss):
+    """Gradients whose eigenvalues are about 1e-12."""
+
+    def compute_train_loss(self, batch, model, sample=False):
+        return 1e-6 * super().compute_train_loss(batch, model, sample)
+
+
+@pytest.mark.parametrize("strategy", ["ekfac", "kfac", "diagonal"])
+def test_the_default_damping_follows_small_eigenvalues(strategy: str, tmp_path: Path) -> None:
+    pair = Pair(
+        Sequence((6, 5, 4), (True, False), inplace=False).double(),
+        Faint(),
+        examples(9, (3, 6), (3, 4), torch.float64),
+        examples(3, (3, 6), (3, 4), torch.float64),
+        tmp_path,
+        FactorArguments(strategy, **dict.fromkeys(FACTOR_DTYPES, torch.float64)),
+    )
+    pair.fit(False, "stock")
+    dtypes = dict.fromkeys(SCORE_DTYPES, torch.float64)
+    args = ScoreArguments(damping_factor=None, compute_per_module_scores=True, **dtypes)
+    expected = pair.pairwise(False, "stock", args, "one")
+    found = pair.pairwise(True, "stock", args, "one")
+    assert_close(found, expected, 1e-10)

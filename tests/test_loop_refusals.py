@@ -106,3 +106,15 @@ def test_arguments_that_cannot_be_right_are_refused(world):
         capture(model) as found,
     ):
         found.take_scores()
+
+
+def test_a_first_batch_without_labels_ends_no_loop(world):
+    model, queries, _ = world
+    b = batch(DATA)
+    silent = b | {"labels": torch.full_like(b["labels"], -100)}
+    with capture(model, queries=queries) as found:
+        for each in (silent, b):
+            model(**each, num_items_in_batch=torch.tensor(40)).loss.backward()
+            (one,) = found.take_scores()
+            assert bool(one.scores.any()) == (each is b)
+    model.zero_grad()

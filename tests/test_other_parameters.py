@@ -140,7 +140,7 @@ def check(model, names, folder, *, data=None, queries=None, alone=text, task=Non
         )
         lam = lam.square().mean(0)
         close(f[n].lam, lam, tolerance)
-        damped = lam + (0.1 * lam.mean()).clamp(min=1e-8)
+        damped = lam + (0.1 * lam.mean()).clamp(min=1e-16)
         close(prepared.preconditioned(n), Qg @ (P / damped) @ Qa.T, tolerance)
         scores += torch.einsum("qoj,boj->qb", P / damped, G)
         own += (G.square() / damped).sum((1, 2))

@@ -91,3 +91,15 @@ def test_refusals():
         responses(model, asked(1), data, [0], damping=1e-6, steps=1)
     with pytest.raises(ArgumentError, match="Bare does not tell its outputs"):
         responses(model, asked(), data, [0], damping=0.1, task=Bare())
+
+
+class Smooth(LanguageModelTask):
+    """A loss of its own, of which the outputs are not told."""
+
+    def compute_train_loss(self, batch, model, sample=False):
+        return 0.1 * super().compute_train_loss(batch, model, sample)
+
+
+def test_a_loss_of_its_own_is_not_taken_for_cross_entropy():
+    with pytest.raises(ArgumentError, match="Smooth does not tell its outputs"):
+        responses(gpt2(), asked(), corpus(), [0], damping=0.1, task=Smooth())

@@ -21,6 +21,11 @@ from ekfac_fast.model.spread import device_of, is_spread, let_go, offloaded
 from ekfac_fast.model.weights import check_weights, resident_bytes
 from ekfac_fast.stages.attribution import unattributable
 from ekfac_fast.stages.run import Run
+from ekfac_fast.validation import tail_patch
+from ekfac_fast.validation.baselines import representation
+from ekfac_fast.validation.measure import measurements
+from ekfac_fast.validation.one_step import step_check
+from ekfac_fast.validation.pbrf import responses
 
 CPU = torch.device("cpu")
 # The embedding of GPT-2 is its head's weight too, here in two places.
@@ -143,6 +148,26 @@ def test_what_is_refused(tmp_path):
     fit(experts, corpus(4), out=tmp_path / "attention", layers="*q_proj")
     with pytest.raises(ArgumentError, match=r"weight .*embed_tokens.weight is on the meta device"):
         check_weights(llama().to("meta"))
+
+
+def test_weights_that_come_for_a_pass_are_measured_and_not_moved(tmp_path):
+    model, data = divided(llama, tmp_path / "w"), corpus(4)
+    factors = fit(model, data, out=tmp_path / "f")
+    queries = prepare_queries(model, factors, asked())
+    scores = score(model, queries, data, out=tmp_path / "s")
+    torch.testing.assert_close(measurements(model, asked()), measurements(llama().eval(), asked()))
+    assert representation(model, asked(), data).shape == (len(asked()), 4)
+    with (
+        pytest.raises(ArgumentError, match=r"apply changes weights .* are offloaded"),
+        queries.apply(model, -1e-3),
+    ):
+        pass
+    with pytest.raises(ArgumentError, match=r"a step changes weights .* are offloaded"):
+        step_check(model, queries, scores, data)
+    with pytest.raises(ArgumentError, match=r"a step changes weights .* are offloaded"):
+        tail_patch(model, asked(), data, {"ours": scores}, k=1)
+    with pytest.raises(ArgumentError, match=r"a response changes weights .* are offloaded"):
+        responses(model, asked(), data, [0], damping=0.1)
 
 
 def test_where_a_module_computes(tmp_path):

@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ekfac_fast import LanguageModelTask, fit, prepare_queries, score
-from ekfac_fast.data.batches import Batches, collate
+from ekfac_fast.data.batches import Batches
+from ekfac_fast.data.collate import collate
 from ekfac_fast.data.examples import example
 from ekfac_fast.errors import ArgumentError, DataError, ModelError, Notice
 from ekfac_fast.stages.run import Run

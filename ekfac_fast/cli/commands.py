@@ -155,7 +155,7 @@ def score(
     damping: Damping = None,
     refine: Refine = None,
     refine_examples: RefineExamples = None,
-    refine_seed: RefineSeed = 0,
+    refine_seed: RefineSeed = None,
     top_k: Annotated[int | None, typer.Option(help="keep so many a query, no matrix")] = None,
     candidates: Annotated[str | None, typer.Option(help="tfidf:COUNT scans only those")] = None,
     train_size: Annotated[
@@ -171,15 +171,17 @@ def score(
         str | None,
         typer.Option("--set", help="column of the queries: those alike in it are one query"),
     ] = None,
-    reduce: Annotated[
-        Reduce, typer.Option(help="of the measurements in a set: their sum or mean")
-    ] = "sum",
+    reduce: Annotated[Reduce | None, typer.Option(help="of a set: sum (default) or mean")] = None,
     detail: Annotated[
         bool, typer.Option(help="a second pass over the top sequences: layers and tokens")
     ] = True,
     attribution: Annotated[
-        bool, typer.Option(help="and output and input tokens of each, a derivative more")
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--attribution/--no-attribution",
+            help="and output and input tokens of each, a derivative more",
+        ),
+    ] = None,
     context: Context = None,
     split: SplitBy = "file",
     on_long: TooLong = "chunk",
@@ -199,18 +201,25 @@ def score(
     from . import runs, tasks
     from .loaded import loaded
 
+    for name, needless in (
+        ("--reduce is for --set", reduce is not None and sets is None),
+        ("--refine-seed is for --refine", refine_seed is not None and refine is None),
+        ("--attribution is a part of --detail", attribution and not detail),
+    ):
+        if needless:
+            raise ArgumentError(name)
     asked = tasks.fitted(task, factors, runs.RUN, measure=measure, reference=reference)
     source, cutting, corpus = loaded(
         model, adapter, data, context, split, on_long, packed, fields, chat_template, dtype,
         trust_remote_code, shard, device_map, asked, [factors, out],
     )  # fmt: skip
-    questions = tasks.Questions(queries, sets, reduce, trust_remote_code)
+    questions = tasks.Questions(queries, sets, reduce or "sum", trust_remote_code)
     runs.score_job(
         source, Factors(factors), questions, corpus, cutting, out, console, asked,
         rank=rank or None, damping=damping, refine=refine, refine_examples=refine_examples,
-        refine_seed=refine_seed, top_k=top_k, candidates=candidates, train_size=train_size,
+        refine_seed=refine_seed or 0, top_k=top_k, candidates=candidates, train_size=train_size,
         query_shards=query_shards, batch_tokens=batch_tokens, memory=memory, detail=detail,
-        attribution=detail and attribution,
+        attribution=detail and attribution is not False,
     )  # fmt: skip
     runs.print_top(console, out, corpus, source.tokenizer)
 

@@ -1,5 +1,6 @@
 """What a command is given: a model and its tokenizer, text cut into sequences."""
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from ..data.pairs import Pairs, read_pairs
 from ..data.records import read
 from ..data.token_files import are_tokens, open_tokens
 from ..data.tokens import tokenize
-from ..errors import ArgumentError, Error
+from ..errors import ArgumentError, Error, Notice
 from ..extras import optional
 from ..model.weights import usual_device
 from ..stages.references import Referenced, referenced
@@ -77,6 +78,8 @@ class Source:
         if wanted is not None:
             whole("context", wanted, 2)
         limit = positions(self.model)
+        if wanted and limit and wanted > limit:
+            warnings.warn(f"context is {wanted}: the model has {limit} positions", Notice, 2)
         return min(wanted or CONTEXT, limit) if limit else wanted or CONTEXT
 
 

@@ -67,7 +67,7 @@ Refine = Annotated[str | None, typer.Option(help="queries further: cg:10, lissa:
 RefineExamples = Annotated[
     int | None, typer.Option(help="of the corpus, for --refine; default 256")
 ]
-RefineSeed = Annotated[int, typer.Option(help="of their choice")]
+RefineSeed = Annotated[int | None, typer.Option(help="of their choice; default 0")]
 Task = Annotated[
     Kind | None,
     typer.Option(help="what the model does; default language-model, or as was fitted"),

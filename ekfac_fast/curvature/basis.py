@@ -16,17 +16,18 @@ from ..ops.shapes import Shape, wide
 from .blocks import BlockDiagonal, Matrix, blocks_in, rotate
 from .lookups import Lookups, are_ids
 
-# A tenth of the mean eigenvalue: the damping of the paper and of kronfluence. A layer whose
-# gradient is always zero takes part as zero, whatever divides it.
-HEURISTIC_DAMPING, ANY_DAMPING = 0.1, 1.0
+# A tenth of the mean eigenvalue: the damping of the paper and of kronfluence. Its least value is
+# far below that of any gradient and far above the square of what rounding leaves of one that is
+# zero: a layer of such takes part as zero.
+HEURISTIC_DAMPING, LEAST_DAMPING = 0.1, 1e-16
 # Share of a GPU's memory that bases leave to the model, activations, queries and scores.
 RESERVED_SHARE = 0.5
 Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 def heuristic_damping(lam: Tensor) -> float:
-    """A tenth of the mean eigenvalue, where that is not 0."""
-    return HEURISTIC_DAMPING * lam.double().mean().item() or ANY_DAMPING
+    """A tenth of the mean eigenvalue, at least `LEAST_DAMPING`."""
+    return max(HEURISTIC_DAMPING * lam.double().mean().item(), LEAST_DAMPING)
 
 
 @dataclass(frozen=True)

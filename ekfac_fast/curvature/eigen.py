@@ -28,6 +28,8 @@ FP32_FROM = 512
 FP32_ERROR, PROBES = 1e-4, 8
 # A matrix of so many times as many columns as rows went into it is decomposed in their span.
 WIDE, OVERSAMPLING = 4, 8
+# Eigenvalues so many times those that are 0, or the largest one's rounding, are 0, too.
+NOISE = 8
 
 Solved = tuple[Tensor, Tensor]
 Solve = Callable[[Tensor, int], Solved]
@@ -95,7 +97,10 @@ def largest_first(jobs: Sequence[Job]) -> list[int]:
 
 
 def eigendecompositions(
-    jobs: Sequence[Job], device: torch.device, dtype: torch.dtype | None = torch.float64
+    jobs: Sequence[Job],
+    device: torch.device,
+    dtype: torch.dtype | None = torch.float64,
+    settle: bool = False,
 ) -> Iterator[Solved]:
     """(eigenvalues [J] ascending, eigenvectors [J,J] in columns) of every job, in their order.
 
@@ -105,12 +110,14 @@ def eigendecompositions(
     Args:
         dtype: of the computation; None for whichever is fast and good enough, see
             `cheap_eigendecomposition`.
+        settle: eigenvectors as `settled`.
     """
     if not jobs:
         return
     each = _one_by_one if device.type == "cpu" else _in_batches
     how = (lambda x, _: eigendecomposition(x)) if dtype else cheap_eigendecomposition
-    yield from each(jobs, device, dtype or torch.float64, how)
+    for job, solved in zip(jobs, each(jobs, device, dtype or torch.float64, how), strict=True):
+        yield _stored(job, settled(*solved, int(job.count), job.sum.dtype) if settle else solved)
 
 
 def eigendecomposition(matrix: Tensor) -> Solved:
@@ -163,6 +170,26 @@ def in_span(matrix: Tensor, rank: int) -> Solved:
     return torch.cat([zeros, values], -1), torch.cat([rest, span @ turned], -1)
 
 
+def settled(values: Tensor, vectors: Tensor, rows: int, dtype: torch.dtype) -> Solved:
+    """An eigendecomposition [n] of a sum over `rows` rows made in `dtype`, its eigenvectors to 0
+    chosen by the span of the others alone.
+
+    Any basis is one there, and rounding chooses. But later gradients have parts in that space, too:
+    without this the order of a sum would show in scores. How large 0 is, is seen of the n - rows
+    that are, where rows are fewer.
+    """
+    n = len(values)
+    known = float(values[: n - rows].abs().max()) if rows < n else 0.0
+    floor = NOISE * max(known, torch.finfo(dtype).eps * float(values[-1]))
+    zeros = int((values <= floor).sum())
+    if zeros < 2:
+        return values, vectors  # up to a sign there is one
+    span = vectors[:, zeros:]
+    drawn = span @ (span.mT @ _random(n, n - zeros, span).to(span.dtype))
+    rest = torch.linalg.qr(drawn, mode="complete").Q[:, n - zeros :]
+    return values, torch.cat([rest, span], 1)
+
+
 def are_few(rows: int, n: int) -> bool:
     """Whether a matrix [n,n] is decomposed in the span of so many rows."""
     return n >= FP32_FROM and WIDE * rows <= n
@@ -213,7 +240,7 @@ def _one_by_one(
     most = _room(max(len(job.sum) for job in jobs), device, dtype)
 
     def solved(job: Job) -> Solved:
-        return _stored(job, solve(job.mean(device, dtype), int(job.count)))
+        return solve(job.mean(device, dtype), int(job.count))
 
     yield from spread(solved, jobs, most=most)
 
@@ -235,4 +262,4 @@ def _in_batches(
             except torch.OutOfMemoryError:
                 torch.cuda.empty_cache()
                 solved = (solve(x, rows) for x in stack)
-            yield from map(_stored, some, solved)
+            yield from solved

@@ -10,11 +10,10 @@ import re
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
-from itertools import groupby
 from typing import Any
 
 from ..errors import ArgumentError, DataError
-from .encoding import encoded
+from .encoding import Encoded, encoded
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -79,25 +78,24 @@ def _by_template(
 ) -> array:
     """What stands between `{% generation %}` and `{% endgeneration %}`."""
 
-    def marked(count: int) -> tuple[list[int], list[tuple[int, int]]]:
-        found = tokenizer.apply_chat_template(
-            messages[:count], tools=record.get("tools"), return_dict=True,
-            return_assistant_tokens_mask=True,
-        )  # fmt: skip
-        at, spans = 0, []
-        for said, run in groupby(found["assistant_masks"]):
-            start, at = at, at + len(list(run))
-            if said:
-                spans.append((start, at))
-        return found["input_ids"], spans
+    from transformers.utils.chat_template_utils import render_jinja_template
 
-    ids, spans = marked(len(messages))
+    template = tokenizer.get_chat_template(tools=record.get("tools"))
+
+    def marked(count: int) -> tuple[str, list[tuple[int, int]]]:
+        (text,), (spans,) = render_jinja_template(
+            [messages[:count]], tools=record.get("tools"), chat_template=template,
+            return_assistant_tokens_mask=True, **tokenizer.special_tokens_map,
+        )  # fmt: skip
+        return text, spans
+
+    text, spans = marked(len(messages))
     if asked != answers:
         # What is marked of the turns before is the prompt's: by its place, or, where a template
         # renders them otherwise when others follow, by its number.
-        before, prompts = marked(asked[0]) if asked and asked[0] else ([], [])
-        if ids[: len(before)] == before:
-            spans = [span for span in spans if span[0] >= len(before)]
+        before, prompts = marked(asked[0]) if asked and asked[0] else ("", [])
+        if text.startswith(before):
+            spans = [span for span in spans if asked and span[0] >= len(before)]
         else:
             spans = spans[len(prompts) :]
         if asked and not spans:
@@ -105,7 +103,12 @@ def _by_template(
                 f"{record['source']}: the chat template marks nothing of turn {asked[-1] + 1} as "
                 "what the assistant says"
             )
-    return _labelled(tokenizer, ids, spans)
+    (one,) = encoded(tokenizer, [text], ends=True)
+    # What is white space at its end may stand in no token.
+    ends = [start + len(text[start:stop].rstrip()) for start, stop in spans]
+    return _labelled(
+        tokenizer, text, one, [(*span, x) for span, x in zip(spans, ends, strict=True)]
+    )
 
 
 def _by_prefix(
@@ -154,25 +157,31 @@ def _by_prefix(
                 "known; give a template with {% generation %} and {% endgeneration %} around what "
                 "the assistant says"
             )
-        # A line end after the turn is the template's; a token that reaches over it is the turn's.
+        # A line end after the turn is the template's.
         if start < stop:
-            last = max(bisect_right(one.ends, stop), bisect_left(one.ends, stop) + 1)
-            spans.append((bisect_right(one.ends, start), last))
-    return _labelled(tokenizer, one.ids, spans)
+            spans.append((start, stop, stop))
+    return _labelled(tokenizer, text, one, spans)
 
 
-def _labelled(tokenizer: Any, ids: Sequence[int], spans: Iterable[tuple[int, int]]) -> array:
-    """Ids within the spans as they are, others ~id.
+def _labelled(
+    tokenizer: Any, text: str, one: Encoded, spans: Iterable[tuple[int, int, int]]
+) -> array:
+    """Ids of tokens within the spans as they are, others ~id. A span: from where, to where, and
+    where its last character that is no white space ends; a token that reaches over that is within.
 
-    A special token that takes the white space after it along (Phi-3's `<|assistant|>`) begins
-    before the answer, and has no label.
+    A special token that takes the white space after it along (Phi-3's `<|assistant|>`) may begin
+    before the answer, and has no label then.
     """
     added = _added(tokenizer)
-    marked = array("i", (~i for i in ids))
-    for start, stop in spans:
-        first = added.get(ids[start]) if start < len(ids) else None
-        start += first is not None and bool(first.special and first.rstrip)
-        marked[start:stop] = array("i", ids[start:stop])
+    marked = array("i", (~i for i in one.ids))
+    for start, stop, end in spans:
+        first, last = bisect_right(one.ends, start), bisect_right(one.ends, stop)
+        if start < end:
+            last = max(last, bisect_left(one.ends, end) + 1)
+        token = added.get(one.ids[first]) if first < len(one.ids) else None
+        if token is not None and token.special and token.rstrip:
+            first += bool(text[one.ends[first - 1] if first else 0 : start].strip())
+        marked[first:last] = array("i", one.ids[first:last])
     return marked
 
 

@@ -26,7 +26,7 @@ from torch.utils.data import ConcatDataset, Dataset
 
 from ..checks import choice, listed, require
 from ..checks import path as argument_path
-from ..errors import DataError, Notice
+from ..errors import ArgumentError, DataError, Notice
 from ..extras import optional
 from .arrow import mapped_table, saved_files
 from .choices import Split
@@ -245,6 +245,11 @@ class Records(ConcatDataset):
         records: Any = self.datasets[part]
         return records.source(index - before)
 
+    @property
+    def has_text(self) -> bool:
+        """Whether a file is plain text."""
+        return any(isinstance(x, Lines) and not x.json_lines for x in self.datasets)
+
 
 def read(
     path: str | Path,
@@ -261,11 +266,15 @@ def read(
     a .txt file is. The others hold `text`, `messages`, or `prompt` and `completion`, under these
     names or as `fields` maps them (`Columns`): {"text": "body"}, {"prompt": "question",
     "completion": "answer"}, {"user": "instruction+input", "assistant": "output"}. `keep`: further
-    fields of every record, for `Tokens.column`. Raises DataError.
+    fields of every record, for `Tokens.column`. Raises DataError; ArgumentError for a `split` where
+    no file is a .txt.
     """
     named = isinstance(keep, list | tuple) and all(isinstance(x, str) and x for x in keep)
     require(named, "keep", keep, "a list of names")
-    return read_columns(path, split, Columns(fields, keep=tuple(keep)))
+    found = read_columns(path, split, Columns(fields, keep=tuple(keep)))
+    if split != "file" and not found.has_text:
+        raise ArgumentError(f"split is {split!r}: {path} holds no .txt, whose records it makes")
+    return found
 
 
 def read_columns(path: str | Path, split: Split, columns: Columns) -> Records:

@@ -20,7 +20,7 @@ from kronfluence.utils.constants import (
 )
 from torch import Tensor
 
-from ..curvature.basis import Basis, heuristic_damping
+from ..curvature.basis import HEURISTIC_DAMPING, LEAST_DAMPING, Basis
 from ..errors import NotFiniteError
 from ..ops.shapes import wide
 
@@ -49,7 +49,9 @@ def damped_eigenvalues(
             "the eigenvalues contain NaN or infinity: the loss overflowed when the factors were "
             "fitted, or no example was counted. Fit them again, in a wider dtype"
         )
-    return lam + (heuristic_damping(lam) if damping is None else damping)
+    # kronfluence's has no least value; where all are 0 it divides 0 by 0.
+    own = HEURISTIC_DAMPING * float(lam.mean()) or LEAST_DAMPING
+    return lam + (own if damping is None else damping)
 
 
 def build(

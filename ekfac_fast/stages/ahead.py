@@ -5,7 +5,8 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Any
 
-from ..data.batches import Batches, moved
+from ..data.batches import Batches
+from ..data.collate import moved
 
 
 class Ahead:

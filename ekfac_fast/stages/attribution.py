@@ -78,10 +78,10 @@ def attribute_tokens(
         ModelError: the model cannot be differentiated twice.
     """
     run = Run(model, dataset, {**arguments, "autocast": None}, processes=Processes.here())
-    queries.check_run(run.facts(), "attribute_tokens")
     layers = [x.layer for x in queries.layers]
     if (reason := unattributable(run, layers)) is not None:
         raise ArgumentError(f"attribute_tokens: {reason}")
+    queries.check_run(run.facts(), "attribute_tokens")
     require(isinstance(pairs, Sequence), "pairs", pairs, "a list of (query, index)")
     wanted: dict[int, list[int]] = {}
     for pair in pairs:

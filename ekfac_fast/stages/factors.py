@@ -161,7 +161,7 @@ class LayerFactors:
                 )
 
     def damping(self, absolute: float | None = None) -> float:
-        """`absolute`, or a tenth of the mean eigenvalue."""
+        """`absolute`, or a tenth of the mean eigenvalue, at least 1e-16."""
         return heuristic_damping(self.lam) if absolute is None else absolute
 
     def copied_bytes(self, dtype: torch.dtype) -> int:

@@ -336,7 +336,8 @@ class _Fit:
         order = [order[at] for at in dealt(costs, self.processes.size)[self.processes.rank]]
         dtype = accumulator(self.passes.model)
         precision = torch.float64 if dtype == torch.float64 else None
-        solved = eigendecompositions([jobs[i] for i in order], self.passes.device, precision)
+        mine = [jobs[i] for i in order]
+        solved = eigendecompositions(mine, self.passes.device, precision, settle=True)
         count = self.processes.counter("matrices")
         stored = torch.bfloat16 if "eigenvectors" in self.store.facts else dtype
         with self.passes.timed(Stage.EIGENDECOMPOSITION):

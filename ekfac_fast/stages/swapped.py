@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..data.batches import collate
+from ..data.collate import collate
 from ..data.examples import IGNORED
 
 if TYPE_CHECKING:
