@@ -340,10 +340,14 @@ void dense_scores(at::Tensor& s, const at::Tensor& P, const at::Tensor& g, const
       check("dense_scores", "s[Q,B]|[Q,B,T] P[Q,O,J] g[B,T,O] a[B,T,I]", {s, P, g, a}, bias);
   if (s.numel() == 0 || P.numel() == 0) return;
   if (s.dim() == 3) return token_scores(s, P, g, a, bias, size);
+  // Gradients that stay in the caches are one product of the library, where that is the fastest.
+  if (library_is_fastest(g.scalar_type()) && P.stride(2) == 1 && P.stride(1) == size.J &&
+      4 * size.B * size.O * size.J <= kLibraryBytes) {
+    s.addmm_(P.flatten(1), unrotated_gradients(g, a, bias).flatten(1).t());
+    return;
+  }
   // A gradient of one token is an outer product: not made.
-  const bool whole = library_is_fastest(g.scalar_type()) && P.stride(2) == 1 &&
-                     P.stride(1) == size.J && 4 * size.B * size.O * size.J <= kLibraryBytes;
-  if (!whole && size.T == 1 && size.B >= kLanes && size.O * size.J >= kSmall) {
+  if (size.T == 1 && size.B >= kLanes && size.O * size.J >= kSmall) {
     return token_scores(s.unsqueeze(2), P, g, a, bias, size);
   }
   auto run = [&]<class Acc>(Acc) {
@@ -353,10 +357,6 @@ void dense_scores(at::Tensor& s, const at::Tensor& P, const at::Tensor& g, const
         return by_sequence<Acc, Dots<Acc, at::BFloat16>>(s, rows, g, a, bias, size);
       }
       if (library_is_fastest(g.scalar_type())) {
-        if (whole) {
-          s.addmm_(rows.flatten(1), unrotated_gradients(g, a, bias).flatten(1).t());
-          return;
-        }
         return by_sequence<Acc, Library>(s, rows, g, a, bias, size);
       }
       if (product_is_faster(rows, size)) {

@@ -55,6 +55,7 @@ struct Side {
         library((library_multiplies(N, x.size(2), factors.size(2), x.scalar_type()) &&
                  (N <= kFew || x.stride(2) == 1)) ||
                 (x.scalar_type() == at::kFloat && factors.size(2) <= kLanes) ||
+                // Of a few rows and columns ours is the faster even where the library is else.
                 (library_is_fastest(x.scalar_type()) &&
                  (N > 2 * kLanes || N * factors.size(2) > 16 * kTile))),
         A(library ? Panels(lines, false, rows.width) : pack_rows(lines, {.width = rows.width})),
@@ -224,6 +225,7 @@ void low_rank_scores(at::Tensor& s, const at::Tensor& L, const at::Tensor& R, co
       part.K = std::min(kTile, size.K - k);
       const at::Tensor L_q = some(some(L, 0, q, part.Q), 2, k, part.K);
       const at::Tensor R_q = some(some(R, 0, q, part.Q), 1, k, part.K);
+      // Of up to four the library's product is faster as it is than turned round.
       const int64_t least = library_is_fastest(g.scalar_type()) ? 5 : 0;
       const bool few = part.Q * part.K < kLanes && part.Q * part.K >= least &&
                        (g.scalar_type() != at::kHalf || (g.stride(2) == 1 && a.stride(2) == 1));

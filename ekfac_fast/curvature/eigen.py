@@ -6,6 +6,7 @@ C = (sum / count, symmetrised) = Q diag(values) Q^T, values ascending
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -116,8 +117,7 @@ def eigendecompositions(
         return
     each = _one_by_one if device.type == "cpu" else _in_batches
     how = (lambda x, _: eigendecomposition(x)) if dtype else cheap_eigendecomposition
-    for job, solved in zip(jobs, each(jobs, device, dtype or torch.float64, how), strict=True):
-        yield _stored(job, settled(*solved, int(job.count), job.sum.dtype) if settle else solved)
+    yield from each(jobs, device, dtype or torch.float64, how, settle)
 
 
 def eigendecomposition(matrix: Tensor) -> Solved:
@@ -172,7 +172,7 @@ def in_span(matrix: Tensor, rank: int) -> Solved:
 
 def settled(values: Tensor, vectors: Tensor, rows: int, dtype: torch.dtype) -> Solved:
     """An eigendecomposition [n] of a sum over `rows` rows made in `dtype`, its eigenvectors to 0
-    chosen by the span of the others alone.
+    chosen by the span of the others alone, in place.
 
     Any basis is one there, and rounding chooses. But later gradients have parts in that space, too:
     without this the order of a sum would show in scores. How large 0 is, is seen of the n - rows
@@ -186,8 +186,8 @@ def settled(values: Tensor, vectors: Tensor, rows: int, dtype: torch.dtype) -> S
         return values, vectors  # up to a sign there is one
     span = vectors[:, zeros:]
     drawn = span @ (span.mT @ _random(n, n - zeros, span).to(span.dtype))
-    rest = torch.linalg.qr(drawn, mode="complete").Q[:, n - zeros :]
-    return values, torch.cat([rest, span], 1)
+    vectors[:, :zeros] = torch.linalg.qr(drawn, mode="complete").Q[:, n - zeros :]
+    return values, vectors
 
 
 def are_few(rows: int, n: int) -> bool:
@@ -221,10 +221,12 @@ def _random(n: int, count: int, beside: Tensor) -> Tensor:
     return x.to(beside.device)
 
 
-def _stored(job: Job, solved: Solved) -> Solved:
+def _stored(job: Job, solved: Solved, settle: bool) -> Solved:
     """In the memory and dtype that results have; LAPACK's vectors lie column by column, and are
     turned where they were computed.
     """
+    if settle:
+        solved = settled(*solved, int(job.count), job.sum.dtype)
     values, vectors = (x.to(job.sum.dtype).contiguous().cpu() for x in solved)
     return values.clamp(min=0), vectors
 
@@ -235,18 +237,26 @@ def _room(n: int, device: torch.device, dtype: torch.dtype) -> int:
 
 
 def _one_by_one(
-    jobs: Sequence[Job], device: torch.device, dtype: torch.dtype, solve: Solve
+    jobs: Sequence[Job],
+    device: torch.device,
+    dtype: torch.dtype,
+    solve: Solve,
+    settle: bool = False,
 ) -> Iterator[Solved]:
     most = _room(max(len(job.sum) for job in jobs), device, dtype)
 
     def solved(job: Job) -> Solved:
-        return solve(job.mean(device, dtype), int(job.count))
+        return _stored(job, solve(job.mean(device, dtype), int(job.count)), settle)
 
     yield from spread(solved, jobs, most=most)
 
 
 def _in_batches(
-    jobs: Sequence[Job], device: torch.device, dtype: torch.dtype, solve: Solve
+    jobs: Sequence[Job],
+    device: torch.device,
+    dtype: torch.dtype,
+    solve: Solve,
+    settle: bool = False,
 ) -> Iterator[Solved]:
     """Small ones of equal sizes in one call, as many as fit; else one by one."""
     for n, equals in itertools.groupby(jobs, key=lambda job: len(job.sum)):
@@ -262,4 +272,4 @@ def _in_batches(
             except torch.OutOfMemoryError:
                 torch.cuda.empty_cache()
                 solved = (solve(x, rows) for x in stack)
-            yield from solved
+            yield from map(partial(_stored, settle=settle), some, solved)
