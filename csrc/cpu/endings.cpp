@@ -46,29 +46,29 @@
     for (int64_t i = 0; i < n; i++) y[i] += u[i] * (v[i] + bias);                    \
   }
 
-// A sum of terms in `load(x + k)`: two vectors of lanes run through any number of stretches of k,
+// A sum of terms in `load(x + k)`: four vectors of lanes run through any number of stretches of k,
 // then they are added up with what was left of each.
 #define LANES(T)                                                           \
   typedef T V __attribute__((vector_size(BYTES), aligned(sizeof(T))));     \
   constexpr int64_t W = BYTES / sizeof(T);                                 \
   auto vector = [](const T* x) { return *reinterpret_cast<const V*>(x); }; \
   auto one = [](const T* x) { return *x; };                                \
-  V lanes = {}, others = {};                                               \
+  V lanes[4] = {};                                                         \
   T sum = 0, half[W / 2];
 
 #define STRETCH(begin, end, term)            \
   {                                          \
     int64_t at = begin;                      \
     const auto load = vector;                \
-    for (; at + 2 * W <= end; at += 2 * W) { \
-      int64_t k = at;                        \
-      lanes += term;                         \
-      k += W;                                \
-      others += term;                        \
+    for (; at + 4 * W <= end; at += 4 * W) { \
+      for (int lane = 0; lane < 4; lane++) { \
+        const int64_t k = at + lane * W;     \
+        lanes[lane] += term;                 \
+      }                                      \
     }                                        \
     for (; at + W <= end; at += W) {         \
       const int64_t k = at;                  \
-      lanes += term;                         \
+      lanes[0] += term;                      \
     }                                        \
     for (; at < end; at++) {                 \
       const int64_t k = at;                  \
@@ -77,9 +77,9 @@
     }                                        \
   }
 
-#define TOTAL                                                            \
-  lanes += others;                                                       \
-  for (int l = 0; l < W / 2; l++) half[l] = lanes[l] + lanes[l + W / 2]; \
+#define TOTAL                                                        \
+  const V all = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);       \
+  for (int l = 0; l < W / 2; l++) half[l] = all[l] + all[l + W / 2]; \
   for (int l = 0; l < W / 2; l++) sum += half[l];
 
 #define REDUCTION(T, name, parameters, term) \
