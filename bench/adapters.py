@@ -1,6 +1,6 @@
 """What a fit and a scan of a LoRA cost, beside the model's forward and backward passes alone.
 
-    python bench/adapters.py [--conversations 200] [--queries 8] [--turns 3]
+    python bench/adapters.py [--conversations 200] [--queries 8] [--turns 3] [--on "q, v"]
 
 SmolLM2-135M under a LoRA of rank 16, on the attention's queries and values (peft's default) and on
 all linear layers. The passes alone are those of training, adapters' gradients included: the
@@ -74,8 +74,9 @@ def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in (("conversations", 200), ("queries", 8), ("turns", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--on", nargs="+", choices=TARGETS, default=[*TARGETS])
     chosen = parser.parse_args(words)
-    rows = [measured(name, chosen.conversations, chosen.queries, chosen.turns) for name in TARGETS]
+    rows = [measured(x, chosen.conversations, chosen.queries, chosen.turns) for x in chosen.on]
     head = ["LoRA on", "passes alone", "fit, queries and scan", "over the passes", "by stage"]
     print(table(head, rows))
 
