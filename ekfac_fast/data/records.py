@@ -162,16 +162,39 @@ def _read(path: Path) -> bytes:
         return file.read()
 
 
-class Rows(Dataset):
-    """The rows of a parquet file; one row group is held at a time."""
+class Table(Dataset):
+    """A file of rows, of which columns are read."""
 
     def __init__(self, path: Path, columns: Columns) -> None:
         self.path, self.columns = path, columns
+
+    def among(self, names: Sequence[str]) -> list[str]:
+        """Which of a file's columns are read."""
+        asked = self.columns.among(names, str(self.path)).values()
+        wanted = {*(x for parts in asked for x in parts), *BESIDE, *self.columns.keep}
+        return [name for name in names if name in wanted]
+
+    def source(self, index: int) -> str:
+        """File and row of a record."""
+        return f"{self.path}, row {index + 1}"
+
+    def record(self, table: Any, at: int, index: int) -> dict[str, Any]:
+        """Record `index`, a table's row `at`."""
+        source = self.source(index)
+        try:
+            (row,) = table.slice(at, 1).to_pylist()
+        except ValueError as error:  # not UTF-8, or fewer rows than the file says
+            raise DataError(f"{source}: cannot be read ({error})") from error
+        return self.columns.record(row, source)
+
+
+class Rows(Table):
+    """The rows of a parquet file; one row group is held at a time."""
+
+    def __init__(self, path: Path, columns: Columns) -> None:
+        super().__init__(path, columns)
         with self._file() as file:
-            names = file.schema_arrow.names
-            asked = {x for parts in columns.among(names, str(path)).values() for x in parts}
-            wanted = {*asked, *BESIDE, *columns.keep}
-            self.names = [name for name in names if name in wanted]
+            self.names = self.among(file.schema_arrow.names)
             groups = range(file.num_row_groups)
             sizes = [file.metadata.row_group(group).num_rows for group in groups]
         self.starts = np.cumsum([0, *sizes])
@@ -189,50 +212,29 @@ class Rows(Dataset):
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def source(self, index: int) -> str:
-        """File and row of a record."""
-        return f"{self.path}, row {index + 1}"
-
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = range(len(self))[index]
         group = int(np.searchsorted(self.starts, index, side="right")) - 1
         if self.held[0] != group:
             with self._file() as file:
                 self.held = (group, file.read_row_group(group, columns=self.names))
-        source = self.source(index)
-        try:
-            (row,) = self.held[1].slice(index - int(self.starts[group]), 1).to_pylist()
-        except ValueError as error:  # not UTF-8, or fewer rows than the file says
-            raise DataError(f"{source}: cannot be read ({error})") from error
-        return self.columns.record(row, source)
+        return self.record(self.held[1], index - int(self.starts[group]), index)
 
 
-class Cells(Dataset):
+class Cells(Table):
     """The rows of an arrow file, memory-mapped."""
 
     def __init__(self, path: Path, columns: Columns) -> None:
-        self.path, self.columns = path, columns
+        super().__init__(path, columns)
         table = mapped_table(path)
-        names = table.column_names
-        asked = {x for parts in columns.among(names, str(path)).values() for x in parts}
-        wanted = {*asked, *BESIDE, *columns.keep}
-        self.table = table.select([name for name in names if name in wanted])
+        self.table = table.select(self.among(table.column_names))
 
     def __len__(self) -> int:
         return len(self.table)
 
-    def source(self, index: int) -> str:
-        """File and row of a record."""
-        return f"{self.path}, row {index + 1}"
-
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = range(len(self))[index]
-        source = self.source(index)
-        try:
-            (row,) = self.table.slice(index, 1).to_pylist()
-        except ValueError as error:  # not UTF-8
-            raise DataError(f"{source}: cannot be read ({error})") from error
-        return self.columns.record(row, source)
+        return self.record(self.table, index, index)
 
 
 class Records(ConcatDataset):
