@@ -9,6 +9,7 @@ from test_model_families import check, made
 
 from ekfac_fast import LanguageModelTask, fit, prepare_queries, score
 from ekfac_fast.errors import ArgumentError, ModelError, Notice
+from ekfac_fast.model.identity import model_fingerprint
 from ekfac_fast.model.kinds import read
 from ekfac_fast.model.layers import select_layers
 from ekfac_fast.model.linearised import Linearised
@@ -198,6 +199,15 @@ def test_merged_vectors_of_ia3_are_refused(tmp_path):
     model.merge_adapter()
     with pytest.raises(ModelError, match=r"ia3_l\.default .*does not multiply by it \(merged"):
         fit(model, corpus(4), out=tmp_path / "f")
+
+
+def test_a_pass_that_puts_parameters_in_anew_changes_no_model():
+    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["mlp.experts.gate_up_proj"])
+    model = peft.get_peft_model(made("Mixtral", **MIXTRAL), config).eval()
+    before, order = model_fingerprint(model), [*model.state_dict()]
+    model(input_ids=torch.tensor([[1, 2, 3]]))
+    assert [*model.state_dict()] != order
+    assert model_fingerprint(model) == before
 
 
 def test_an_adapter_of_other_things_has_no_default():

@@ -95,6 +95,14 @@ def test_a_dead_layer_has_a_basis():
     assert error(torch.eye(FP32_FROM).double(), torch.ones(FP32_FROM), vectors.double()) < 1e-6
 
 
+def test_of_a_count_below_the_rank_nothing_is_taken_for_0():
+    """As where a task's mask leaves out rows whose gradients are summed."""
+    C = covariance(60, 40)
+    job = Job(C * 20, torch.tensor(20), "x")
+    ((values, vectors),) = eigendecompositions([job], torch.device("cpu"), settle=True)
+    assert error(C, values, vectors) < 1e-12
+
+
 @pytest.mark.parametrize(
     ("n", "rows", "rank"),
     [(40, 25, 25), (40, 60, 30), (40, 25, 20), (600, 60, 60), (600, 500, 500)],

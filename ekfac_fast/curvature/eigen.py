@@ -176,11 +176,13 @@ def settled(values: Tensor, vectors: Tensor, rows: int, dtype: torch.dtype) -> S
 
     Any basis is one there, and rounding chooses. But later gradients have parts in that space, too:
     without this the order of a sum would show in scores. How large 0 is, is seen of the n - rows
-    that are, where rows are fewer.
+    that are, where rows are fewer; unless they are not (a task's mask may count fewer than are
+    summed).
     """
     n = len(values)
+    rounding = NOISE * torch.finfo(dtype).eps * float(values[-1])
     known = float(values[: n - rows].abs().max()) if rows < n else 0.0
-    floor = NOISE * max(known, torch.finfo(dtype).eps * float(values[-1]))
+    floor = max(rounding, NOISE * known if known <= rounding else 0.0)
     zeros = int((values <= floor).sum())
     if zeros < 2:
         return values, vectors  # up to a sign there is one

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import listed
 from ..errors import ModelError, Notice
 from . import experts, kinds
 from .alone import alone, gradients_on
@@ -131,7 +132,8 @@ class Capture:
         silent -= calls.without_grad
         if silent:
             raise ModelError(
-                f"layer {min(silent)} did not run in the forward pass; leave it out of `layers`"
+                f"layer {listed(sorted(silent))} did not run in the forward pass; leave it out of "
+                "`layers`"
             )
         if not calls.without_grad:
             reads.check({name: len(uses) for name, uses in calls.inputs.items()})

@@ -58,8 +58,9 @@ def share(module: Any, model: nn.Module) -> float:
 
 def parameters(module: nn.Module, name: str) -> list[nn.Parameter]:
     """W of all experts, and their biases if they have some."""
-    held = (getattr(module, x, None) for x in (name, f"{name}_bias"))
-    return [p for p in held if isinstance(p, nn.Parameter)]
+    W, b = (getattr(module, x, None) for x in (name, f"{name}_bias"))
+    # Of a W that is made of others there is a bias alone.
+    return [p for p in (W, b) if isinstance(p, nn.Parameter)] if isinstance(W, nn.Parameter) else []
 
 
 def _by_expert(module: nn.Module) -> bool:

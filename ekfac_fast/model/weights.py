@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Iterator
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -61,11 +62,12 @@ def check_changeable(model: nn.Module, weights: Iterable[Tensor], what: str) -> 
 
 
 def held_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The names and values of `state_dict`; what is offloaded is read, what is sharded gathered,
-    one after the other.
+    """The names and values of `state_dict`, by name: a pass may put a parameter in anew, behind the
+    others (peft's `target_parameters`). What is offloaded is read, what is sharded gathered, one
+    after the other.
     """
     there = offloaded(model)
-    for name, weight in model.state_dict().items():
+    for name, weight in sorted(model.state_dict().items(), key=itemgetter(0)):
         if name in there:
             weights, own = there[name]
             yield name, weights[own]
