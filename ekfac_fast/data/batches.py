@@ -104,7 +104,7 @@ class Batches:
         config = getattr(inner, "config", None)
         own = bool(form.values) or form.labels != "next"
         self.two_sided = mapping and not own and bool(getattr(config, "is_encoder_decoder", False))
-        self.padding = getattr(text_config(inner), "pad_token_id", None) or 0
+        self.padding = pad_token(inner) or 0
         self.language = mapping if own else not self.two_sided and is_text(first)
         found = self._survey(on_long) if self.language else _unsurveyed(dataset, self.size)
         self.lengths, self._fingerprint = found.lengths, found.fingerprint
@@ -287,6 +287,11 @@ def text_config(of: Any) -> Any:
     """
     config: Any = getattr(of, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def pad_token(model: nn.Module) -> int | None:
+    """The token that a model takes for padding, where its configuration says so."""
+    return getattr(text_config(model), "pad_token_id", None)
 
 
 def positions(model: nn.Module) -> int | None:

@@ -105,10 +105,8 @@ def _by_template(
             )
     (one,) = encoded(tokenizer, [text], ends=True)
     # What is white space at its end may stand in no token.
-    ends = [start + len(text[start:stop].rstrip()) for start, stop in spans]
-    return _labelled(
-        tokenizer, text, one, [(*span, x) for span, x in zip(spans, ends, strict=True)]
-    )
+    said = ((start, stop, start + len(text[start:stop].rstrip())) for start, stop in spans)
+    return _labelled(tokenizer, text, one, said)
 
 
 def _by_prefix(

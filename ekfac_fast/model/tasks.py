@@ -259,8 +259,7 @@ def linear_outputs(task: Task, batch: Any, model: nn.Module) -> tuple[Tensor, He
     if callable(outputs) and callable(loss):
         y: Tensor = outputs(batch=batch, model=model)
         return y, partial(_hessian, partial(loss, batch=batch), y.detach())
-    own = LanguageModelTask.compute_train_loss
-    if isinstance(task, LanguageModelTask) and type(task).compute_train_loss is own:
+    if draws_several(task):
         return task.linear_outputs(batch, model)
     raise ArgumentError(
         f"refine: the Hessian of {type(task).__name__}'s loss in the model's outputs is not known. "

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import choice, whole
-from ..data.batches import text_config
+from ..data.batches import pad_token
 from ..data.choices import Measure
 from ..data.forms import REFERENCES, Form
 from ..errors import ModelError
@@ -132,11 +132,6 @@ def form_of(task: Any, model: nn.Module, *, asked: bool = False) -> Form:
     if not isinstance(task, TextTask):
         return Form()
     return task.query_form(model) if asked else task.form(model)
-
-
-def pad_token(model: nn.Module) -> int | None:
-    """The token that a model takes for padding, where its configuration says so."""
-    return getattr(text_config(model), "pad_token_id", None)
 
 
 def padding_form(model: nn.Module, form: Form) -> Form:

@@ -19,7 +19,7 @@ from ..errors import ArgumentError
 from ..model.head import predicting
 from ..model.layer_batch import LayerBatch
 from ..model.layers import Layer
-from ..model.tasks import LanguageModelTask, targets
+from ..model.tasks import LanguageModelTask, draws_several, targets
 from ..model.token_influence import Contracted, TokenPass
 from ..model.weights import lets_go
 from .consumer import Batch, Consumer
@@ -100,11 +100,10 @@ def attribute_tokens(
 
 def unattributable(run: Run, layers: Sequence[Layer]) -> str | None:
     """Why there is no attribution to tokens, or None."""
-    own, task = LanguageModelTask.compute_train_loss, run.task
-    if not isinstance(task, LanguageModelTask) or type(task).compute_train_loss is not own:
+    if not draws_several(run.task):
         return (
-            f"{type(task).__name__} has a loss of its own; what one token's loss is is known of "
-            "LanguageModelTask alone"
+            f"{type(run.task).__name__} has a loss of its own; what one token's loss is is known "
+            "of LanguageModelTask alone"
         )
     if run.autocast is not None:
         return f"derivatives of derivatives are not taken under autocast ({run.autocast})"
