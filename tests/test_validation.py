@@ -123,6 +123,13 @@ def test_the_ceiling_is_what_the_expected_outcome_would_reach():
     assert lds(made, LINEAR).mean == pytest.approx(reliability(made), abs=0.03)
 
 
+def test_no_ceiling_of_a_measurement_that_one_seed_leaves_as_it_is():
+    outcome = np.random.default_rng(0).standard_normal((Q, 2, 12))
+    outcome[1, 1] = 3.0
+    with pytest.raises(DataError, match="query 1 is the same in every retraining"):
+        reliability(Fake(outcome, drawn(N, 12, 0.5)))
+
+
 def test_no_ceiling_without_a_second_seed(made):
     assert reliability(made) is None
 

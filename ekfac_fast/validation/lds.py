@@ -124,12 +124,7 @@ def lds(
             "of fewer is chance. Retrain more subsets"
         )
     outcome = -measured.mean(1).T
-    flat = np.flatnonzero(np.ptp(outcome, axis=1) == 0)
-    if len(flat):
-        raise DataError(
-            f"{bank.folder}: the measurement of query {flat[0]} is the same in every retraining: "
-            "nothing can predict it. Leave the query out"
-        )
+    _check_varies(bank, outcome.T)
     matrix = scores_of(scores, (bank.queries, bank.examples), name, bank.check)
     predicted = matrix @ kept.T.astype(np.float64)
     found = spearman(predicted, outcome)
@@ -138,6 +133,16 @@ def lds(
         [correlations(x, y, counts) for x, y in zip(predicted, outcome, strict=True)], axis=1
     )
     return LDS(name, found, again, S)
+
+
+def _check_varies(bank: RetrainingBank, measured: np.ndarray) -> None:
+    """DataError where a query's measurement in retrainings, measured [S,Q], is always the same."""
+    flat = np.flatnonzero(np.ptp(measured, axis=0) == 0)
+    if len(flat):
+        raise DataError(
+            f"{bank.folder}: the measurement of query {flat[0]} is the same in every retraining: "
+            "nothing can predict it. Leave the query out"
+        )
 
 
 def _interval(found: np.ndarray, again: np.ndarray) -> Interval:
@@ -189,11 +194,16 @@ def reliability(bank: RetrainingBank) -> float | None:
 
     What a method that knew the expected outcome of every subset would reach against this bank's
     own. None with one seed a subset: nothing tells the data's part from the seed's.
+
+    Raises:
+        DataError: a query's measurement is the same in every retraining of a seed.
     """
     _, measured = bank.by_subset
     S, K, _ = measured.shape
     if K < 2 or S < FEWEST:
         return None
+    for k in range(K):
+        _check_varies(bank, measured[:, k])
     pairs = [
         spearman(measured[:, i].T, measured[:, j].T).mean() for i in range(K) for j in range(i)
     ]
