@@ -2,6 +2,8 @@
 smaller batches.
 """
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 from dense_ekfac import asked, corpus, gpt2, llama
@@ -10,8 +12,9 @@ from test_model_families import made
 
 from ekfac_fast import fit, prepare_queries, score, self_scores
 from ekfac_fast.checks import size
-from ekfac_fast.curvature.memory import budget, free_bytes, give_back, taken_bytes
-from ekfac_fast.curvature.offload import Mapped
+from ekfac_fast.curvature import memory
+from ekfac_fast.curvature.memory import budget, free_bytes, give_back, taken_bytes, total_bytes
+from ekfac_fast.curvature.offload import Mapped, fits
 from ekfac_fast.errors import ArgumentError
 from ekfac_fast.model.layers import select_layers
 from ekfac_fast.ops.products import multiplied
@@ -20,6 +23,8 @@ from ekfac_fast.stages import factors as factors_module
 from ekfac_fast.stages import fit as fitting
 from ekfac_fast.stages.budget import fitting_bytes, fitting_tokens, partitions
 from ekfac_fast.stages.plan import plan
+from ekfac_fast.stages.processes import Processes
+from ekfac_fast.stages.run import Run
 from ekfac_fast.store.files import load_tensors
 
 CPU = torch.device("cpu")
@@ -145,6 +150,80 @@ def test_a_budget_bounds_what_is_free():
             assert free_bytes(CPU) == 0
         del held
     assert free_bytes(CPU) > free // 2
+
+
+def test_a_budget_is_of_any_device_or_of_one_kind():
+    free = free_bytes(CPU)
+    with budget(1, "cuda"):
+        assert free_bytes(CPU) > free // 2
+    with budget(1, "cpu"):
+        assert free_bytes(CPU) == 0
+
+
+def test_budgets_of_two_threads_end_in_any_order():
+    """What began first may end first."""
+    taken, (first, second) = taken_bytes(CPU), (ExitStack(), ExitStack())
+    first.enter_context(budget(taken + (64 << 20)))
+    second.enter_context(budget(1))
+    first.close()
+    assert free_bytes(CPU) == 0
+    second.close()
+    assert free_bytes(CPU) > 64 << 20
+
+
+V1_FILES = "memory/", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+V2_FILES = "", "memory.max", "memory.current", "inactive_file"
+
+
+@pytest.mark.parametrize(
+    ("line", "names"), [("3:cpu,memory:/jobs/7", V1_FILES), ("0::/jobs/7", V2_FILES)]
+)
+def test_a_control_group_bounds_what_is_free_and_its_pages_of_files_are(
+    line, names, tmp_path, monkeypatch
+):
+    root, limit, used, inactive = names
+    monkeypatch.setattr(memory, "GROUPS", tmp_path)
+    monkeypatch.setattr(memory, "MEMBERSHIP", tmp_path / "membership")
+    (tmp_path / "membership").write_text(f"5:cpuset:/\n{line}\n")
+    whole = free_bytes(CPU)
+
+    def group(place, bound, taken, pages):
+        folder = tmp_path / root / place
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / limit).write_text(f"{bound}\n")
+        (folder / used).write_text(f"{taken}\n")
+        active = inactive.replace("inactive", "active")
+        (folder / "memory.stat").write_text(f"anon 5\n{inactive} {pages - 1}\n{active} 1\n")
+
+    group("", "max" if names is V2_FILES else 1 << 62, 9 << 30, 0)
+    assert free_bytes(CPU) > whole // 2
+    group("jobs", 1000, 900, 800)
+    assert free_bytes(CPU) == 900
+    group("jobs/7", 500, 500, 300)
+    assert free_bytes(CPU) == 300
+    (tmp_path / "membership").write_text(line.replace("/jobs/7", "/of/the/host/jobs") + "\n")
+    assert free_bytes(CPU) > whole // 2  # not to be seen from inside: the root is
+
+
+@pytest.mark.parametrize(("gpus", "share"), [(8, 1), (4, 2), (3, 3)])
+def test_processes_share_the_machine_and_a_gpu_only_where_they_have_to(gpus, share, monkeypatch):
+    gpu = torch.device("cuda", 0)
+    run = object.__new__(Run)
+    run.memory, run.device, run.processes = None, gpu, Processes(0, 8)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (7200, 8000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 0)
+    free = free_bytes(CPU)
+    with run._own_share():
+        assert free_bytes(gpu) == 7200 // share
+        assert total_bytes(gpu) == (7200 // share if share > 1 else 8000)
+        assert free / 10 < free_bytes(CPU) < free / 7
+    with budget(1000):
+        assert total_bytes(gpu) == 1000
+        assert fits((5, 5), torch.float32, gpu)  # 200 + 100 bytes, of which 500 may be taken
+        assert not fits((10, 10), torch.float32, gpu)
 
 
 def test_a_batch_fits_beside_the_weights(tmp_path):

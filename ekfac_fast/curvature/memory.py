@@ -5,15 +5,23 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
-_budgets: list[int] = []
+# Of what kind of device (None: of any), and bytes; of all threads.
+_budgets: list[tuple[str | None, int]] = []
+# The control groups that this process is in, and where the kernel shows them.
+MEMBERSHIP, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+# Of either version: a group's limit, what it has taken, and what of that are pages of files.
+V1 = "memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")
+V2 = "memory.max", "memory.current", ("inactive_file", "active_file")
 
 
 @contextmanager
-def budget(limit: int | None) -> Iterator[None]:
-    """Count on no more than `limit` bytes a device within; None changes nothing.
+def budget(limit: int | None, kind: str | None = None) -> Iterator[None]:
+    """Count on no more than `limit` bytes a device within, of one kind of device if it is given;
+    None changes nothing.
 
     What this process has taken is part of it, files that are mapped are not: the kernel drops
     their pages where it needs them.
@@ -21,11 +29,11 @@ def budget(limit: int | None) -> Iterator[None]:
     if limit is None:
         yield
         return
-    _budgets.append(limit)
+    _budgets.append((kind, limit))
     try:
         yield
     finally:
-        _budgets.pop()
+        _budgets.remove((kind, limit))
 
 
 def free_bytes(device: torch.device) -> int:
@@ -35,7 +43,17 @@ def free_bytes(device: torch.device) -> int:
         free = torch.cuda.mem_get_info(device)[0] + cached
     else:
         free = _available_bytes()
-    return max(0, min(free, _budgets[-1] - taken_bytes(device))) if _budgets else free
+    left = (limit - taken_bytes(device) for limit in _limits(device))
+    return max(0, min([free, *left]))
+
+
+def total_bytes(device: torch.device) -> int:
+    """Bytes of a GPU, or those of them that may be counted on."""
+    return min([torch.cuda.mem_get_info(device)[1], *_limits(device)])
+
+
+def _limits(device: torch.device) -> list[int]:
+    return [limit for kind, limit in _budgets if kind in (None, device.type)]
 
 
 def taken_bytes(device: torch.device) -> int:
@@ -66,14 +84,27 @@ def _fields(path: str) -> dict[str, int]:
 
 
 def _available_bytes() -> int:
-    """MemAvailable of the kernel, bounded by the control group that we run in."""
+    """MemAvailable of the kernel, bounded by the control groups that we run in."""
     available = _fields("/proc/meminfo").get("MemAvailable")
     if available is None:
         available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    root = "/sys/fs/cgroup/memory"
-    if os.path.exists(f"{root}.max"):
-        with open(f"{root}.max") as limit, open(f"{root}.current") as used:
-            bound = limit.read().strip()
+    return max(0, min([available, *_left_by_groups()]))
+
+
+def _left_by_groups() -> Iterator[int]:
+    """What each group leaves, from our own to the root: pages of files count as free."""
+    lines = MEMBERSHIP.read_text().splitlines() if MEMBERSHIP.exists() else []
+    for _, controllers, place in (line.split(":", 2) for line in lines):
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root, (limit, used, files) = (GROUPS / "memory", V1) if controllers else (GROUPS, V2)
+        # A container may see its own group as the root, and be told where that is outside.
+        group = root / place.lstrip("/")
+        for folder in (group, *group.parents[: len(group.parents) - len(root.parents)]):
+            if not (folder / limit).exists():
+                continue
+            bound = (folder / limit).read_text().strip()
             if bound != "max":
-                available = min(available, int(bound) - int(used.read()))
-    return max(available, 0)
+                words = map(str.split, (folder / "memory.stat").read_text().splitlines())
+                pages = sum(int(size) for name, size in words if name in files)
+                yield int(bound) - int((folder / used).read_text()) + pages

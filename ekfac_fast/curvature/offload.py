@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..ops.shapes import wide
 from .basis import RESERVED_SHARE, Eigenvectors
-from .memory import free_bytes
+from .memory import free_bytes, total_bytes
 
 _last = threading.local()
 E = TypeVar("E", bound=Eigenvectors)
@@ -101,7 +101,7 @@ def fits(
     (O, J), (rows, columns) = sizes, turned or sizes
     vectors = (rows**2 + columns**2) // blocks
     needed = vectors * dtype.itemsize + O * J * wide(dtype).itemsize
-    return free_bytes(device) - needed > RESERVED_SHARE * torch.cuda.mem_get_info(device)[1]
+    return free_bytes(device) - needed > RESERVED_SHARE * total_bytes(device)
 
 
 def placed(basis: E, sizes: tuple[int, int], device: torch.device) -> E | Travelling[E]:

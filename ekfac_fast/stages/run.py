@@ -194,17 +194,28 @@ class Run:
         Raises:
             ProcessError: another process fails meanwhile, or has other facts; names them.
         """
-        processes, limit = self.processes, self.memory
-        if limit is None and processes.beside > 1:
-            limit = taken_bytes(self.device) + free_bytes(self.device) // processes.beside
+        processes = self.processes
         rank = {"process": processes.rank, "processes": processes.size}
-        with processes.together(), budget(limit):
+        with processes.together(), budget(self.memory), self._own_share():
             processes.same(facts, f"{out}")
             with ExitStack() as held:
                 with processes.led():
                     store = held.enter_context(Store.open(out, kind=kind, facts=facts, **rank))
                 yield store
             processes.meet()
+
+    @contextmanager
+    def _own_share(self) -> Iterator[None]:
+        """Of several processes on a machine: of its memory, and of a GPU that they share."""
+        sharing = {torch.device("cpu"): self.processes.beside}
+        if self.device.type == "cuda":
+            sharing[self.device] = -(-self.processes.beside // torch.cuda.device_count())
+        with ExitStack() as held:
+            for place, many in sharing.items():
+                if self.memory is None and many > 1:
+                    own = taken_bytes(place) + free_bytes(place) // many
+                    held.enter_context(budget(own, place.type))
+            yield
 
     def planned(self, store: Store) -> Division:
         """The batches of a folder; the first process divides them."""
