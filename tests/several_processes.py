@@ -20,7 +20,7 @@ from test_experts import MIXTRAL
 from test_model_families import made
 from torch.distributed.fsdp import fully_shard
 
-from ekfac_fast import fit, prepare_queries, score, self_scores
+from ekfac_fast import attribute_tokens, fit, prepare_queries, referenced, score, self_scores
 from ekfac_fast.errors import Error
 from ekfac_fast.stages.processes import Processes
 from ekfac_fast.store import folder
@@ -39,6 +39,39 @@ def transformer_blocks(network: torch.nn.Module) -> torch.nn.ModuleList:
     return next(x for x in network.modules() if isinstance(x, torch.nn.ModuleList))
 
 
+def break_at(network: torch.nn.Module, data: list, index: int) -> None:
+    """Make one example of the data, and no other, NaN."""
+    for place, example in enumerate(data):
+        ids = [VOCABULARY - 2 if i == VOCABULARY - 1 else i for i in example["input_ids"]]
+        example["input_ids"] = [VOCABULARY - 1, *ids] if place == index else ids
+    with torch.no_grad():
+        network.get_input_embeddings().weight[VOCABULARY - 1] = torch.nan
+
+
+def attribution(out: Path) -> None:
+    """Of every example, the last of which is NaN."""
+    network, data = llama(), corpus(6)
+    break_at(network, data, 5)
+    factors = fit(network, data[:5], out=out / "fit")
+    queries = prepare_queries(network, factors, [data[0]])
+    attribute_tokens(network, queries, data, [(0, i) for i in range(6)], batch_tokens=20)
+
+
+def references(out: Path) -> None:
+    """Of pairs, the last of which is NaN."""
+    network, data = llama(), corpus(12)
+    break_at(network, data, 11)
+    pairs = [
+        {
+            "input_ids": torch.tensor(x["input_ids"] + y["input_ids"]),
+            "labels": torch.tensor(x["input_ids"] + y["input_ids"]),
+            "sides": torch.tensor([len(x["input_ids"]), len(y["input_ids"])]),
+        }
+        for x, y in zip(data[::2], data[1::2], strict=True)
+    ]
+    referenced(network, pairs, batch_tokens=60)
+
+
 def job(
     out: Path, model: str, examples: int = 13, batch_tokens: int = 40, **changed: object
 ) -> None:
@@ -50,18 +83,14 @@ def job(
     """
     rank = Processes.here().rank
     network, data, questions = MODELS[model]().eval(), corpus(examples), asked(3)
+    if changed.get("other data") == rank:
+        data = corpus(examples, seed=7)
+    if "broken" in changed:
+        break_at(network, data, changed["broken"])
     if "sharded" in changed:
         for block in transformer_blocks(network):
             fully_shard(block)
         fully_shard(network)
-    if changed.get("other data") == rank:
-        data = corpus(examples, seed=7)
-    if "broken" in changed:
-        for index, example in enumerate(data):
-            ids = [VOCABULARY - 2 if i == VOCABULARY - 1 else i for i in example["input_ids"]]
-            example["input_ids"] = [VOCABULARY - 1, *ids] if index == changed["broken"] else ids
-        with torch.no_grad():
-            network.get_input_embeddings().weight[VOCABULARY - 1] = torch.nan
     settings = {"batch_tokens": batch_tokens}
     sample = {"eigenvalue_examples": changed.get("eigenvalue_examples")}
     factors = fit(network, data, out=out / "fit", **sample, **settings)
@@ -89,6 +118,9 @@ def job(
             prepare_queries(network, factors, questions, refine="cg:2", dataset=data, **settings)
 
 
+JOBS = {"all": job, "attribution": attribution, "references": references}
+
+
 def process(rank: int, size: int, meeting: str, out: str, arguments: dict) -> None:
     """One of `size`; ends with what the exception said in `out`."""
     torch.set_num_threads(1)
@@ -97,7 +129,7 @@ def process(rank: int, size: int, meeting: str, out: str, arguments: dict) -> No
     if size > 1:
         dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=size)
     try:
-        job(Path(out), **arguments)
+        JOBS[arguments.pop("job", "all")](Path(out), **arguments)
         os._exit(0)
     except BaseException as error:
         known = isinstance(error, Error)

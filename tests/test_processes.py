@@ -227,17 +227,39 @@ def test_other_data_is_found_before_the_first_pass(machine):
     assert not (out / "fit").exists()
 
 
-def test_one_that_fails_ends_all_with_its_message(machine):
-    """An example whose loss is NaN is met by one process; the others wait for it elsewhere."""
-    out, start = machine.root / "broken", time.monotonic()
-    assert machine(3, out, model="llama", broken=4) == [1] * 3
+def fails(machine: Machine, out: Path, **arguments) -> str:
+    """What is said by the one that fails, and by all others with its name."""
+    start = time.monotonic()
+    assert machine(3, out, **arguments) == [1] * 3
     assert time.monotonic() - start < 60
     texts = told(out, 3)
     (met,) = [rank for rank, text in enumerate(texts) if text.startswith("NotFiniteError")]
     said = texts[met].removeprefix("NotFiniteError: ")
-    assert "the training loss is nan for examples" in said
     for rank in {*range(3)} - {met}:
         assert texts[rank] == f"ProcessError: process {met} of 3: {said}"
+    return said
+
+
+def test_one_that_fails_ends_all_with_its_message(machine):
+    """An example whose loss is NaN is met by one process; the others wait for it elsewhere."""
+    said = fails(machine, machine.root / "broken", model="llama", broken=4)
+    assert "the training loss is nan for examples" in said
+
+
+@pytest.mark.parametrize("broken", [1, 7, 12])
+def test_one_that_fails_ends_all_of_a_sharded_model(machine, broken):
+    """The others are in the model's own exchange of weights, or wait at the end."""
+    out = machine.root / f"broken shard {broken}"
+    said = fails(machine, out, model="llama", broken=broken, sharded=True)
+    assert "the training loss is nan for examples" in said
+
+
+@pytest.mark.parametrize(
+    ("job", "what"),
+    [("attribution", "for examples 5"), ("references", "example 5: its log-probability")],
+)
+def test_one_that_fails_ends_what_has_no_folder(machine, job, what):
+    assert what in fails(machine, machine.root / job, job=job)
 
 
 def write_inputs(home: Path) -> Path:

@@ -76,6 +76,7 @@ def attribute_tokens(
         ArgumentError: no such query or sequence; the task is not the language models' own; a layer
             stands for several modules.
         ModelError: the model cannot be differentiated twice.
+        ProcessError: another process of the run has failed.
     """
     run = Run(model, dataset, {**arguments, "autocast": None}, processes=Processes.here())
     layers = [x.layer for x in queries.layers]
@@ -89,12 +90,13 @@ def attribute_tokens(
         query = whole("query", pair[0], 0, len(queries) - 1)
         asking = wanted.setdefault(whole("index", pair[1], 0, run.batches.size - 1), [])
         asking += [] if query in asking else [query]
-    consumer = Attributing(run, layers, thin(run, queries), wanted)
-    run.each(
-        Stage.DETAIL, layers, consumer.batches(), consumer, loss=consumer.loss,
-        capture=consumer.capture,
-    )  # fmt: skip
-    found = {k: x for part in run.processes.gathered(consumer.found) for k, x in part.items()}
+    with run.processes.together():
+        consumer = Attributing(run, layers, thin(run, queries), wanted)
+        run.each(
+            Stage.DETAIL, layers, consumer.batches(), consumer, loss=consumer.loss,
+            capture=consumer.capture,
+        )  # fmt: skip
+        found = {k: x for part in run.processes.gathered(consumer.found) for k, x in part.items()}
     return [found[int(query), int(index)] for query, index in pairs]
 
 

@@ -193,6 +193,9 @@ class Processes:
         except ProcessError:
             raise
         except BaseException as error:
+            if isinstance(error, RuntimeError):
+                # In a sharded model's own exchange: its partner may have failed before.
+                self.check()
             if self._keys is not None and not self._keys.check([FAILED]):
                 kind = "" if isinstance(error, Error) else f"{type(error).__name__}: "
                 self._keys.set(FAILED, f"process {self.rank} of {self.size}: {kind}{error}")

@@ -71,6 +71,7 @@ def referenced(
         StoreError: the file is of other pairs, or of another model.
         ArgumentError: there is neither model nor file.
         NotFiniteError: a log-probability is not finite; names the pair.
+        ProcessError: another process of the run has failed.
     """
     file = None if file is None else path("file", file)
     if model is None and file is None:
@@ -90,13 +91,15 @@ def referenced(
             )
         return Referenced(pairs, {name: tensors[name] for name in REFERENCES})
     assert model is not None
-    with off() if without_adapter else nullcontext():
-        found = _log_probabilities(model, pairs, arguments)
-    values = dict(zip(REFERENCES, found, strict=True))
-    if file is not None and Processes.here().first:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors(file, values, notes)
-    Processes.here().meet()
+    processes = Processes.here()
+    with processes.together():
+        with off() if without_adapter else nullcontext():
+            found = _log_probabilities(model, pairs, arguments, processes)
+        values = dict(zip(REFERENCES, found, strict=True))
+        if file is not None and processes.first:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_tensors(file, values, notes)
+        processes.meet()
     return Referenced(pairs, values)
 
 
@@ -124,9 +127,11 @@ class _Sides(LanguageModelTask):
 
 
 @torch.no_grad()
-def _log_probabilities(model: nn.Module, pairs: Indexable, arguments: RunArguments) -> Tensor:
+def _log_probabilities(
+    model: nn.Module, pairs: Indexable, arguments: RunArguments, processes: Processes
+) -> Tensor:
     """[2,N], fp64, in every process."""
-    task, processes = _Sides(), Processes.here()
+    task = _Sides()
     run = Run(model, pairs, {**arguments, "task": task}, processes=processes)
     batches, done = list(run.batches.divided()), processes.counter(Stage.REFERENCES)
     total = run.batches.tokens(range(run.batches.size))

@@ -306,6 +306,8 @@ class Run:
                         consumer.save(finished)
                     since.clear()
             except NotFiniteError as error:
+                if self.sharded:  # every pass is one of all processes
+                    raise
                 again = (self._batch(n, batches[n]) for n in since if batches[n])
                 raise NotFiniteError(f"{error}{origin(self, capture, loss, again)}") from error
             told = 0 if self.processes.shard else self.batches.tokens(indices)
