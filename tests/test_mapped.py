@@ -205,9 +205,12 @@ def test_a_fingerprint_covers_every_value_and_every_border(tmp_path, model, monk
         assert data_fingerprint(other) not in fingerprints
         fingerprints.add(data_fingerprint(other))
     # What is cut off at the model's positions is known by the model.
-    long = in_parts(rows_of(most=POSITIONS + 4))
-    with pytest.warns(Notice):
-        assert Batches(long, model).fingerprint() == data_fingerprint(long)
+    rows = rows_of(most=POSITIONS + 4)
+    flat = np.concatenate([np.array(row, np.int32) for row in rows])
+    table = np.array([(end, i, 0) for i, end in enumerate(np.cumsum([*map(len, rows)]))])
+    for long in (in_parts(rows), listed(rows), Tokens([{}] * len(rows), flat, table, 0, 0, 0)):
+        with pytest.warns(Notice):
+            assert Batches(long, model).fingerprint() == data_fingerprint(long)
 
 
 @pytest.mark.parametrize("block", [1, 1 << 18])

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet
 import pytest
-from dense_ekfac import asked, gpt2
+from dense_ekfac import asked, corpus, gpt2
 from test_data import bpe, jsonl
 
 from ekfac_fast import fit, prepare_queries, score
 from ekfac_fast.data import read, tokenize
-from ekfac_fast.errors import ArgumentError, DataError
+from ekfac_fast.errors import ArgumentError, DataError, Notice
 
 TEXTS = [f"fox {n} " * (12 if n == 0 else 1) for n in range(6)]
 
@@ -54,6 +54,24 @@ def test_a_row_a_sequence_with_its_records_columns(scored, tokens, tmp_path):
     assert some.to_arrow()["query 0"].null_count == 6
     file = whole.to_parquet(tmp_path / "s.parquet", tokens, columns=["set"])
     assert pyarrow.parquet.read_table(file)["set"].to_pylist() == list("aaababab")
+
+
+def test_a_corpus_whose_sequences_lost_their_end_is_the_corpus(tmp_path):
+    model, data = gpt2().eval(), corpus(5)
+    data[3]["input_ids"] = [*range(30)]
+    with pytest.warns(Notice, match="1 are longer than the model's 24 positions"):
+        factors = fit(model, data, out=tmp_path / "f")
+        queries = prepare_queries(model, factors, asked(1), rank=4)
+        scores = score(model, queries, data, out=tmp_path / "s")
+    assert scores.to_arrow(data).column_names == ["index", "query 0"]
+    named = [x | {"set": n % 2} for n, x in enumerate(data)]
+    assert scores.to_arrow(named, columns=["set"])["set"].to_pylist() == [0, 1, 0, 1, 0]
+    del named[2]["set"]
+    with pytest.raises(ArgumentError, match="columns: example 2 has no 'set'"):
+        scores.to_arrow(named, columns=["set"])
+    data[3]["input_ids"][-1] += 1
+    with pytest.raises(ArgumentError, match="another corpus"):
+        scores.to_arrow(data)
 
 
 def test_a_row_a_place_where_the_best_were_kept(scored, tokens):

@@ -161,7 +161,9 @@ class Batches:
             packed |= one.packed
             lengths.append(len(one))
             widths.append(self.sides * max(one.widths))
-            digest.add(_content(one))
+            # What is cut off depends on the model, which has a name of its own.
+            uncut = example(self.dataset, index, form=self.form) if one.dropped else one
+            digest.add(_content(uncut))
         counts, wide = (np.frombuffer(x, np.int64) for x in (lengths, widths))
         return Survey(counts, digest.hex(), truncated, longest, without_targets, packed, wide)
 
@@ -226,12 +228,12 @@ class Batches:
         return every or name in self._takes
 
     def fingerprint(self) -> str:
-        """Identifies the data: every value of every example."""
+        """Identifies the data: every value of every example, of those that are cut, too."""
         return self._fingerprint
 
 
 def data_fingerprint(dataset: Indexable, form: Form | None = None) -> str:
-    """`Batches.fingerprint` of a data set none of whose examples was cut.
+    """`Batches.fingerprint` of a data set, for any model.
 
     form: that of the task; None for what the data set says of itself.
     """

@@ -121,7 +121,7 @@ class MappedTokens(Dataset):
             return None
         ids, labels, lengths = Digest(), Digest(), Digest()
 
-        def add(block: Block, cut: Block) -> None:
+        def add(block: Block) -> None:
             ids.add_values(block.ids)
             lengths.add_values(block.lengths)
             if block.labels is not None:

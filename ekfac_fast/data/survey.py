@@ -79,11 +79,11 @@ def survey(
     size: int,
     vocab_size: int | None,
     context: int | None,
-    add: Callable[[Block, Block], None],
+    add: Callable[[Block], None],
 ) -> Survey:
     """`checked`, and what `Survey` tells of `size` examples; the fingerprint is left empty.
 
-    add: called with every block, whole and as it is cut.
+    add: called with every block, uncut.
     """
     lengths = np.empty(size, dtype=np.int64)
     truncated = without = 0
@@ -95,7 +95,7 @@ def survey(
             longest = block.first + int(over.argmax())
         truncated += int(over.sum())
         without += int((_targets(cut) == 0).sum())
-        add(block, cut)
+        add(block)
     return Survey(lengths, "", truncated, longest, without)
 
 

@@ -60,9 +60,9 @@ class Tokens(Dataset):
             return None
         digest = Digest()
 
-        def add(block: Block, cut: Block) -> None:
-            assert cut.labels is not None
-            digest.add_rows((cut.ids, cut.labels), cut.ends, cut.first)
+        def add(block: Block) -> None:
+            assert block.labels is not None
+            digest.add_rows((block.ids, block.labels), block.ends, block.first)
 
         found = survey(self, blocks, size, vocab_size, context, add)
         return replace(found, fingerprint=digest.hex())

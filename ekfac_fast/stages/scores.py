@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from ..checks import Whole, check_json, path, whole
+from ..data.examples import Indexable
 from ..errors import ArgumentError, StoreError
 from ..extras import optional
 from ..store.files import replacing
@@ -129,7 +130,7 @@ class Scores:
 
     def to_arrow(
         self,
-        data: table.Corpus | None = None,
+        data: Indexable | None = None,
         *,
         names: Sequence[str] | None = None,
         columns: Sequence[str] = (),
@@ -137,8 +138,8 @@ class Scores:
         """A pyarrow table: a row a sequence, or, where only the top k were kept, a row a place.
 
         Args:
-            data: the corpus, for `read_from` (file and line) and `columns` of its records
-                (`Tokens.column`).
+            data: the corpus, for `read_from` (file and line, where it knows them) and `columns` of
+                its records (`Tokens.column`; of plain examples, they themselves).
             names: of the queries.
 
         Raises:
@@ -146,12 +147,12 @@ class Scores:
         """
         return table.arrow(self, data, names, columns)
 
-    def to_pandas(self, data: table.Corpus | None = None, **more: Any) -> Any:
+    def to_pandas(self, data: Indexable | None = None, **more: Any) -> Any:
         """`to_arrow` as a pandas DataFrame."""
         optional("pandas", "analysis")
         return self.to_arrow(data, **more).to_pandas()
 
-    def to_parquet(self, file: str | Path, data: table.Corpus | None = None, **more: Any) -> Path:
+    def to_parquet(self, file: str | Path, data: Indexable | None = None, **more: Any) -> Path:
         """Write `to_arrow` as a parquet file; one that is there is replaced as a whole."""
         file, found = path("file", file), self.to_arrow(data, **more)
         with replacing(file, found.nbytes) as partial:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..data.batches import data_fingerprint
-from ..data.examples import Corpus
+from ..data.examples import Indexable, named
 from ..errors import ArgumentError
 from ..extras import optional
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 def arrow(
-    scores: "Scores", data: Corpus | None, names: Sequence[str] | None, columns: Sequence[str]
+    scores: "Scores", data: Indexable | None, names: Sequence[str] | None, columns: Sequence[str]
 ) -> Any:
     """A pyarrow table of raw scores.
 
     Of a whole matrix a row a sequence, in the order of the corpus: `index`, a column for each
     query, null where it was never scanned. Of a heap (`top_k`) a row for each query and place:
-    `query`, `place`, `index`, `score`. With `data` also `read_from`, file and line, and `columns`
-    of its records.
+    `query`, `place`, `index`, `score`. With `data` also `read_from`, file and line where it knows
+    them, and `columns` of its records.
 
     Raises:
         ArgumentError: `data` is another corpus; names are not one a query, or stand twice.
@@ -63,16 +63,28 @@ def arrow(
             "score": [value for ranked in best for _, value in ranked],
         }
     if data is not None:
-        found["read_from"] = [data.source(index) for index in rows]
-        for name in columns:
-            values = data.column(name)
-            found[name] = [values[index] for index in rows]
+        if callable(tell := getattr(data, "source", None)):
+            found["read_from"] = [tell(index) for index in rows]
+        found |= {name: _column(data, name, rows) for name in columns}
     try:
         return pa.table(found)
     except (pa.ArrowException, TypeError) as error:
         raise ArgumentError(
             f"columns {list(columns)}: one holds values of kinds that make no column ({error})"
         ) from error
+
+
+def _column(data: Indexable, name: str, rows: Iterable[int]) -> list[Any]:
+    """What the records of these sequences have in a column; of plain examples, they themselves."""
+    if callable(find := getattr(data, "column", None)):
+        values = find(name)
+        return [values[index] for index in rows]
+    found = []
+    for index in rows:
+        if not isinstance(one := data[index], Mapping) or name not in one:
+            raise ArgumentError(f"columns: {named(data, index)} has no {name!r}")
+        found.append(one[name])
+    return found
 
 
 def totals(matrix: np.ndarray, labels: Sequence[Any]) -> Mapping[Any, np.ndarray]:
