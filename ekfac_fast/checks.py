@@ -85,6 +85,28 @@ def is_number(value: Any) -> bool:
         return False
 
 
+def comparable(name: str, label: Any) -> Any:
+    """A label as it can be told from others: of a tensor or an array its one value.
+
+    Raises:
+        ArgumentError: it cannot be compared, or is not equal to itself (NaN).
+    """
+    one = getattr(label, "item", None)
+    if callable(one) and getattr(label, "ndim", 1) == 0:
+        label = one()
+    try:
+        hash(label)
+        told = bool(label == label) and not callable(getattr(label, "item", None))
+    except (TypeError, ValueError, RuntimeError):
+        told = False
+    if not told:
+        raise ArgumentError(
+            f"{name}: the label {shown(label)} cannot be compared with others; give texts or "
+            "numbers"
+        )
+    return label
+
+
 def instance(name: str, value: Any, kind: type | tuple[type, ...], expected: str) -> None:
     """ArgumentError unless `value` is of a type."""
     require(isinstance(value, kind), name, value, expected)

@@ -268,7 +268,7 @@ def test_padding_that_would_be_read_as_text_is_refused(tmp_path):
     masked = [x | {"attention_mask": torch.ones_like(x["input_ids"])} for x in data]
     how = {"task": Translation()}
     with pytest.raises(
-        DataError, match=r"examples 0 to 3: input_ids of 3 to 6 tokens and no atten"
+        DataError, match=r"examples 0 to 1: input_ids of 3 to 4 tokens and no atten"
     ):
         fit(model, data, out=tmp_path / "refused", **how)
     factors = fit(model, data, out=tmp_path / "f", batch_size=1, **how)

@@ -73,7 +73,7 @@ def test_batches_of_some_and_of_what_is_no_text():
     assert batches.divided() == [[1], [3], [2, 0], [4]]
     assert batches.divided([4, 2, 0]) == [[2, 0], [4]]
     assert batches.divided([]) == []
-    assert (batches.padded, batches.shortest, batches.tokens([1, 4])) == (True, 0, 6)
+    assert (batches.padded, batches.shortest, batches.tokens([1, 4])) == (3, 0, 6)
     assert not Batches(data[1:2] * 3, Stub(), batch_tokens=10).padded
     assert Batches(data[4:] * 2, Stub()).shortest == 0
     pairs = Batches([(torch.ones(2), 1)] * 5, Stub(), batch_size=2)

@@ -62,7 +62,10 @@ DeviceMap = Annotated[
     str | None, typer.Option(help="auto: modules over all GPUs, then memory, as accelerate does")
 ]
 Shard = Annotated[bool, typer.Option(help="weights over all processes of torchrun")]
-Damping = Annotated[float | None, typer.Option(help="absolute; default 0.1 x mean eigenvalue")]
+Damping = Annotated[
+    str | None,
+    typer.Option(help="of each layer's mean eigenvalue, like 0.01x (default 0.1x); or absolute"),
+]
 Refine = Annotated[str | None, typer.Option(help="queries further: cg:10, lissa:5000, astra:300")]
 RefineExamples = Annotated[
     int | None, typer.Option(help="of the corpus, for --refine; default 256")

@@ -16,6 +16,7 @@ from ..data.examples import Corpus
 from ..model.layers import Layer, parameter_counts, select_layers
 from ..report.collect import check_together, collect, passages, run_facts
 from ..report.contents import StageTime
+from ..stages.damping import damping_rule
 from ..stages.factors import Factors
 from ..stages.fit import fit
 from ..stages.preparation import members_of, prepare_queries
@@ -36,7 +37,6 @@ from .terminal import Terminal, harmless
 
 RUN, QUERIES = "run.json", "queries"
 ASKED = Asked()
-DAMPING_RULE = "0.1 x the mean eigenvalue of each layer"
 SCHEMA = {
     "model": str, "factors": str, "cutting": {"context": Whole(2)}, "names": [str],
     "damping_rule": str,
@@ -110,7 +110,7 @@ def score_job(
     asked: Asked = ASKED,
     *,
     rank: int | None,
-    damping: float | None,
+    damping: float | str | None,
     refine: str | None = None,
     refine_examples: int | None = None,
     refine_seed: int = 0,
@@ -158,7 +158,7 @@ def score_job(
         "cutting": asdict(cutting),
         "names": names,
         "measured": asked.measured(found, measuring, None if sets is None else queries.reduce),
-        "damping_rule": DAMPING_RULE if damping is None else "the same in every layer, as given",
+        "damping_rule": damping_rule(damping),
         "seconds": {stage: seconds[stage] for stage in Stage if stage in seconds},
     }
     processes = Processes.here()

@@ -25,9 +25,9 @@ RESERVED_SHARE = 0.5
 Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
-def heuristic_damping(lam: Tensor) -> float:
-    """A tenth of the mean eigenvalue, at least `LEAST_DAMPING`."""
-    return max(HEURISTIC_DAMPING * lam.double().mean().item(), LEAST_DAMPING)
+def relative_damping(lam: Tensor, share: float = HEURISTIC_DAMPING) -> float:
+    """A share of the mean eigenvalue, at least `LEAST_DAMPING`."""
+    return max(share * lam.double().mean().item(), LEAST_DAMPING)
 
 
 @dataclass(frozen=True)

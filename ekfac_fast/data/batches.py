@@ -179,12 +179,14 @@ class Batches:
         return Division(every, np.diff(starts, append=len(every)))
 
     @property
-    def padded(self) -> bool:
-        """Whether some batch of `divided` is padded."""
+    def padded(self) -> int:
+        """Tokens of the longest sequence that others are padded to in `divided`, 0 without one."""
         plan = self.divided()
         found = self.widths[plan.indices]
-        uneven = (found[plan.starts] != found[plan.ends - 1]).any()
-        return bool(uneven or (self.widths != self.lengths).any())
+        first, last = found[plan.starts], found[plan.ends - 1]
+        uneven = first[first != last].max(initial=0)
+        widest = max(uneven, self.widths[self.widths != self.lengths].max(initial=0))
+        return int(widest) // self.sides
 
     @property
     def shortest(self) -> int:
@@ -300,6 +302,7 @@ def positions(model: nn.Module) -> int | None:
     """Tokens that a Hugging Face model has positions for; None where it does not say."""
     config = text_config(model)
     limit = getattr(config, "max_position_embeddings", None)
+    limit = None if limit is None or limit < 1 else limit  # XLNet says -1: no limit
     table = next(
         (m for n, m in model.named_modules() if n.endswith("embeddings.position_embeddings")), None
     )
@@ -321,8 +324,7 @@ def vocabulary(model: nn.Module) -> int | None:
 def _size(dataset: Indexable, most: int | None) -> int:
     """How many examples are taken."""
     length = sized(dataset)
-    if most is not None:
-        whole("max_examples", most)
+    most = None if most is None else whole("max_examples", most)
     if length == 0:
         raise DataError("the data set is empty")
     return length if most is None else min(length, most)

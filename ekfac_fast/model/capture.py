@@ -19,14 +19,15 @@ from ..checks import listed
 from ..errors import ModelError, Notice
 from . import experts, kinds
 from .alone import alone, gradients_on
-from .calls import Calls, inputs_of, read_by
+from .calls import Calls, read_by
 from .graph import backward, copied, reshaped, started
 from .layer_batch import LayerBatch
 from .layers import Layer
+from .layouts import Layouts, Swap
 from .outputs import product_among, tensors_of
 from .products import is_plain
 from .reads import Reads
-from .rows import Grid, Layout, Rows, arranged, probed, trusted
+from .rows import Grid, Rows
 from .spread import let_go, offloaded
 
 Loss = Callable[[], Tensor]
@@ -45,17 +46,19 @@ class Capture:
         layers: of `select_layers`.
         swap: two forward passes over the same two examples, in one order and in the other; run
             once, where a layer's shape leaves open which axis holds the sequences.
+        believed: what a shape tells is taken for true; else it is tried by `swap`, too.
     """
 
     def __init__(
         self,
         model: nn.Module,
         layers: Sequence[Layer],
-        swap: Callable[[], tuple[Callable[[], Any], Callable[[], Any]]] | None = None,
+        swap: Swap | None = None,
+        believed: bool = True,
     ):
-        self.model, self.layers, self._swap = model, {x.name: x for x in layers}, swap
+        self.model, self.layers = model, {x.name: x for x in layers}
+        self._layouts = Layouts(model, self.layers, swap, believed)
         self._copied: set[str] = set()
-        self._layouts: dict[str, Layout] = {}
         self._from_inputs = False
         self._started_at: set[str] = set()
         self._experts: dict[str, dict[tuple[str, int], Layer]] = {}
@@ -108,7 +111,7 @@ class Capture:
 
     def _forward(
         self, loss: Loss, consume: Callable[[LayerBatch], None], grid: Grid | None
-    ) -> tuple["Calls", Tensor]:
+    ) -> tuple[Calls, Tensor]:
         """A forward pass that a backward pass may follow, run again where it has to be."""
         while True:
             calls = Calls(consume, grid, self.layers)
@@ -148,57 +151,12 @@ class Capture:
                     else "is it computed by the model that the layers belong to?"
                 )
             )
-        self._resolve(calls)
+        if calls.grid is not None and calls.grid.sequences > 1:
+            self._layouts.resolve(calls, calls.grid)
         return calls, value
 
-    def _resolve(self, calls: "Calls") -> None:
-        """Find out where the sequences are in layers whose shapes do not say."""
-        grid = calls.grid
-        if grid is None or grid.sequences == 1:
-            return
-        unknown: dict[str, list[int]] = {}
-        late = {name for name, x in self.layers.items() if x.expert is None} - calls.inputs.keys()
-        for name in late - self._layouts.keys():
-            unknown[name] = []  # to run in the backward pass only: nothing is known of it
-        # The last use: DoRA's matrices run on an identity first, for their norm.
-        shapes = {
-            name: kinds.as_rows(self.layers[name], uses[-1]).shape
-            for name, uses in calls.inputs.items()
-            if self.layers[name].expert is None
-        }
-        # Of experts it is the rows that they share out.
-        shapes |= {name: routes[0].shape for name, routes in calls.routes.items()}
-        for name, size in shapes.items():
-            leading = tuple(size[:-1])
-            if name in self._layouts and self._layouts[name].fits(leading, grid):
-                continue
-            known = trusted(leading, grid)
-            if known is None:
-                unknown[name] = list(size)
-            else:
-                self._layouts[name] = known
-        if not unknown:
-            return
-        if self._swap is None:
-            first, shape = next(iter(unknown.items()))
-            raise ModelError(
-                f"layer {first}: its input is {shape} for {grid.sequences} sequences of "
-                f"{grid.positions} positions; which rows belong to which sequence cannot be told"
-            )
-        # Experts are known by their module's name.
-        of = {n: self.layers[n].module if n in self.layers else n for n in unknown}
-        one, other = (inputs_of(self.model, [*of.values()], run) for run in self._swap())
-        for name, shape in unknown.items():
-            there, back = one.get(of[name]), other.get(of[name])
-            if name in self._experts and there is not None and back is not None:
-                module = self.model.get_submodule(name)
-                there, back = (experts.tokens_of(module, x) for x in (there, back))
-            elif there is not None and back is not None:
-                there, back = (kinds.as_rows(self.layers[name], x) for x in (there, back))
-            self._layouts[name] = probed(name, there, back, shape)
-
     @contextmanager
-    def _hooked(self, calls: "Calls") -> Iterator[None]:
+    def _hooked(self, calls: Calls) -> Iterator[None]:
         def forward_hook(layer: Layer) -> Callable:
             def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
                 if layer.kind == "linear":
@@ -249,7 +207,7 @@ class Capture:
 
     def _routed(
         self,
-        calls: "Calls",
+        calls: Calls,
         name: str,
         module: Any,
         *given: Tensor,
@@ -272,7 +230,7 @@ class Capture:
 
     def _ran(
         self,
-        calls: "Calls",
+        calls: Calls,
         layer: Layer,
         module: nn.Module,
         x: Tensor,
@@ -310,14 +268,14 @@ class Capture:
         base.register_hook(lambda g: self._arrived(calls, name, use, g.reshape(shape)))
         return output
 
-    def _arrived(self, calls: "Calls", name: str, use: int, g: Tensor) -> None:
+    def _arrived(self, calls: Calls, name: str, use: int, g: Tensor) -> None:
         gradients = calls.gradients.setdefault(name, {})
         gradients[use] = g
         if len(gradients) == len(calls.inputs[name]):
             self._complete(calls, name)
 
     @torch.no_grad()
-    def _complete(self, calls: "Calls", name: str) -> None:
+    def _complete(self, calls: Calls, name: str) -> None:
         """Hand a layer to the consumer, once; gradients that never came are zero."""
         if name in calls.consumed:
             if calls.gradients.get(name):
@@ -351,8 +309,8 @@ class Capture:
             if (name, use) in calls.turned:
                 # Rows that no loss reaches (padding) count for nothing on either side.
                 a, g = g, a * (g != 0).any(-1, keepdim=True)
-            a = self._by_sequence(calls, a, layer.read, name)
-            uses.append((a, self._by_sequence(calls, g, layer.O, name)))
+            a = self._layouts.by_sequence(name, a, layer.read, calls.grid)
+            uses.append((a, self._layouts.by_sequence(name, g, layer.O, calls.grid)))
         a, g = uses[0]
         if len(uses) > 1:
             # Under autocast a head's output is narrower than an embedding's.
@@ -367,7 +325,7 @@ class Capture:
         # Under autocast a layer multiplies its input in the dtype of its output; and on its device.
         calls.consume(LayerBatch(layer, shared, readers, kinds.beside(a, g), g, rows, calls.loss))
 
-    def _complete_expert(self, calls: "Calls", layer: Layer) -> None:
+    def _complete_expert(self, calls: Calls, layer: Layer) -> None:
         """Hand an expert to the consumer, its rows by sequence; without any, one row of zeros."""
         name, module, e = layer.name, layer.module, layer.expert
         assert e is not None
@@ -385,15 +343,8 @@ class Capture:
             first = calls.routes[module][0]
             a, g = (first.like.new_zeros(0, F) for F in (layer.I, layer.O))
             uses = [(first, a, g)]
-        a, g, rows = experts.by_sequence(e, uses, lambda x: self._by_sequence(calls, x, 1, module))
+        sequences = partial(self._layouts.by_sequence, module, features=1, grid=calls.grid)
+        a, g, rows = experts.by_sequence(e, uses, sequences)
         rows = replace(rows, before=calls.grid.before, sides=calls.grid.sides)
         calls.release(name)
         calls.consume(LayerBatch(layer, name, 1, a.to(g.dtype), g, rows, calls.loss))
-
-    def _by_sequence(self, calls: "Calls", x: Tensor, features: int, name: str) -> Tensor:
-        """[B,T,F] of a layer's input or gradient, by example."""
-        grid = calls.grid
-        if grid is None:
-            return arranged(name, x, features, None, None)
-        layout = self._layouts.get(name) or trusted(tuple(x.shape[:-1]), grid)
-        return grid.folded(arranged(name, x, features, grid, layout))

@@ -70,22 +70,23 @@ class Classified(OutputTask):
         """What has logits."""
         return (len(ids),)
 
-    def check(self, batch: Any, model: nn.Module, padded: bool = True, packed: bool = False) -> int:
+    def check(self, batch: Any, model: nn.Module, padded: int = 0, packed: bool = False) -> int:
         """Refuse a model that padding changes.
 
         Raises:
             ModelError: it does, or has no logits such as the task expects.
         """
-        if not padded:
-            return 0
         T, pad = batch["input_ids"].shape[1], self.form(model).pad
+        more = (0, max(1, padded - T))
         tokens = {n: x[:1] for n, x in batch.items() if x.ndim == 2 and x.shape[1] == T}
         longer = {
-            name: F.pad(torch.cat([x, x]), (0, 1), value=pad * (name == "input_ids"))
+            name: F.pad(torch.cat([x, x]), more, value=pad * (name == "input_ids"))
             for name, x in tokens.items()
         }
         with torch.no_grad():
             (alone,) = self.logits(tokens, model)
+            if not padded:
+                return 0
             behind, _ = self.logits(longer, model)
         if alone.ndim > 1:
             behind = behind[:T]

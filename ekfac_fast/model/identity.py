@@ -1,9 +1,13 @@
 """What tells a model, and a task, from another."""
 
-from collections.abc import Iterator
+import dis
+import functools
+import types
+from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..store.fingerprint import fingerprint
 from .products import LIBRARIES, of_library, own_forward
@@ -40,8 +44,8 @@ def model_fingerprint(model: nn.Module) -> str:
 
 def _behaviour(model: nn.Module) -> Iterator[tuple]:
     """What modules do beside their weights: of those without any their class and what it prints; of
-    classes that are no library's, switches, numbers (whole ones may be counts) and words; adapters
-    in force; forward passes and hooks of a user's.
+    classes that are no library's, switches, numbers, words and tensors that no pass changes;
+    adapters in force; forward passes and hooks of a user's.
     """
     for name, module in model.named_modules():
         # Sharding makes a class of its own of every module's.
@@ -49,9 +53,12 @@ def _behaviour(model: nn.Module) -> Iterator[tuple]:
         if next(module.parameters(), None) is None and not isinstance(module, SILENT):
             yield name, kind.__qualname__, module.extra_repr()
         if kind.__module__.partition(".")[0] not in LIBRARIES:
+            own_class: Any = type(module)
+            changing = _reassigned(own_class) | {"training"}
             own = {k: x for k, x in vars(module).items() if not k.startswith("_")}
-            told = {k: x for k, x in own.items() if isinstance(x, bool | float | str)}
-            yield name, *sorted((k, x) for k, x in told.items() if k != "training")
+            own |= {k: getattr(module, k) for k in module._non_persistent_buffers_set}
+            told = {k: x for k, x in own.items() if k not in changing and _is_plain(x)}
+            yield name, *((k, fingerprint(told[k])) for k in sorted(told))
         if isinstance(merged := getattr(module, "merged_adapters", None), list):  # peft's
             tuner: Any = module
             scaling = getattr(module, "scaling", {})
@@ -63,6 +70,41 @@ def _behaviour(model: nn.Module) -> Iterator[tuple]:
                 yield name, getattr(call, "__qualname__", type(call).__qualname__)
 
 
+def _is_plain(x: Any) -> bool:
+    """Whether an attribute is a value: no module, nothing that is filled as it goes."""
+    if isinstance(x, tuple):
+        return all(map(_is_plain, x))
+    if isinstance(x, Tensor):
+        return not x.is_meta
+    return x is None or isinstance(x, bool | int | float | str)
+
+
+@cache
+def _reassigned(kind: type[Any]) -> frozenset[str]:
+    """Attributes that other methods than `__init__` assign: counts, caches, what was seen last."""
+    found = set[str]()
+    for owner in kind.__mro__:
+        if owner.__module__.partition(".")[0] in (*LIBRARIES, "builtins"):
+            continue
+        codes = ((k, getattr(x, "__code__", None)) for k, x in vars(owner).items())
+        for code in (code for name, code in codes if code is not None and name != "__init__"):
+            stored = (x for x in dis.get_instructions(code) if x.opname == "STORE_ATTR")
+            found |= {x.argval for x in stored}
+            if {"register_buffer", "setattr"} & {*code.co_names}:
+                found |= {x for x in code.co_consts if isinstance(x, str)}
+    return frozenset(found)
+
+
+def switches(model: nn.Module) -> dict[str, Any]:
+    """What modules' attributes say of how they compute, by name: truths and words."""
+    return {
+        f"{name}.{key}".lstrip("."): value
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, bool | str) and key != "training"
+    }
+
+
 def forward_state(model: nn.Module) -> tuple:
     """What changes a model's own forward pass and is no weight: hooks, another `forward`."""
     own = vars(model).get("forward")
@@ -71,12 +113,44 @@ def forward_state(model: nn.Module) -> tuple:
 
 def task_state(task: Task) -> dict[str, str]:
     """A task's own values that can be told apart, but for what it counts itself."""
-    state = {}
-    for name, value in getattr(task, "__dict__", {}).items():
-        if name == "_edges":
-            continue
-        try:
-            state[name] = fingerprint(value)
-        except TypeError:
-            state[name] = type(value).__qualname__
-    return state
+    return {
+        name: fingerprint(described(value))
+        for name, value in getattr(task, "__dict__", {}).items()
+        if name != "_edges"
+    }
+
+
+def described(value: Any, depth: int = 3) -> Any:
+    """A value as `fingerprint` takes it: functions by their code and what they hold, modules by
+    their weights and settings, others that cannot be told apart by their class.
+    """
+
+    def inside(x: Any) -> Any:
+        return described(x, depth - 1)
+
+    try:
+        fingerprint(value)
+    except TypeError:
+        pass
+    else:
+        return value
+    kind = type(value).__qualname__
+    if not depth:
+        return kind
+    if isinstance(value, nn.Module):
+        own = {k: x for k, x in vars(value).items() if not k.startswith("_") and k != "training"}
+        return kind, inside(own), dict(value.state_dict()), [*map(inside, value.children())]
+    if isinstance(value, functools.partial):
+        return kind, inside(value.func), inside(value.args), inside(value.keywords)
+    if isinstance(value, types.MethodType):
+        return kind, inside(value.__func__)
+    if isinstance(value, types.FunctionType):
+        held = [cell.cell_contents for cell in value.__closure__ or ()]
+        return kind, inside(value.__code__), inside(held), inside(value.__defaults__)
+    if isinstance(value, types.CodeType):
+        return value.co_code, value.co_names, [*map(inside, value.co_consts)]
+    if isinstance(value, Mapping):
+        return {str(k): inside(x) for k, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [*map(inside, value)]
+    return kind

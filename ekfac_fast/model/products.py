@@ -85,6 +85,14 @@ def of_library(hook: Any) -> bool:
     return place.partition(".")[0] in LIBRARIES
 
 
+def of_libraries(model: nn.Module) -> bool:
+    """Whether every module of a model is of a library's class, and runs its forward pass."""
+    return all(
+        type(module).__module__.partition(".")[0] in LIBRARIES and own_forward(module) is None
+        for module in model.modules()
+    )
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Whether a module is Hugging Face's `Conv1D`: a linear layer with a transposed weight."""
     # No transformers module can exist before transformers is imported.

@@ -1,17 +1,18 @@
 """What the rows of a layer stand for: which sequence of the batch, and which position of it.
 
 Most layers see [B,T,F]. Others see tokens as rows, [B*T,F] (OPT), positions first, [T,B,F], or one
-row a sequence, [B,F]. Where a shape leaves it open, the layer is run on two examples in one order
-and in the other: the axis along which its input is swapped holds the sequences.
+row a sequence, [B,F]. Where a shape leaves it open, or a model or task is a user's own (of classes
+there may be as many as examples), the layer is run on two examples in one order and in the other:
+the axis along which its input is swapped holds the sequences.
 
 An example may be several sequences (a pair: what is preferred and what is not), which follow one
 another in the batch. Its rows are those of all of them, one sequence after the other: from here on
 it is one sequence, with one gradient.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,13 +25,14 @@ class Grid:
     """A batch: how many sequences, and of how many positions with padding (None: not known).
 
     `before`: positions that a model adds before the text (virtual tokens of prompt tuning);
-    `sides`: how many sequences each example is.
+    `sides`: how many sequences each example is; `alone`: a forward pass of one of them.
     """
 
     sequences: int
     positions: int | None = None
     before: int = 0
     sides: int = 1
+    alone: Callable[[int], Any] | None = field(default=None, compare=False)
 
     def folded(self, x: Tensor) -> Tensor:
         """Rows by sequence [S,rows,F] as rows by example, [S / sides, sides * rows, F]."""
@@ -112,11 +114,13 @@ def alike(counts: Sequence[int]) -> list[list[int]]:
 @dataclass(frozen=True)
 class Layout:
     """The axis of [..., F] that holds the sequences: alone ("whole"), or together with positions,
-    sequence by sequence ("outer") or position by position ("inner").
+    sequence by sequence ("outer") or position by position ("inner"); then `rows` of each example
+    were seen there.
     """
 
     axis: int
     kind: Literal["whole", "outer", "inner"]
+    rows: int = 1
 
     def fits(self, leading: tuple[int, ...], grid: Grid) -> bool:
         """Whether a tensor of these leading sizes can hold a batch so.
@@ -127,7 +131,9 @@ class Layout:
         if self.axis >= len(leading):
             return False
         size = leading[self.axis]
-        positions = 1 if grid.positions is None else grid.before + grid.positions
+        if grid.positions is None:
+            return size == grid.sequences * self.rows
+        positions = grid.before + grid.positions
         together = self.kind != "whole" and size % (grid.sequences * positions) == 0
         return together or size == grid.sequences
 
@@ -139,6 +145,10 @@ class Layout:
         elif self.kind == "inner":
             x, axis = x.unflatten(axis, (-1, B)), axis + 1
         return x.movedim(axis, 0).reshape(B, -1, x.shape[-1])
+
+
+# What puts every example in a batch of its own, of a language model and of any other.
+ONE_BY_ONE = {True: "batch_tokens=1", False: "batch_size=1"}
 
 
 def trusted(leading: tuple[int, ...], grid: Grid) -> Layout | None:
@@ -174,13 +184,20 @@ def arranged(
         raise ModelError(
             f"layer {name}: a tensor of shape {list(x.shape)} for {grid.sequences} sequences of "
             f"{grid.positions} positions; which rows belong to which sequence cannot be told. Give "
-            "batch_tokens=1, so that every sequence is alone in its batch"
+            f"{ONE_BY_ONE[grid.positions is not None]}, so that each is alone in its batch"
         )
     return layout.by_sequence(x, grid.sequences)
 
 
-def probed(name: str, one: Tensor | None, other: Tensor | None, shape: list[int]) -> Layout:
-    """The layout by which the input for (x, y) is that for (y, x), swapped.
+def probed(
+    name: str,
+    one: Tensor | None,
+    other: Tensor | None,
+    shape: list[int],
+    expected: Layout | None = None,
+) -> Layout:
+    """The layout by which the input for (x, y) is that for (y, x), swapped; of several the
+    `expected` one.
 
     Raises:
         ModelError: there is none, or more than one that differ.
@@ -191,11 +208,14 @@ def probed(name: str, one: Tensor | None, other: Tensor | None, shape: list[int]
             there, back = layout.by_sequence(one, 2), layout.by_sequence(other, 2)
             if torch.allclose(there.flip(0), back, rtol=1e-3, atol=1e-5, equal_nan=True):
                 found.append((layout, there))
+    if expected is not None and any(layout == expected for layout, _ in found):
+        return expected
     if not found or any(not torch.equal(there, found[0][1]) for _, there in found[1:]):
         why = "several ways fit" if found else "no axis of it holds the sequences of a batch"
         raise ModelError(
             f"layer {name}: its input is {shape}, and which rows belong to which sequence cannot "
-            f"be told ({why}); leave it out of `layers`"
+            f"be told ({why}); leave it out of `layers`, or give {ONE_BY_ONE[True]} (of other than "
+            f"text {ONE_BY_ONE[False]}), so that every example is alone in its batch"
         )
     return found[0][0]
 
@@ -206,5 +226,5 @@ def _candidates(leading: tuple[int, ...]) -> Iterator[Layout]:
         if size == 2:
             yield Layout(axis, "whole")
         elif size % 2 == 0 and size:
-            yield Layout(axis, "outer")
-            yield Layout(axis, "inner")
+            yield Layout(axis, "outer", size // 2)
+            yield Layout(axis, "inner", size // 2)

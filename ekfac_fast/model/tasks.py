@@ -180,9 +180,7 @@ class LanguageModelTask(TextTask):
             inputs["use_cache"] = False
         return inputs
 
-    def check(
-        self, batch: Any, model: nn.Module, padded: bool = False, packed: bool = False
-    ) -> int:
+    def check(self, batch: Any, model: nn.Module, padded: int = 0, packed: bool = False) -> int:
         """Refuse a model whose prediction depends on what it predicts, or on padding.
 
         Returns how many positions the model adds before the text.
@@ -210,11 +208,12 @@ class LanguageModelTask(TextTask):
             if last:
                 after = self.logits(one | {"input_ids": ids}, model)[0].float()
             if padded:
+                more = (0, max(1, padded - last - 1))
                 longer = {
-                    name: F.pad(x, (0, 1), value=IGNORED * (name == "labels")) if x.ndim == 2 else x
+                    name: F.pad(x, more, value=IGNORED * (name == "labels")) if x.ndim == 2 else x
                     for name, x in one.items()
                 }
-                behind = self.logits(longer, model)[0, : last + 1].float()
+                behind = self._first_logits(longer, model, last + 1).float()
         eps, size = torch.finfo(computes_in(model)).eps, logits.abs().max()
         tolerance = min(1000 * eps, 0.02)
         # Another length is another rounding, and in few bits perhaps another expert.
@@ -229,6 +228,17 @@ class LanguageModelTask(TextTask):
         if packed:
             self._check_packed(one, model, tolerance)
         return whole.shape[1] - last - 1
+
+    def _first_logits(self, batch: Any, model: nn.Module, count: int) -> Tensor:
+        """[count,V] of the first positions of one sequence; others are made only where logits have
+        to be whole.
+        """
+        inputs = self._inputs(batch, model)
+        if (read := states(model, inputs)) is None:
+            return _text(_all_logits(inputs, model), batch)[0, :count]
+        head, h = read
+        found: Tensor = head(_text(h, batch)[:, :count])
+        return found[0]
 
     def _check_packed(self, one: dict[str, Any], model: nn.Module, tolerance: float) -> None:
         """Refuse a model that does not keep documents apart where positions start again."""

@@ -45,8 +45,11 @@ class TextTask:
         """What is read of every query."""
         return self.form(model)
 
-    def check(self, batch: Any, model: nn.Module, padded: bool = True, packed: bool = False) -> int:
+    def check(self, batch: Any, model: nn.Module, padded: int = 0, packed: bool = False) -> int:
         """Refuse a model that the task does not fit, tried out on a batch of one example.
+
+        padded: tokens that a sequence is padded to at most, 0 where none is; packed: whether some
+        hold several documents.
 
         Returns how many positions the model adds before the text.
 

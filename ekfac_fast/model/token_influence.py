@@ -12,6 +12,7 @@ backward pass, for as many pairs of query and sequence as a batch holds: no fini
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -184,12 +185,9 @@ class TokenPass(Linearised):
     ) -> tuple[Tensor, Tensor]:
         """(g, a) of one use by sequence, [B,rows,O] and [B,rows,I]."""
         if layer.expert is None:
-            by_sequence = (self._by_sequence(calls, x, F, layer.name) for x, F in
-                           ((g, layer.O), (a, layer.I)))  # fmt: skip
-            s, x = by_sequence
-            return s, x
+            own = partial(self._layouts.by_sequence, layer.name, grid=calls.grid)
+            return own(g, layer.O), own(a, layer.I)
         call = calls.routed[layer.name][use], a, g
-        x, s, _ = experts.by_sequence(
-            layer.expert, [call], lambda n: self._by_sequence(calls, n, 1, layer.module)
-        )
+        own = partial(self._layouts.by_sequence, layer.module, features=1, grid=calls.grid)
+        x, s, _ = experts.by_sequence(layer.expert, [call], own)
         return s, x

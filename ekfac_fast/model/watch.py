@@ -354,17 +354,6 @@ def _grid(inputs: Mapping[str, Any]) -> Grid:
     return Grid(len(x), x.shape[1] if positions else None)
 
 
-def refuse_compiled(model: nn.Module) -> None:
-    """Refuse what torch.compile has made: its layers do not run as modules."""
-    compiled = type(model).__name__ == "OptimizedModule"
-    for name, module in model.named_modules():
-        if compiled or getattr(module, "_compiled_call_impl", None) is not None:
-            raise ModelError(
-                f"{name or type(model).__name__} is compiled (torch.compile): what its layers read "
-                "is not to be seen. Capture the model without"
-            )
-
-
 def _kept(x: Tensor, anchor: Tensor) -> Any:
     """A node that keeps x: its `saved_tensors`. It hangs on nothing of the graph of x."""
     return _Kept.apply(x.detach(), anchor).grad_fn

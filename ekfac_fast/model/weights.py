@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import listed
-from ..errors import ArgumentError
+from ..errors import ArgumentError, ModelError
 from .spread import is_spread, offloaded
 
 
@@ -18,10 +18,24 @@ def usual_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def refuse_compiled(model: nn.Module) -> None:
+    """Refuse what torch.compile has made: its layers do not run as modules."""
+    for name, module in model.named_modules():
+        compiled = type(module).__name__ == "OptimizedModule"
+        if compiled or getattr(module, "_compiled_call_impl", None) is not None:
+            raise ModelError(
+                f"{name or type(model).__name__} is compiled (torch.compile): what its layers read "
+                "is not to be seen. Give the model as it was before"
+            )
+
+
 def check_weights(model: nn.Module) -> None:
-    """Refuse a model without weights, or whose weights are where a pass cannot find them."""
+    """Refuse a model without weights, compiled, or whose weights are where a pass cannot find
+    them.
+    """
     if next(model.parameters(), None) is None:
         raise ArgumentError(f"model is a {type(model).__name__} without parameters")
+    refuse_compiled(model)
     there = offloaded(model)
     for name, weight in model.named_parameters():
         if weight.is_meta and name not in there:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import Whole, check_json, is_number, listed, path, require, whole
-from ..curvature.basis import Basis, heuristic_damping
+from ..checks import Whole, check_json, listed, path, whole
+from ..curvature.basis import LEAST_DAMPING, Basis
 from ..curvature.blocks import Matrix, block_rows, in_blocks
 from ..curvature.memory import free_bytes
 from ..curvature.offload import Mapped, Travelling, placed
@@ -26,6 +26,7 @@ from ..store.files import load_tensors
 from ..store.fingerprint import fingerprint
 from ..store.folder import Store
 from ..store.manifest import MANIFEST
+from .damping import layer_damping, tell_of_least
 from .sample import FACT, sample_of
 
 COVARIANCES = {
@@ -56,13 +57,6 @@ SCHEMA = {
 LAMBDA, LAMBDA_COUNT = "lambda_matrix.safetensors", "num_lambda_processed.safetensors"
 
 
-def check_damping(absolute: float | None) -> float | None:
-    """A damping as a float; ArgumentError where it is no number >= 0; None is each layer's own."""
-    right = absolute is None or (is_number(absolute) and absolute >= 0)
-    require(right, "damping", absolute, "a number >= 0, or None for each layer's own")
-    return None if absolute is None else float(absolute)
-
-
 def blocks_of(facts: Mapping[str, Any] | None) -> int:
     """The diagonal blocks of factors with these facts; 1 where they say nothing."""
     return int((facts or {}).get("blocks", 1))
@@ -74,14 +68,16 @@ def block_facts(blocks: int, layers: Sequence[Layer]) -> dict[str, int]:
     Raises:
         ArgumentError: no whole number, or a side has fewer rows or is diagonal; names the layer.
     """
-    if whole("blocks", blocks) > 1 and (odd := [x.name for x in layers if 0 in x.turned]):
+    if (blocks := whole("blocks", blocks)) > 1 and (
+        odd := [x.name for x in layers if 0 in x.turned]
+    ):
         raise ArgumentError(
             f"blocks is {blocks}, but {listed(odd, 3)} have a side that is diagonal already: fit "
             "them apart"
         )
     sides = [(x, what, n) for x in layers for what, n in (("inputs", x.J), ("outputs", x.O))]
     for layer, what, n in sides:
-        if whole("blocks", blocks) > n:
+        if blocks > n:
             raise ArgumentError(
                 f"blocks is {blocks}, but layer {layer.name} has {n} {what}: give at most "
                 f"{min(n for _, _, n in sides)}, or leave small layers out of `layers`"
@@ -160,9 +156,9 @@ class LayerFactors:
                     "not zero outside of them: its file is another fit's. Fit again"
                 )
 
-    def damping(self, absolute: float | None = None) -> float:
-        """`absolute`, or a tenth of the mean eigenvalue, at least 1e-16."""
-        return heuristic_damping(self.lam) if absolute is None else absolute
+    def damping(self, damping: float | str | None = None) -> float:
+        """Of this layer; see `check_damping`."""
+        return layer_damping(self.lam, damping)
 
     def copied_bytes(self, dtype: torch.dtype) -> int:
         """What a `basis` takes beside the mapped files."""
@@ -319,9 +315,13 @@ class Factors(Mapping[str, LayerFactors]):
                 )
         return layers
 
-    def dampings(self, layers: Sequence[Layer], absolute: float | None) -> dict[str, float]:
-        """Each layer's damping: `absolute`, or a tenth of its mean eigenvalue."""
-        return {x.name: self[x.name].damping(absolute) for x in layers}
+    def dampings(self, layers: Sequence[Layer], damping: float | str | None) -> dict[str, float]:
+        """Of every layer; see `check_damping`."""
+        found = {x.name: self[x.name].damping(damping) for x in layers}
+        if not isinstance(damping, float):
+            least = [n for n, x in found.items() if x == LEAST_DAMPING and self[n].lam.any()]
+            tell_of_least(least)
+        return found
 
     def check_run(self, facts: Mapping[str, Any], asked: str) -> None:
         """ArgumentError where they were fitted on another model, or with another tokenizer."""

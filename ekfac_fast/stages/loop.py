@@ -26,7 +26,8 @@ from ..model.identity import model_fingerprint
 from ..model.layer_batch import LayerBatch
 from ..model.layers import Layer, linear_layers, select_layers
 from ..model.packed import tell_of_packed
-from ..model.watch import Pass, Watch, refuse_compiled
+from ..model.watch import Pass, Watch
+from ..model.weights import refuse_compiled
 from ..ops.shapes import wide
 from ..store.fingerprint import fingerprint
 from .parts import add_scores

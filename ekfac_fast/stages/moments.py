@@ -14,7 +14,7 @@ from ..curvature.sums import Sum
 from ..errors import ModelError
 from ..model.layer_batch import LayerBatch
 from ..model.layers import Layer
-from ..model.rows import Rows
+from ..model.rows import ONE_BY_ONE, Rows
 from ..store.folder import Store
 from .consumer import Batch
 from .factors import blocks_of
@@ -129,8 +129,8 @@ class Covariances(Sums):
                 f"layer {seen.layer.name} sees {seen.rows.positions} positions of "
                 f"{seen.rows.sequences} sequences but the attention mask is {list(mask.shape)}: "
                 "which of them are padding cannot be told. Leave it out of `layers`; or give "
-                "batch_tokens=1, so that there is no padding; or a task whose get_attention_mask "
-                "returns a mapping from layer names to masks"
+                f"{ONE_BY_ONE[self.run.batches.language]}, so that there is no padding; or a task "
+                "whose get_attention_mask returns a mapping from layer names to masks"
             )
         self.masks.append((mask, seen.rows, found, found.sum()))
         return self.masks[-1][2:]

@@ -9,14 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..checks import choice, instance, path, require, shown, whole
+from ..checks import choice, comparable, instance, path, require, whole
 from ..curvature.basis import Eigenvectors
 from ..data.choices import OnLongExample, Reduce
 from ..data.examples import IGNORED, Example, Indexable, tokenized_by
 from ..errors import ArgumentError, DataError
 from ..model.layers import Layer
 from ..store.folder import Pieces, Store
-from .factors import Factors, check_damping, diagonal_facts, tell_of_zeros
+from .damping import check_damping
+from .factors import Factors, diagonal_facts, tell_of_zeros
 from .measured import Gradients, Measuring, Preconditioning, Summing, represented
 from .processes import Processes
 from .queries import Queries, layer_from, refinement_from
@@ -35,7 +36,7 @@ def prepare_queries(
     queries: Indexable,
     *,
     rank: int | None = 32,
-    damping: float | None = None,
+    damping: float | str | None = None,
     refine: str | None = None,
     dataset: Indexable | None = None,
     refine_examples: int | None = None,
@@ -53,7 +54,8 @@ def prepare_queries(
         queries: examples whose `labels` are -100 on the prompt; what else a query may be the task
             says.
         rank: K of the factors that represent a query; None keeps full rank.
-        damping: absolute, added to every eigenvalue; None: a tenth of each layer's mean eigenvalue.
+        damping: added to every eigenvalue: a number, the same in every layer; or, like "0.01x",
+            that times each layer's mean eigenvalue; None: "0.1x".
         refine: "cg:10" goes on from there by so many conjugate gradient steps on the Gauss-Newton
             matrix of all tracked layers together, before a rank is taken; also "lissa:5000" and
             "astra:300". See `stages/refine.py`.
@@ -295,11 +297,8 @@ def members_of(sets: Sequence[Any], queries: int) -> list[list[int]]:
         raise ArgumentError(f"sets has {len(sets)} labels, but there are {queries} queries")
     found: dict[Any, list[int]] = {}
     for index, label in enumerate(sets):
-        key = ("alone", index) if label is None else ("set", label)
-        try:
-            found.setdefault(key, []).append(index)
-        except TypeError as error:
-            raise ArgumentError(f"sets: the label {shown(label)} cannot be compared") from error
+        key = ("alone", index) if label is None else ("set", comparable("sets", label))
+        found.setdefault(key, []).append(index)
     return list(found.values())
 
 

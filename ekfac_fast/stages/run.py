@@ -7,7 +7,6 @@ processes slice it here, and partitions pass it some of the layers.
 """
 
 import time
-import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from enum import StrEnum
@@ -23,16 +22,16 @@ from ..curvature.memory import budget, free_bytes, give_back, taken_bytes
 from ..data.batches import Batches, default_tokens
 from ..data.choices import OnLongExample
 from ..data.examples import Indexable, tokenized_by
-from ..errors import ArgumentError, DataError, NotFiniteError
-from ..model.alone import alone
+from ..errors import ArgumentError, NotFiniteError
 from ..model.capture import Capture
-from ..model.identity import forward_state, model_fingerprint, task_state
+from ..model.identity import model_fingerprint, task_state
 from ..model.layer_batch import LayerBatch
 from ..model.layers import Layer
+from ..model.products import of_libraries
 from ..model.rows import Grid
 from ..model.spread import device_of
 from ..model.tasks import LanguageModelTask, Task, checked_task
-from ..model.text_tasks import TextTask, form_of
+from ..model.text_tasks import form_of
 from ..model.weights import check_weights, computes_in, is_sharded
 from ..ops.shapes import wide
 from ..store.division import Division
@@ -42,13 +41,12 @@ from .budget import fitting_tokens
 from .consumer import Batch, Consumer
 from .origin import origin
 from .processes import ALONE, Processes
-from .swapped import swapped
+from .swapped import one_alone, swapped
+from .trial import tried
 
 Progress = Callable[[str, int, int], None]
 Loss = Callable[["Batch"], Tensor]
 Kept = MutableMapping[int, list[LayerBatch]]
-# What checks of a model in its latest state found: positions before the text, by task and data.
-_checked: "weakref.WeakKeyDictionary[nn.Module, tuple]" = weakref.WeakKeyDictionary()
 
 
 class Stage(StrEnum):
@@ -130,6 +128,11 @@ class Run:
             device=device_of(model),
         )
         self.device = self.batches.device
+        if torch.is_autocast_enabled(self.device.type):
+            raise ArgumentError(
+                "called under torch.autocast, which would round sums and products of the stages, "
+                "too: leave it, and give autocast= for the model's passes"
+            )
         # Whether each pass is one of all processes together.
         self.sharded = is_sharded(model)
         # Of a layer's output, so of g: what bases and queries are kept in.
@@ -137,36 +140,8 @@ class Run:
         self.seconds: dict[str, float] = {}
         # Which of how many parts of the layers this is.
         self.part = (0, 1)
-        self.before = 0
-        if isinstance(self.task, TextTask):
-            self._check_text(self.task)
-
-    def _check_text(self, task: TextTask) -> None:
-        """Refuse data and models that a task of this package does not fit.
-
-        Finds out how many positions the model adds before the text. What a model of these weights
-        was found to be once it is in the next stage, too.
-        """
-        if not self.batches.language:
-            also = "labels, one a token" if self.batches.form.labels else "label, one of the whole"
-            causal = " and a causal language model" if isinstance(task, LanguageModelTask) else ""
-            raise DataError(
-                f"{type(task).__name__} needs examples with 'input_ids' (and {also}){causal}; give "
-                "a task of your own for others"
-            )
-        if not self.batches.takes("input_ids"):
-            raise ArgumentError(f"model is a {type(self.model).__name__} that takes no 'input_ids'")
-        padded = self.batches.padded
-        one = self.batches.load([self.batches.shortest])
-        key = (type(task), str(self.autocast), padded, self.batches.packed, *sorted(one))
-        state, found = _checked.get(self.model, (None, {}))
-        if state != (now := (self.fingerprint, *forward_state(self.model))):
-            found = {}
-            _checked[self.model] = (now, found)
-        if key not in found:
-            with alone(self.model), self.settings():
-                found[key] = task.check(one, self.model, padded, self.batches.packed)
-        self.before = found[key]
+        # Positions that the model adds before the text.
+        self.before = tried(self)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -282,7 +257,10 @@ class Run:
             NotFiniteError: a loss is not, or what a consumer made of it; names where it is from.
         """
         loss, done = loss or self.train_loss, set(done)
-        capture = capture or Capture(self.model, layers, partial(swapped, self))
+        capture = capture or Capture(
+            self.model, layers, partial(swapped, self),
+            believed=self.batches.language and of_libraries(self.model),
+        )  # fmt: skip
         total = self.batches.tokens(Division.of(batches).indices)
         before = sum(self.batches.tokens(batches[number]) for number in done)
         count, finished, since = self.processes.counter(stage), set[int](), list[int]()
@@ -370,7 +348,7 @@ class Run:
     def grid(self, inputs: Any, indices: Sequence[int]) -> Grid:
         """Sequences and positions of a batch."""
         if not self.batches.language:
-            return Grid(len(indices))
+            return Grid(len(indices), alone=partial(one_alone, self, indices))
         sides = self.batches.sides
         return Grid(len(indices) * sides, inputs["input_ids"].shape[1], self.before, sides)
 

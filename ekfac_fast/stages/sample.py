@@ -17,9 +17,8 @@ FACT = "eigenvalue_examples"
 
 def sample_facts(examples: int | None, size: int) -> dict[str, int]:
     """What `sampled` and `sample_of` read, of a fit on `size` examples; empty for all of them."""
-    if examples is None or whole(FACT, examples) >= size:
-        return {}
-    return {FACT: examples}
+    count = size if examples is None else whole(FACT, examples)
+    return {FACT: count} if count < size else {}
 
 
 def sample_of(facts: Mapping[str, Any] | None) -> int | None:

@@ -29,8 +29,9 @@ from ..store.folder import Store
 from .attribution import thin
 from .candidates import top_candidates
 from .consumer import Batch, Consumer
+from .damping import check_damping
 from .detail import explain, remove_pieces
-from .factors import Factors, bases, check_damping, check_loss
+from .factors import Factors, bases, check_loss
 from .heap import Heap
 from .kept import Best, WholeMatrix
 from .parts import add_scores, add_self_influence, check_scores
@@ -146,7 +147,7 @@ def self_scores(
     dataset: Indexable,
     *,
     out: str | Path,
-    damping: float | None = None,
+    damping: float | str | None = None,
     train_size: int | None = None,
     **arguments: Unpack[RunArguments],
 ) -> Scores:

@@ -1,9 +1,10 @@
 """Two examples in one order and in the other: how a probe learns whose rows are whose."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,12 +24,21 @@ def swapped(run: "Run") -> tuple[Callable[[], Any], Callable[[], Any]]:
     return partial(_forward, run, pair), partial(_forward, run, pair[::-1])
 
 
+def one_alone(run: "Run", indices: Sequence[int], number: int) -> Tensor:
+    """The training loss of one example of a batch."""
+    return _forward(run, [indices[number]])
+
+
 def _two_that_differ(run: "Run") -> list[int]:
     batches = run.batches
     order = batches.lengths.argsort(kind="stable")
     first = int(order[0])
     if not batches.language:
         return [first, int(order[-1])]
+    # Of another length if there is one: a model may order its sequences by that.
+    longer = int(np.searchsorted(batches.lengths[order], batches.lengths[first], side="right"))
+    if longer < len(order):
+        return [first, int(order[longer])]
     ids = batches.example(first).input_ids.tolist()
     rest = map(int, order[1:])
     other = next((i for i in rest if batches.example(i).input_ids.tolist() != ids), first)

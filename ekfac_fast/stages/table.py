@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..checks import comparable
 from ..data.batches import data_fingerprint
 from ..data.examples import Indexable, named
 from ..errors import ArgumentError
@@ -93,10 +94,8 @@ def totals(matrix: np.ndarray, labels: Sequence[Any]) -> Mapping[Any, np.ndarray
     """
     if len(labels) != matrix.shape[1]:
         raise ArgumentError(f"{len(labels)} labels for {matrix.shape[1]} sequences")
-    try:
-        order = {label: at for at, label in enumerate(dict.fromkeys(labels))}
-    except TypeError as error:
-        raise ArgumentError(f"labels: {error}; give texts or numbers, one a sequence") from error
+    labels = [comparable("labels", label) for label in labels]
+    order = {label: at for at, label in enumerate(dict.fromkeys(labels))}
     groups = np.array([order[label] for label in labels])
     sums = np.zeros((len(order), len(matrix)))
     for q, row in enumerate(matrix):

@@ -19,9 +19,10 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, uint8
+from torch import Tensor
 
 from ..errors import StoreError
+from .fingerprint import as_bytes
 
 PARTIAL = ".partial-"
 # Bytes, of torch's own memory on a CPU.
@@ -125,7 +126,7 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
     total = zlib.crc32(json.dumps(sorted(metadata.items())).encode())
     for name, tensor in sorted(tensors.items()):
         total = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), total)
-        total = zlib.crc32(tensor.contiguous().reshape(-1).view(uint8).numpy().data, total)
+        total = zlib.crc32(as_bytes(tensor).numpy().data, total)
     return f"{total:08x}"
 
 

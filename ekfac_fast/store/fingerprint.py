@@ -81,6 +81,14 @@ def fingerprint(*parts: Any) -> str:
     return digest.hex()
 
 
+def as_bytes(x: Tensor) -> Tensor:
+    """The bytes of a tensor, in the order of its values."""
+    flat = x.contiguous().reshape(-1)
+    if flat.stride(0) != 1:  # one value, which counts as contiguous whatever its stride
+        flat = flat[0].reshape(1)
+    return flat.view(torch.uint8)
+
+
 def _absorb(digest: Any, part: Any) -> None:
     """Feed one part; every encoding ends itself, so no two nests collide."""
     match part:
@@ -92,7 +100,7 @@ def _absorb(digest: Any, part: Any) -> None:
             _absorb(digest, (type(part).__name__, str(part.dtype), list(part.shape), inside))
         case Tensor():
             digest.update(f"t{str(part.dtype).removeprefix('torch.')}{list(part.shape)}".encode())
-            flat = part.detach().contiguous().reshape(-1).view(torch.uint8)
+            flat = as_bytes(part.detach())
             for piece in flat.split(1 << 26):  # a device tensor comes to the host in pieces
                 digest.update(piece.cpu().numpy())
         case np.ndarray() if part.dtype.kind in "biufc":

@@ -88,7 +88,7 @@ def layers(
     file: str | Path = FILE,
     top: int = TOP,
     rank: int | None = 32,
-    damping: float | None = None,
+    damping: float | str | None = None,
     **arguments: Unpack[RunArguments],
 ) -> Layers:
     """Shares of nine groups of layers in the influence of each question's top sequences, and what

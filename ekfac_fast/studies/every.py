@@ -32,7 +32,7 @@ def all_studies(
     largest: int | None = None,
     draws: int = 1000,
     rank: int | None = 32,
-    damping: float | None = None,
+    damping: float | str | None = None,
     **arguments: Unpack[RunArguments],
 ) -> dict[str, Result]:
     """Word order, layers, tail, memorisation, languages and scale, with the texts that ship.

@@ -166,7 +166,7 @@ def word_order(
     reference: str = FIRST,
     before: str = "",
     rank: int | None = 32,
-    damping: float | None = None,
+    damping: float | str | None = None,
     **arguments: Unpack[RunArguments],
 ) -> WordOrder:
     """Influence of every sequence of a file on its fact's completion, and the mean of every group

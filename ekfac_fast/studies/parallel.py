@@ -100,7 +100,7 @@ def languages(
     out: str | Path,
     file: str | Path = FILE,
     rank: int | None = 32,
-    damping: float | None = None,
+    damping: float | str | None = None,
     **arguments: Unpack[RunArguments],
 ) -> Languages:
     """Influence of parallel paragraphs in every language on questions in every language.

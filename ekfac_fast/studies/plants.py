@@ -90,7 +90,7 @@ def planted(
     seed: int = 0,
     layers: str | list[str] | None = None,
     rank: int | None = 32,
-    damping: float | None = None,
+    damping: float | str | None = None,
     **arguments: Unpack[RunArguments],
 ) -> Plants:
     """Fine-tune a copy of the model on `examples` of the corpus and on sentences of a file, each of

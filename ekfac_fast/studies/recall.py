@@ -76,7 +76,7 @@ def memorisation(
     out: str | Path,
     file: str | Path = FILE,
     rank: int | None = 32,
-    damping: float | None = None,
+    damping: float | str | None = None,
     **arguments: Unpack[RunArguments],
 ) -> Memory:
     """The rank of every passage of a file among the corpus, for its own completion.

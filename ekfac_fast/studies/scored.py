@@ -57,7 +57,7 @@ def asked(
     out: str | Path,
     *,
     rank: int | None = 32,
-    damping: float | None = None,
+    damping: float | str | None = None,
     **arguments: Unpack[RunArguments],
 ) -> tuple[Queries, LayerScores]:
     """Prepare questions and scan `data` for them, in the folder `out`, which a rerun continues."""

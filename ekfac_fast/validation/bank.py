@@ -18,8 +18,8 @@ from ..checks import Whole, callback, check_json, is_number, path, require, show
 from ..data.batches import data_fingerprint
 from ..data.examples import Indexable
 from ..errors import ArgumentError, DataError, NotFiniteError, StoreError
-from ..model.tasks import Task
-from ..stages.run import checked_task
+from ..model.identity import described, task_state
+from ..model.tasks import Task, checked_task
 from ..store.fingerprint import fingerprint
 from ..store.folder import Store
 from ..store.manifest import MANIFEST
@@ -94,13 +94,13 @@ def retrain(
     require(callable(train), "train", train, "a function of (indices, seed)")
     callback("measure", measure)
     callback("progress", progress)
-    whole("seeds", seeds)
+    seeds = whole("seeds", seeds)
     whole("seed", seed, 0)
     whole("processes", processes)
     N, Q = sized(dataset), sized(queries)
     if N < 2 or Q < 1:
         raise DataError(f"a bank of {N} training examples and {Q} queries has nothing to compare")
-    if isinstance(subsets, int):
+    if isinstance(subsets, int | np.integer):
         right = is_number(share) and 0 < share < 1
         require(right, "share", share, "a share of the data, between 0 and 1")
         masks = drawn(N, whole("subsets", subsets), share, seed)
@@ -112,7 +112,11 @@ def retrain(
         "seeds": seeds,
         "about": dict(about or {}),
     }
-    measure = measure or partial(measurements, queries=queries, task=checked_task(task))
+    task = checked_task(task)
+    own = None if task is None else (type(task).__qualname__, task_state(task))
+    if measure or own:
+        facts["measured"] = fingerprint(described(measure) if measure else own)
+    measure = measure or partial(measurements, queries=queries, task=task)
     with Store.open(folder, kind="bank", facts=facts) as store:
         runs = store.pieces(RUN)
         # Seed by seed, so that a bank under way has as many subsets as it can.
@@ -122,13 +126,13 @@ def retrain(
             if number not in runs.done
         }
         for number, values, seconds in outcomes(jobs, train, measure, processes):
-            subset, own = number % len(masks), number // len(masks)
-            where = f"run {number} (subset {subset}, seed {own})"
+            subset, again = number % len(masks), number // len(masks)
+            where = f"run {number} (subset {subset}, seed {again})"
             tensors = {
                 "kept": torch.from_numpy(masks[subset]),
                 "measurements": _checked(values, Q, where),
                 "subset": torch.tensor(subset),
-                "seed": torch.tensor(own),
+                "seed": torch.tensor(again),
                 "seconds": torch.tensor(seconds, dtype=torch.float64),
             }
             runs.write(number, tensors)

@@ -15,10 +15,9 @@ from ..data.batches import Batches, is_text
 from ..data.examples import Indexable
 from ..errors import ArgumentError, NotFiniteError
 from ..model.spread import device_of
-from ..model.tasks import LanguageModelTask, Task
+from ..model.tasks import LanguageModelTask, Task, checked_task
 from ..model.text_tasks import form_of
 from ..model.weights import check_changeable
-from ..stages.run import checked_task
 from .baselines import bm25, chance
 from .measure import measurements
 from .one_step import STEP, stepped

@@ -28,10 +28,9 @@ from ..errors import ArgumentError, NotFiniteError, Notice
 from ..model.alone import restored
 from ..model.layers import parameters_of, select_layers
 from ..model.packed import refuse_packed
-from ..model.tasks import LanguageModelTask, Task, draws_several
+from ..model.tasks import LanguageModelTask, Task, checked_task, draws_several
 from ..model.text_tasks import form_of
 from ..model.weights import check_changeable
-from ..stages.run import checked_task
 from .measure import measurements
 
 # Of the first gradient, what may be left of it; of more than LEFT a notice tells.
