@@ -13,11 +13,11 @@ import torch
 if os.environ.get("PRETEND_DEVICE") != "1":
     pytest.skip("run by test_residency.py, in its own process", allow_module_level=True)
 
-from dense_ekfac import asked, corpus, gpt2, llama
+from dense_ekfac import asked, close, corpus, gpt2, llama
 from pretend_device import NAME, _each, device, moved, told, watched
 from torch import nn
 
-from ekfac_fast import fit, prepare_queries, score, self_scores
+from ekfac_fast import capture, fit, prepare_queries, score, self_scores
 from ekfac_fast.curvature import low_rank
 from ekfac_fast.errors import ModelError
 from ekfac_fast.stages import outgoing
@@ -25,6 +25,9 @@ from ekfac_fast.stages.run import Run
 from ekfac_fast.stages.scan import DETAILED, LOWEST
 from ekfac_fast.stages.waiting import Waiting
 from ekfac_fast.store.folder import Store
+from ekfac_fast.studies.scored import layer_scores
+from ekfac_fast.validation.ablations import shampoo_factors
+from ekfac_fast.validation.baselines import gradient_dot
 
 RANK, TOKENS = 4, 40
 SELECTIONS = {1: ["model.layers.0.mlp.down_proj"], 6: "mlp"}
@@ -223,6 +226,36 @@ def test_a_model_over_two_devices(tmp_path, monkeypatch):
     for one, other in zip(expected.scores, got.scores, strict=True):
         for a, b in zip(one.details(0), other.details(0), strict=True):
             np.testing.assert_allclose(a.per_layer_token, b.per_layer_token, rtol=1e-6, atol=1e-10)
+
+
+def others(model, folder):
+    """What goes over data beside the main job, as numbers."""
+    data, factors = corpus(5), fit(model, corpus(5), out=folder / "f")
+    sets = prepare_queries(model, factors, asked(3), sets=["a", "a", "b"], rank=None)
+    queries = prepare_queries(model, factors, asked(2), rank=None)
+    with capture(model, queries=queries, covariances=True) as seen:
+        ids = torch.tensor([x["input_ids"][:4] for x in data])
+        model(input_ids=ids, labels=ids).loss.backward()
+    taken = seen.take_covariances()
+    shampoo = shampoo_factors(model, data, out=folder / "shampoo")
+    return {
+        "sets": torch.cat([x.dense().flatten() for x in sets.layers]),
+        "dot": gradient_dot(model, asked(2), data),
+        "cosine": gradient_dot(model, asked(2), data, cosine=True),
+        "by layer": layer_scores(model, queries, data, out=folder / "layers").values,
+        "in a loop": torch.cat([x.scores for x in seen.take_scores()], 1),
+        "gradients in a loop": torch.cat([x.gradient.flatten().cpu() for x in taken.values()]),
+        "shampoo": torch.cat([shampoo[name].lam.flatten() for name in shampoo]),
+    }
+
+
+def test_all_else_over_two_devices(tmp_path):
+    device()
+    expected = others(llama(torch.float64), tmp_path / "whole")
+    with watched():
+        got = others(spread(llama(torch.float64)), tmp_path / "spread")
+    for name, x in expected.items():
+        close(torch.as_tensor(np.asarray(got[name])), torch.as_tensor(np.asarray(x)), 1e-9)
 
 
 def test_a_pass_is_given_whole_and_the_next_batch_read_meanwhile(tmp_path):

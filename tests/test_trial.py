@@ -23,7 +23,7 @@ from ekfac_fast import (
     self_scores,
 )
 from ekfac_fast.data.batches import positions
-from ekfac_fast.errors import ArgumentError, ModelError, StoreError
+from ekfac_fast.errors import ArgumentError, DataError, ModelError, StoreError
 from ekfac_fast.model.identity import model_fingerprint, task_state
 from ekfac_fast.store.files import load_tensors, save_tensors
 from ekfac_fast.store.fingerprint import fingerprint
@@ -206,6 +206,12 @@ def test_autocast_outside_is_refused(tmp_path):
         pytest.raises(ArgumentError, match=r"under torch\.autocast, .* give autocast="),
     ):
         fit(gpt2().eval(), corpus(6), out=tmp_path)
+
+
+def test_pixels_beside_tokens_are_told_where_they_go(tmp_path):
+    data = [{"input_ids": [1, 2, 3], "pixel_values": torch.zeros(3, 4, 4)}] * 2
+    with pytest.raises(DataError, match=r"pixel_values is torch.float32 \[3, 4, 4\].*'inputs'"):
+        fit(gpt2().eval(), data, out=tmp_path)
 
 
 def test_one_value_of_any_stride(tmp_path):

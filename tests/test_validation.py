@@ -230,6 +230,14 @@ def test_refusals_of_measurements(tmp_path):
         lds(same, LINEAR)
 
 
+def test_a_bank_is_measured_in_one_way(tmp_path):
+    bank(tmp_path, subsets=8)
+    bank(tmp_path, subsets=8)
+    for other in (lambda model: 2 * np.asarray(measured(model)), None):
+        with pytest.raises(StoreError, match="  measured: stored"):
+            bank(tmp_path, subsets=8, measure=other)
+
+
 def test_a_bank_of_others_is_refused_by_name(made):
     with pytest.raises(StoreError, match="  data: stored"):
         retrain(made.folder, trained, corpus(N, seed=5), QUESTIONS, subsets=24, measure=measured)

@@ -266,6 +266,13 @@ def _integers(values: Any, what: str) -> np.ndarray:
 
 def _beside(ids: np.ndarray, values: Any, what: str) -> np.ndarray:
     """Values, one for each token."""
+    kind, shape = getattr(values, "dtype", None), getattr(values, "shape", ())
+    if getattr(kind, "is_floating_point", False) or len(shape) > 1:
+        raise DataError(
+            f"{what} is {kind} {list(shape)}: beside input_ids stands one integer a token. "
+            "Examples that hold more (pixels, sound) are for a task of your own: put each in a "
+            "mapping, like {'inputs': example}, which the task opens"
+        )
     values = _integers(values, what)
     if len(values) != len(ids):
         raise DataError(f"{what} has {len(values)} positions, input_ids has {len(ids)}")

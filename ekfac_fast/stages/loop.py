@@ -30,7 +30,7 @@ from ..model.watch import Pass, Watch
 from ..model.weights import refuse_compiled
 from ..ops.shapes import wide
 from ..store.fingerprint import fingerprint
-from .parts import add_scores
+from .parts import Tally, add_scores
 from .queries import Queries
 from .sums import BATCHES_A_FOLD
 
@@ -150,9 +150,9 @@ class Captured:
                 moved = self._queries[name].each(lambda x: x.to(seen.g.device, seen.g.dtype))
                 self._placed[name] = moved.laid_out()
             if one.result is None:
-                B = one.grid.sequences
-                one.result = torch.zeros(self._Q, B, dtype=dtype, device=seen.g.device)
-            add_scores(one.result, self._placed[name], seen)
+                one.result = Tally(self._Q, dtype)
+            s = one.result.on(seen.g.device, one.grid.sequences)
+            add_scores(s, self._placed[name], seen)
         if self.sums_covariances:
             self._add_covariances(seen, one)
 
@@ -178,7 +178,7 @@ class Captured:
         own = torch.zeros_like(gradients.rest)
         torch.ops.ekfac_fast.covariance(own, g, None, False)
         assert one.factor is not None
-        own *= one.factor**2
+        own *= torch.as_tensor(one.factor, device=own.device) ** 2
         finite = own.isfinite().all()
         gradients.rest += torch.where(finite, own, 0)
         read += count
@@ -190,7 +190,7 @@ class Captured:
             assert one.factor is not None
             tokens, mask = (one.inputs.get(name) for name in ("input_ids", "attention_mask"))
             fits = tokens is not None and getattr(mask, "shape", None) == tokens.shape
-            scores = (one.result * one.factor).cpu()
+            scores = one.result.take(one.factor)
             self._scores.append(BatchScores(scores, tokens, mask if fits else None))
         self._passes += 1
         if self._passes % BATCHES_A_FOLD == 0:

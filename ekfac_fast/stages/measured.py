@@ -160,8 +160,10 @@ class Summing(Consumer):
     def __init__(self, each: Measuring, layers: Sequence[Layer]) -> None:
         self.each, run = each, each.run
         self.loss = each.loss
-        dtype, device = accumulator(run.model), run.device
-        self.sums = {x.name: torch.zeros(1, x.O, x.J, dtype=dtype, device=device) for x in layers}
+        dtype, places = accumulator(run.model), run.places(layers)
+        self.sums = {
+            x.name: torch.zeros(1, x.O, x.J, dtype=dtype, device=places[x.name]) for x in layers
+        }
         self.measured = torch.zeros(1, dtype=torch.float64)
 
     def add(self, seen: LayerBatch, batch: Batch) -> None:

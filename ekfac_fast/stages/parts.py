@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from ..curvature.basis import Basis, Eigenvectors, SharedRotation
@@ -69,6 +70,30 @@ def add_self_influence(s: Tensor, seen: LayerBatch, basis: Basis, rotate: Shared
             part = s.new_zeros(len(members))
             here.add_self_influence(part, g, a, bias)
             s.index_add_(0, members, part)
+
+
+class Tally:
+    """Scores [rows,B] of a batch: summed where each layer computes, together on the CPU."""
+
+    def __init__(self, rows: int, dtype: torch.dtype) -> None:
+        self.rows, self._dtype = rows, dtype
+        self._s: dict[torch.device, Tensor] = {}
+
+    def on(self, device: torch.device, B: int) -> Tensor:
+        """Those of a device, to add to."""
+        if device not in self._s:
+            self._s[device] = torch.zeros(self.rows, B, dtype=self._dtype, device=device)
+        return self._s[device]
+
+    def take(self, factor: Tensor | float | None = None) -> Tensor:
+        """The sum, times a factor; the next batch begins with none."""
+        scaled = (
+            x if factor is None else x * torch.as_tensor(factor, device=x.device)
+            for x in self._s.values()
+        )  # fmt: skip
+        first, *others = (x.cpu() for x in scaled)
+        self._s = {}
+        return sum(others, start=first)
 
 
 def check_scores(s: Tensor, dataset: Indexable, indices: Sequence[int]) -> None:

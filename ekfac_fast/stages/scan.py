@@ -34,7 +34,7 @@ from .detail import explain, remove_pieces
 from .factors import Factors, bases, check_loss
 from .heap import Heap
 from .kept import Best, WholeMatrix
-from .parts import add_scores, add_self_influence, check_scores
+from .parts import Tally, add_scores, add_self_influence, check_scores
 from .processes import Processes
 from .queries import LayerQueries, Queries
 from .run import Run, RunArguments, Stage, accumulator
@@ -290,9 +290,7 @@ class Scan(Consumer):
         self.run, self.store, self.batches = run, store, batches
         self.chosen, self._add = chosen, add
         dtype = accumulator(run.model)
-        self.Q, self.dtype = len(range(Q)[own]), dtype
-        # Of every device that layers are on.
-        self.s: dict[torch.device, Tensor] = {}
+        self.tally = Tally(len(range(Q)[own]), dtype)
         shape, kind = (Q, run.batches.size), "float64" if dtype == torch.float64 else "float32"
         self.kept: WholeMatrix | Best
         if top_k is None:
@@ -303,22 +301,13 @@ class Scan(Consumer):
         self.done = self.kept.done
         run.seconds[Stage.SCAN] = self.kept.seconds
 
-    def begin(self, batch: Batch) -> None:
-        """No scores yet."""
-        self.s = {}
-
     def add(self, seen: LayerBatch, batch: Batch) -> None:
         """One layer's share."""
-        device = seen.g.device
-        if device not in self.s:
-            shape = self.Q, len(batch.indices)
-            self.s[device] = torch.zeros(shape, dtype=self.dtype, device=device)
-        self._add(self.s[device], seen)
+        self._add(self.tally.on(seen.g.device, len(batch.indices)), seen)
 
     def end(self, batch: Batch) -> None:
         """The scores of a batch, NaN where a sequence is not a query's candidate."""
-        first, *others = (x.cpu() for x in self.s.values())
-        s, indices = self.run.processes.joined(sum(others, start=first)), batch.indices
+        s, indices = self.run.processes.joined(self.tally.take()), batch.indices
         if s is None:
             return  # another process has them
         check_scores(s, self.run.batches.dataset, indices)

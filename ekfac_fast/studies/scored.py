@@ -17,7 +17,7 @@ from ..model.layer_batch import LayerBatch
 from ..model.layers import Layer
 from ..stages.consumer import Batch, Consumer
 from ..stages.factors import Factors
-from ..stages.parts import add_scores, check_scores
+from ..stages.parts import Tally, add_scores, check_scores
 from ..stages.preparation import prepare_queries
 from ..stages.processes import Processes
 from ..stages.queries import Queries
@@ -104,24 +104,18 @@ class _ByLayer(Consumer):
 
     def __init__(self, run: Run, queries: Queries, layers: Sequence[Layer], pieces: Pieces) -> None:
         self.run, self.pieces, self.gradients = run, pieces, on_device(run, queries)
-        self.place = {layer.name: at for at, layer in enumerate(layers)}
-        self.s = torch.zeros(
-            len(layers), len(queries), 0, dtype=accumulator(run.model), device=run.device
-        )
-
-    def begin(self, batch: Batch) -> None:
-        """No scores yet."""
-        L, Q, _ = self.s.shape
-        self.s = self.s.new_zeros(L, Q, len(batch.indices))
+        dtype = accumulator(run.model)
+        self.tallies = {layer.name: Tally(len(queries), dtype) for layer in layers}
 
     def add(self, seen: LayerBatch, batch: Batch) -> None:
         """One layer's own scores."""
         name = seen.layer.name
-        add_scores(self.s[self.place[name]], self.gradients[name], seen)
+        s = self.tallies[name].on(seen.g.device, len(batch.indices))
+        add_scores(s, self.gradients[name], seen)
 
     def end(self, batch: Batch) -> None:
         """Keep the batch."""
-        s = self.s.cpu()
+        s = torch.stack([tally.take() for tally in self.tallies.values()])
         check_scores(s, self.run.batches.dataset, batch.indices)
         self.pieces.write(batch.number, {"scores": s})
 

@@ -135,8 +135,12 @@ class GradientProducts(Sums):
 
     def __init__(self, run: Run, store: Store, layers: list[Layer]) -> None:
         super().__init__(run, store, Stage.COVARIANCE)
+        places = run.places(layers)
         self.products = {
-            side: {x.name: self.found(f"{side} {x.name}", *[_size(side, x)] * 2) for x in layers}
+            side: {
+                x.name: self.found(f"{side} {x.name}", *[_size(side, x)] * 2, at=places[x.name])
+                for x in layers
+            }
             for side in EIGENVECTORS
         }
 

@@ -7,7 +7,7 @@ representation   cosine of the mean last hidden states          no training at a
 random           what chance does
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Unpack
 
 import numpy as np
@@ -27,7 +27,7 @@ from ..ops.shapes import wide
 from ..stages.candidates import top_candidates
 from ..stages.consumer import Batch, Consumer
 from ..stages.measured import Gradients
-from ..stages.parts import check_scores
+from ..stages.parts import Tally, check_scores
 from ..stages.run import Run, RunArguments, Stage, accumulator
 from ..stages.scan import adding
 
@@ -62,24 +62,25 @@ def gradient_dot(
     )  # fmt: skip
     order = torch.tensor([i for batch in batches for i in batch]).argsort()
     found = {x.name: torch.cat([parts[n][x.name] for n in range(len(batches))]) for x in tracked}
-    G = {name: x[order].to(ask.device) for name, x in found.items()}
+    places = ask.places(tracked)
+    G = {name: x[order].to(places[name]) for name, x in found.items()}
     run = Run(model, dataset, arguments)
     products = _Matrix(run, len(order), adding({name: Dense(x) for name, x in G.items()}))
     run.each(Stage.SCAN, tracked, run.batches.divided(), products)
     if not cosine:
         return products.matrix
-    squares = _Matrix(run, 1, _squares(tracked, accumulator(model), run.device))
+    squares = _Matrix(run, 1, _squares(tracked, accumulator(model), places))
     run.each(Stage.SCAN, tracked, run.batches.divided(), squares)
-    asked = torch.stack([x.double().square().sum((1, 2)) for x in G.values()]).sum(0)
-    return _over(products.matrix, asked.cpu().numpy()[:, None] * squares.matrix)
+    asked = torch.stack([x.double().square().sum((1, 2)).cpu() for x in G.values()]).sum(0)
+    return _over(products.matrix, asked.numpy()[:, None] * squares.matrix)
 
 
 def _squares(
-    layers: Sequence[Layer], dtype: torch.dtype, device: torch.device
+    layers: Sequence[Layer], dtype: torch.dtype, places: Mapping[str, torch.device]
 ) -> Callable[[Tensor, LayerBatch], None]:
     """s [1,B] += ||G_b||^2: self-influence where every eigenvalue is 1."""
-    ones = torch.ones((), dtype=dtype, device=device)
-    bases = {x.name: Basis(None, None, ones.expand(x.O, x.J)) for x in layers}
+    ones = {x.name: torch.ones((), dtype=dtype, device=places[x.name]) for x in layers}
+    bases = {x.name: Basis(None, None, ones[x.name].expand(x.O, x.J)) for x in layers}
 
     def add(s: Tensor, seen: LayerBatch) -> None:
         bases[seen.layer.name].add_self_influence(s[0], seen.g, seen.a, seen.layer.bias)
@@ -100,20 +101,15 @@ class _Matrix(Consumer):
     def __init__(self, run: Run, rows: int, add: Callable[[Tensor, LayerBatch], None]) -> None:
         self.run, self._add = run, add
         self.matrix = np.zeros((rows, run.batches.size))
-        self.s = torch.zeros(rows, 0)
-
-    def begin(self, batch: Batch) -> None:
-        """Nothing yet."""
-        shape, dtype = (len(self.matrix), len(batch.indices)), wide(self.run.dtype)
-        self.s = torch.zeros(shape, dtype=dtype, device=self.run.device)
+        self.tally = Tally(rows, wide(run.dtype))
 
     def add(self, seen: LayerBatch, batch: Batch) -> None:
         """One layer."""
-        self._add(self.s, seen)
+        self._add(self.tally.on(seen.g.device, len(batch.indices)), seen)
 
     def end(self, batch: Batch) -> None:
         """Keep the batch."""
-        s = self.s.cpu()
+        s = self.tally.take()
         check_scores(s, self.run.batches.dataset, batch.indices)
         self.matrix[:, batch.indices] = s.double().numpy()
 
