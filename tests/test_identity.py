@@ -107,7 +107,10 @@ def test_results_are_no_part_of_an_identity(run, tmp_path):
     try:
         torch.set_num_threads(3 - before if before in (1, 2) else 1)
         again = prepare_queries(model, factors, asked(), rank=None)
+        assert again.identity == prepared.identity
+        written = (tmp_path / "scores.npy").stat().st_mtime_ns
         score(model, again, data, out=tmp_path)
+        assert (tmp_path / "scores.npy").stat().st_mtime_ns == written
     finally:
         torch.set_num_threads(before)
 

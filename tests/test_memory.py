@@ -123,6 +123,22 @@ def test_a_fit_in_parts_is_continued_in_the_same_parts(tmp_path, short, monkeypa
         assert torch.equal(again[name].Qa, whole[name].Qa)
 
 
+def test_a_fit_that_was_begun_whole_goes_on_whole(tmp_path, short, monkeypatch):
+    """Whatever is free when it is continued: its sums are of all layers."""
+
+    def stop(stage, done, total):
+        if stage == "eigenvalue":
+            raise KeyboardInterrupt
+
+    model, data = gpt2().eval(), corpus(12)
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, data, out=tmp_path / "f", batch_tokens=60, progress=stop)
+    short(model, 3)
+    passes = []
+    fit(model, data, out=tmp_path / "f", batch_tokens=60, progress=lambda *x: passes.append(x[0]))
+    assert "covariance" not in passes
+
+
 def test_parts_are_even_and_keep_modules_together():
     layers = select_layers(llama())
     bytes_of = [fitting_bytes(x, 4) for x in layers]

@@ -6,12 +6,13 @@ import torch
 from dense_ekfac import asked, corpus, gpt2
 from retrainings import DATA, LINEAR, QUESTIONS, N, Q, measured, trained
 
+from ekfac_fast import fit, prepare_queries, score
 from ekfac_fast.data.batches import Batches
 from ekfac_fast.errors import ArgumentError, DataError, NotFiniteError
 from ekfac_fast.model.tasks import LanguageModelTask
 from ekfac_fast.validation import RetrainingBank, removals, tail_patch
 from ekfac_fast.validation.measure import measurements
-from ekfac_fast.validation.one_step import stepped
+from ekfac_fast.validation.one_step import step_check, stepped
 
 
 def removed(folder, scores, train=trained, **settings):
@@ -85,6 +86,24 @@ def test_tail_patch_teaches_what_is_planted_and_leaves_the_model(tmp_path):
     assert all(torch.equal(w, weights[name]) for name, w in model.state_dict().items())
     assert torch.equal(measurements(model, questions), before)
     assert list(tail_patch(model, questions, data, {"a": scores}, controls=False, k=2)) == ["a"]
+
+
+def test_patches_and_steps_are_of_the_model_as_it_is_asked(tmp_path):
+    """Neither dropout nor the mode that parts of it are in changes them, and neither is changed."""
+    model, questions, data = gpt2(), asked(), corpus()
+    queries = prepare_queries(model.eval(), fit(model, data, out=tmp_path / "f"), questions)
+    scores = score(model, queries, data, out=tmp_path / "s")
+    how = {"controls": False, "k": 1}
+    expected = tail_patch(model, questions, data, {"a": scores.matrix}, **how)["a"]
+    steps = step_check(model, queries, scores, data)
+    model.train().transformer.ln_f.eval()
+    for dropout in (m for m in model.modules() if isinstance(m, torch.nn.Dropout)):
+        dropout.p = 0.5
+    modes = [m.training for m in model.modules()]
+    found = tail_patch(model, questions, data, {"a": scores.matrix}, **how)["a"]
+    assert np.array_equal(found, expected)
+    assert step_check(model, queries, scores, data) == steps
+    assert [m.training for m in model.modules()] == modes
 
 
 def test_a_small_step_changes_a_measurement_by_its_gradient():

@@ -49,20 +49,29 @@ def gradients_on() -> Iterator[None]:
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter requires grad, and the model is in evaluation mode; both are restored."""
-    required = [p for p in model.parameters() if p.requires_grad]
-    # What is offloaded is another tensor each time that it comes.
-    coming = [name for name in offloaded(model) if model.get_parameter(name).requires_grad]
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode; every module is afterwards in the mode that it was in."""
     training = [m for m in model.modules() if m.training]
-    for p in required:
-        p.requires_grad_(False)
     for m in training:
         m.training = False
     try:
         yield
     finally:
-        for p in (*required, *map(model.get_parameter, coming)):
-            p.requires_grad_(True)
         for m in training:
             m.training = True
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter requires grad, and the model is in evaluation mode; both are restored."""
+    required = [p for p in model.parameters() if p.requires_grad]
+    # What is offloaded is another tensor each time that it comes.
+    coming = [name for name in offloaded(model) if model.get_parameter(name).requires_grad]
+    for p in required:
+        p.requires_grad_(False)
+    try:
+        with evaluating(model):
+            yield
+    finally:
+        for p in (*required, *map(model.get_parameter, coming)):
+            p.requires_grad_(True)

@@ -148,10 +148,10 @@ def _fit(run: Run, layers: list[Layer], store: Store) -> None:
         parts = partitions(layers, room, itemsize, blocks_of(store.facts))
         names = [[x.name for x in some] for some in parts]
     names = run.processes.from_first(names)
+    store.update(partitions=names)
     if len(names) == 1:
         _Fit(run, layers, store).run()
         return
-    store.update(partitions=names)
     run.planned(store)
     named = {x.name: x for x in layers}
     for number, some in enumerate(names):

@@ -87,6 +87,7 @@ class Processes:
         try:
             yield
         finally:
+            dist.destroy_process_group(self._group)
             self.shards, self._group = 1, None
 
     @property

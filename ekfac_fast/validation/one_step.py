@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..data.batches import Batches
 from ..data.examples import Indexable
-from ..model.alone import restored
+from ..model.alone import evaluating, restored
 from ..model.layers import parameters_of, select_layers
 from ..model.packed import refuse_packed
 from ..model.spread import device_of
@@ -58,13 +58,14 @@ def step_check(
     weights = [*{id(w): w for w in (parameters_of(model, x)[0] for x in layers)}.values()]
     check_changeable(model, weights, "a step")
     changes = []
-    for q, one in enumerate(asked):
-        before = float(measurements(model, [one], task))
-        pair = []
-        for lowest in (False, True):
-            ((index, _),) = scores.top(q, 1, lowest=lowest)
-            loss = partial(task.compute_train_loss, every.load([index]), model)
-            with stepped(weights, loss):
-                pair.append(before - float(measurements(model, [one], task)))
-        changes.append((pair[0], pair[1]))
+    with evaluating(model):
+        for q, one in enumerate(asked):
+            before = float(measurements(model, [one], task))
+            pair = []
+            for lowest in (False, True):
+                ((index, _),) = scores.top(q, 1, lowest=lowest)
+                loss = partial(task.compute_train_loss, every.load([index]), model)
+                with stepped(weights, loss):
+                    pair.append(before - float(measurements(model, [one], task)))
+            changes.append((pair[0], pair[1]))
     return changes

@@ -14,6 +14,7 @@ from ..checks import instance, whole
 from ..data.batches import Batches, is_text
 from ..data.examples import Indexable
 from ..errors import ArgumentError, NotFiniteError
+from ..model.alone import evaluating
 from ..model.spread import device_of
 from ..model.tasks import LanguageModelTask, Task, checked_task
 from ..model.text_tasks import form_of
@@ -69,9 +70,7 @@ def tail_patch(
         matrices["random"] = chance(*shape, seed)
         if is_text(dataset[0]):
             matrices["BM25"] = bm25(queries, dataset)
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         before = measurements(model, queries, task).numpy()
         found = {name: np.empty(shape[0]) for name in matrices}
         for name, matrix in matrices.items():
@@ -86,6 +85,4 @@ def tail_patch(
                         "take a smaller size"
                     )
                 found[name][q] = before[q] - after
-    finally:
-        model.train(training)
     return found
