@@ -273,11 +273,38 @@ def test_an_adapter_of_a_folder(demo, few, run, tmp_path):
     run("report", tmp_path / "s", "demo/corpus", "--out", tmp_path / "r.html", cwd=few)
     assert str(tmp_path / "lora") in (tmp_path / "r.html").read_text()
     # Without its adapter it is another model.
-    run("score", "demo/model", *inputs, "--out", tmp_path / "t", "--context", 64, cwd=few, ok=False)
+    t = ("--out", tmp_path / "t", "--context", 64)
+    said = " ".join(run("score", "demo/model", *inputs, *t, cwd=few, ok=False).split())
+    assert f"was fitted with an adapter ({tmp_path}/lora): give it as --adapter" in said
     (tmp_path / "lora/adapter_model.safetensors").rename(tmp_path / "lora/adapter_model.bin")
     words = ("fit", "demo/model", "demo/corpus", "--out", tmp_path / "g", *given)
     said = " ".join(run(*words, cwd=few, ok=False).split())
     assert "no adapter_model.safetensors; save it" in said
+
+
+def test_scores_of_self_are_no_report(few, run, tmp_path):
+    fitted = ("demo/model", "demo/corpus", "--out", tmp_path / "f", "--context", 64)
+    said = " ".join(run("fit", *fitted, "--max-examples", 1, cwd=few).split())
+    assert re.search(
+        r"note: \d+ tokens are fewer than the 1537 inputs of transformer.h.\d.mlp.c_proj", said
+    )
+    own = ("demo/model", tmp_path / "f", "demo/corpus", "--out", tmp_path / "self")
+    run("self", *own, "--context", 64, "--damping", "0.01x", cwd=few)
+    said = run("report", tmp_path / "self", "demo/corpus", cwd=few, ok=False)
+    assert "are of the Python API, or of `self`" in " ".join(said.split())
+    assert repr(Scores(tmp_path / "self")).startswith("Scores(1 queries, ")
+
+
+def test_a_missing_folder_is_told_before_a_model_is_loaded(tmp_path):
+    done = CliRunner().invoke(app, ["score", "no/model", "no/factors", "q", "d", "--out", "o"])
+    assert done.exit_code == 1
+    assert "no/factors" in done.output
+    assert "no/model" not in done.output
+
+
+def test_version():
+    done = CliRunner().invoke(app, ["--version"])
+    assert re.fullmatch(r"\d+\.\d+\.\d+\S*\n", done.output)
 
 
 @pytest.mark.parametrize(

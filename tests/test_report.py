@@ -12,7 +12,7 @@ from ekfac_fast import extras, report
 from ekfac_fast.cli.terminal import harmless
 from ekfac_fast.errors import MissingExtra
 from ekfac_fast.report import charts, text
-from ekfac_fast.report.contents import QueryResult, RankedSequence, RunFacts, StageTime
+from ekfac_fast.report.contents import QueryResult, RankedSequence, RunFacts, StageTime, beyond
 
 pytest.importorskip("jinja2")
 
@@ -138,6 +138,11 @@ def page(html) -> Page:
 
 def shown(tokens: tuple[str, ...]) -> list[str]:
     return ["".join(text.pieces(token)) for token in tokens]
+
+
+def test_more_than_log_p_can_rise_is_told():
+    assert beyond(2.0, -1.5).startswith("+2.00 nats is more than log p = -1.50 can rise")
+    assert not beyond(1.4, -1.5)
 
 
 def test_tags_nest_and_ids_are_unique(page):

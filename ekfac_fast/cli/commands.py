@@ -14,36 +14,30 @@ from ..errors import ArgumentError
 from . import studies
 from .group import shared
 from .options import (
-    Adapter,
     BatchTokens,
     Beta,
     Blocks,
-    ChatTemplate,
-    Context,
     Damping,
     Data,
-    DeviceMap,
     EigenvalueExamples,
     Eigenvectors,
     FactorFolder,
-    Fields,
     KeepCovariances,
     Layers,
+    Loading,
     Measure,
     Memory,
     Model,
     Out,
-    Packed,
     Precision,
     Reference,
     Refine,
     RefineExamples,
     RefineSeed,
     Shard,
-    SplitBy,
     Task,
-    TooLong,
     Trust,
+    with_loading,
 )
 from .reported import console, reported
 
@@ -51,8 +45,20 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=N
 app.add_typer(studies.app, name="study")
 
 
+def _tell_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        console.say(version("ekfac-fast"))
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="print it")
+    ] = False,
+) -> None:
     """EK-FAC influence functions for language models, fast."""
 
 
@@ -76,22 +82,14 @@ def doctor() -> None:
 @app.command()
 @reported
 @shared(console)
+@with_loading
 def fit(
     model: Model,
     data: Data,
     out: Out,
     layers: Layers = None,
-    context: Context = None,
-    split: SplitBy = "file",
-    on_long: TooLong = "chunk",
-    packed: Packed = False,
-    adapter: Adapter = None,
-    fields: Fields = None,
-    chat_template: ChatTemplate = None,
     batch_tokens: BatchTokens = None,
     memory: Memory = None,
-    shard: Shard = False,
-    device_map: DeviceMap = None,
     blocks: Blocks = 1,
     keep_covariances: KeepCovariances = None,
     eigenvectors: Eigenvectors = "float32",
@@ -101,18 +99,15 @@ def fit(
     task: Task = None,
     reference: Reference = None,
     beta: Beta = None,
-    dtype: Precision = "float32",
-    trust_remote_code: Trust = False,
+    *,
+    loading: Loading,
 ) -> None:
     """Fit the EK-FAC factors of a model on a corpus."""
     from . import inputs, runs, tasks
     from .loaded import loaded
 
     asked = tasks.Asked(task or tasks.LANGUAGE, beta, reference=reference)
-    source, _, corpus = loaded(
-        model, adapter, data, context, split, on_long, packed, fields, chat_template, dtype,
-        trust_remote_code, shard, device_map, asked, [out],
-    )  # fmt: skip
+    source, _, corpus = loaded(model, data, loading, asked, [out])
     runs.fit_job(
         source, corpus, out, console, asked, layers=layers, batch_tokens=batch_tokens,
         memory=memory, blocks=blocks, keep_covariances=keep_covariances,
@@ -140,6 +135,7 @@ def export(
 @app.command()
 @reported
 @shared(console)
+@with_loading
 def score(
     model: Model,
     factors: FactorFolder,
@@ -179,22 +175,13 @@ def score(
         bool | None,
         typer.Option(
             "--attribution/--no-attribution",
-            help="and output and input tokens of each, a derivative more",
+            help="and output and input tokens of each, a derivative more; default: as --detail",
         ),
     ] = None,
-    context: Context = None,
-    split: SplitBy = "file",
-    on_long: TooLong = "chunk",
-    packed: Packed = False,
-    adapter: Adapter = None,
-    fields: Fields = None,
-    chat_template: ChatTemplate = None,
     batch_tokens: BatchTokens = None,
     memory: Memory = None,
-    shard: Shard = False,
-    device_map: DeviceMap = None,
-    dtype: Precision = "float32",
-    trust_remote_code: Trust = False,
+    *,
+    loading: Loading,
 ) -> None:
     """Rank the sequences of a corpus by their influence on completions."""
     from ..stages.factors import Factors
@@ -208,14 +195,14 @@ def score(
     ):
         if needless:
             raise ArgumentError(name)
-    asked = tasks.fitted(task, factors, runs.RUN, measure=measure, reference=reference)
-    source, cutting, corpus = loaded(
-        model, adapter, data, context, split, on_long, packed, fields, chat_template, dtype,
-        trust_remote_code, shard, device_map, asked, [factors, out],
-    )  # fmt: skip
-    questions = tasks.Questions(queries, sets, reduce or "sum", trust_remote_code)
+    asked = tasks.fitted(
+        task, factors, runs.RUN, loading.adapter, measure=measure, reference=reference
+    )
+    held = Factors(factors)
+    source, cutting, corpus = loaded(model, data, loading, asked, [factors, out])
+    questions = tasks.Questions(queries, sets, reduce or "sum", loading.trust_remote_code)
     runs.score_job(
-        source, Factors(factors), questions, corpus, cutting, out, console, asked,
+        source, held, questions, corpus, cutting, out, console, asked,
         rank=rank or None, damping=damping, refine=refine, refine_examples=refine_examples,
         refine_seed=refine_seed or 0, top_k=top_k, candidates=candidates, train_size=train_size,
         query_shards=query_shards, batch_tokens=batch_tokens, memory=memory, detail=detail,
@@ -227,40 +214,30 @@ def score(
 @app.command(name="self")
 @reported
 @shared(console)
+@with_loading
 def self_influence(
     model: Model,
     factors: FactorFolder,
     data: Data,
     out: Out,
     damping: Damping = None,
-    context: Context = None,
-    split: SplitBy = "file",
-    on_long: TooLong = "chunk",
-    packed: Packed = False,
-    adapter: Adapter = None,
-    fields: Fields = None,
-    chat_template: ChatTemplate = None,
     batch_tokens: BatchTokens = None,
     memory: Memory = None,
-    shard: Shard = False,
-    device_map: DeviceMap = None,
     task: Task = None,
     reference: Reference = None,
-    dtype: Precision = "float32",
-    trust_remote_code: Trust = False,
+    *,
+    loading: Loading,
 ) -> None:
     """Rank the sequences of a corpus by their influence on themselves."""
     from ..stages.factors import Factors
     from . import runs, tasks
     from .loaded import loaded
 
-    asked = tasks.fitted(task, factors, runs.RUN, reference=reference)
-    source, _, corpus = loaded(
-        model, adapter, data, context, split, on_long, packed, fields, chat_template, dtype,
-        trust_remote_code, shard, device_map, asked, [factors, out],
-    )  # fmt: skip
+    asked = tasks.fitted(task, factors, runs.RUN, loading.adapter, reference=reference)
+    held = Factors(factors)
+    source, _, corpus = loaded(model, data, loading, asked, [factors, out])
     scores = runs.self_job(
-        source, Factors(factors), corpus, out, console, task=asked.task(), damping=damping,
+        source, held, corpus, out, console, task=asked.task(), damping=damping,
         batch_tokens=batch_tokens, memory=memory,
     )  # fmt: skip
     for index, value in scores.top(0, 10):

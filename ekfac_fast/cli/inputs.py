@@ -291,7 +291,7 @@ def read_data(
     if data.truncated:
         notes.append(f"{data.truncated} records lost {data.dropped} tokens")
     if data.skipped:
-        notes.append(f"{data.skipped} empty records skipped")
+        notes.append(f"{data.skipped} records skipped, which have nothing to predict in that")
     console.say(f"{path}: {'; '.join(notes)}")
     return corpus
 

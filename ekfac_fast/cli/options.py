@@ -1,7 +1,11 @@
 """What the commands can be told."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from inspect import Parameter, signature
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -85,3 +89,37 @@ Trust = Annotated[bool, typer.Option(help="run code that comes with the model")]
 Precision = Annotated[
     Dtype, typer.Option(help="of the model's passes; auto: bfloat16 where it is fast")
 ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """How a model is loaded and a corpus is cut for it: options of every command on both."""
+
+    context: Context = None
+    split: SplitBy = "file"
+    on_long: TooLong = "chunk"
+    packed: Packed = False
+    adapter: Adapter = None
+    fields: Fields = None
+    chat_template: ChatTemplate = None
+    shard: Shard = False
+    device_map: DeviceMap = None
+    dtype: Precision = "float32"
+    trust_remote_code: Trust = False
+
+
+def with_loading(command: Callable[..., None]) -> Callable[..., None]:
+    """A command of a keyword `loading` with the options of `Loading` in its place."""
+    own = signature(command).parameters
+    theirs = signature(Loading).parameters
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        loading = Loading(**{name: given.pop(name) for name in theirs})
+        command(loading=loading, **given)
+
+    every = [x.replace(kind=Parameter.KEYWORD_ONLY) for x in (*own.values(), *theirs.values())]
+    every = [x for x in every if x.name != "loading"]
+    run.__signature__ = signature(command).replace(parameters=every)  # type: ignore[attr-defined]
+    run.__annotations__ = {x.name: x.annotation for x in every} | {"return": None}
+    return run

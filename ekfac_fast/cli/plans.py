@@ -4,7 +4,7 @@ from collections import Counter
 
 from rich.table import Table
 
-from ..report.text import duration
+from ..report.text import amount, duration
 from ..stages.plan import Plan
 from .runs import covered
 from .terminal import Terminal
@@ -24,7 +24,7 @@ def show(
         chosen.add_row(str(count), str(I), str(O), "yes" if bias else "-", how, first)
     console.print(chosen)
     console.say(f"\n{covered(costs.layers, tracked, parameters)}")
-    console.say(f"{parameters / 1e6:.1f}M parameters in all, {_gib(4 * parameters)} in fp32")
+    console.say(f"{amount(parameters)} parameters in all, {_gib(4 * parameters)} in fp32")
     fitted = f"in {costs.partitions} parts, each with passes of its own"
     console.say(f"layers fitted    {'all at once' if costs.partitions == 1 else fitted}")
     disk = f"{_gib(costs.factor_bytes)}, {_gib(costs.disk_bytes)} while they are fitted"

@@ -33,7 +33,7 @@ class Speed:
     def rate(self, stage: str, done: int) -> str:
         """Tokens a second, of stages that count them."""
         elapsed = time.perf_counter() - self.start
-        counts = elapsed > 0.2 and stage in PER_TOKEN
+        counts = elapsed > 0.2 and stage in PER_TOKEN and done > self.first
         return f"{(done - self.first) / elapsed:,.0f} tokens/s" if counts else ""
 
     def left(self, done: int, total: int) -> str:
@@ -77,6 +77,8 @@ def _logged(console: Terminal) -> Callable[[str, int, int], None]:
     def update(stage: str, done: int, total: int) -> None:
         nonlocal last
         speed = speeds.setdefault(stage, Speed(done))
+        if done < speed.first:  # the stage has begun again, with other data
+            speed = speeds[stage] = Speed(done)
         now = time.perf_counter()
         if done < total and now - last < SECONDS:
             return

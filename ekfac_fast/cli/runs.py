@@ -13,9 +13,11 @@ from rich.text import Text
 from .. import report
 from ..checks import Whole, check_json
 from ..data.examples import Corpus
+from ..errors import StoreError
 from ..model.layers import Layer, parameter_counts, select_layers
 from ..report.collect import check_together, collect, passages, run_facts
-from ..report.contents import StageTime
+from ..report.contents import StageTime, beyond
+from ..report.text import amount
 from ..stages.damping import damping_rule
 from ..stages.factors import Factors
 from ..stages.fit import fit
@@ -78,6 +80,14 @@ def fit_job(
         f"factors of {len(factors)} layers from {factors.sequences} sequences, "
         f"{factors.tokens} tokens, in {out}",
     )
+    widest = max((x for x in layers if x.expert is None), key=lambda x: x.J, default=None)
+    if widest is not None and factors.tokens < widest.J:
+        console.say(
+            f"note: {factors.tokens} tokens are fewer than the {widest.J} inputs of {widest.name}: "
+            "most of its curvature is unknown, and scores are hardly more than dot products. Fit "
+            "on more",
+            style="yellow",
+        )
     if not factors.has_covariances:
         console.say("covariances were dropped once they were decomposed")
     _tell_basis(factors, console)
@@ -94,7 +104,7 @@ def _tell_basis(factors: Factors, console: Terminal) -> None:
 def covered(layers: Sequence[Layer], tracked: int, parameters: int) -> str:
     """What is chosen of a model, in a line."""
     return (
-        f"{len(layers)} layers, {layers[0].name} to {layers[-1].name}: {tracked / 1e6:.1f}M "
+        f"{len(layers)} layers, {layers[0].name} to {layers[-1].name}: {amount(tracked)} "
         f"parameters, {tracked / parameters:.0%} of the model's"
     )
 
@@ -187,7 +197,13 @@ def load_run(folder: Path) -> dict[str, Any]:
     Raises:
         StoreError: something is missing from it.
     """
-    run = load_json(folder / RUN, ours=Store.load(folder).checked)
+    store = Store.load(folder)
+    if not (folder / RUN).exists():
+        raise StoreError(
+            f"{folder} has scores, but not what a report or a table is made of: they are of the "
+            "Python API, or of `self`. Score with the command, or use Scores.to_pandas and top"
+        )
+    run = load_json(folder / RUN, ours=store.checked)
     check_json(run, SCHEMA, folder / RUN, "Score again")
     if "seconds" in run:
         check_json(run["seconds"], {str: float}, folder / RUN, "Score again")
@@ -327,13 +343,18 @@ def print_top(
             style = "bold green" if said else "bold"
             console.say(tokenizer.decode(passage), end="", style=style)
         told = run.get("measured", "log p")
-        console.say(f"\n  {told} = {-float(queries.measurements[q]):.2f}", style="dim")
-        for place, (index, value) in enumerate(scores.top(q, k), 1):
+        measured = -float(queries.measurements[q])
+        console.say(f"\n  {told} = {measured:.2f}", style="dim")
+        best = scores.top(q, k)
+        first = best[0][1] if best and told == "log p" else 0.0
+        if note := beyond(first / scores.train_size, measured):
+            console.say(f"  {note}", style="yellow")
+        for place, (index, value) in enumerate(best, 1):
             text = " ".join(tokenizer.decode(data[index]["input_ids"]).split())
             console.say(
                 f"  {place}. {value / scores.train_size:+.4f}  {Path(data.source(index)).name}"
             )
-            console.say(f"     {text[:width]}...", style="dim")
+            console.say(f"     {text[:width]}{'...' * (len(text) > width)}", style="dim")
 
 
 def _names(queries: Any, sets: Sequence[Any] | None) -> list[str]:

@@ -87,16 +87,25 @@ class Asked:
         return words if reduce is None else f"{reduce} of {words}"
 
 
-def fitted(kind: Kind | None, folder: Path, run: str, **more: Any) -> Asked:
+def fitted(
+    kind: Kind | None, folder: Path, run: str, adapter: str | None = None, **more: Any
+) -> Asked:
     """What factors were fitted for.
 
     Raises:
-        ArgumentError: something else is asked.
+        ArgumentError: something else is asked, or of the model with another adapter.
     """
     file = folder / run
     told = load_json(file) if file.exists() else {}
-    told = told if isinstance(told, dict) and told.get("task") in get_args(Kind) else {}
-    known: Kind = told.get("task", LANGUAGE)
+    told = told if isinstance(told, dict) else {}
+    theirs = told.get("adapter")
+    if file.exists() and (theirs is None) != (adapter is None):
+        raise ArgumentError(
+            f"{folder} was fitted without an adapter: leave --adapter out, or fit with it"
+            if theirs is None
+            else f"{folder} was fitted with an adapter ({theirs}): give it as --adapter"
+        )
+    known: Kind = told["task"] if told.get("task") in get_args(Kind) else LANGUAGE
     if kind not in (None, known) and file.exists():
         raise ArgumentError(
             f"--task is {kind}, but {folder} was fitted with {known}: fit for what you ask, or "

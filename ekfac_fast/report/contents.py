@@ -101,6 +101,28 @@ class QueryResult:
     further: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = ()
     measured: str = ""
 
+    @property
+    def predicted(self) -> int:
+        """Tokens of all completions."""
+        return len(self.completion_tokens) + sum(len(tokens) for _, tokens in self.further)
+
+    def beyond(self, train_size: int) -> str:
+        """What is to be said where the first score is more than log p can rise; else nothing."""
+        first = self.ranked[0].score if self.ranked and not self.measured else 0.0
+        return beyond(first / train_size, self.log_probability)
+
+
+def beyond(change: float, log_probability: float) -> str:
+    """What is to be said where log p of a completion would rise above 0, both in nats; else
+    nothing.
+    """
+    if change <= -log_probability:
+        return ""
+    return (
+        f"{change:+.2f} nats is more than log p = {log_probability:.2f} can rise: read these "
+        "scores as a ranking, not as sizes (few training sequences, or too small a damping)"
+    )
+
 
 @dataclass(frozen=True)
 class StageTime:

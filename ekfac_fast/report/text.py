@@ -20,6 +20,11 @@ HIDDEN = re.compile(
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
+def amount(n: int) -> str:
+    """A number of parameters: 12,345 or 1.2M."""
+    return f"{n / 1e6:.1f}M" if n >= 1e6 else f"{n:,}"
+
+
 def pieces(token: str) -> list[str]:
     """Text and placeholders by turns, text first; an empty token is one placeholder."""
     if not token:

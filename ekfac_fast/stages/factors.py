@@ -200,6 +200,9 @@ class Factors(Mapping[str, LayerFactors]):
         self.sequences = self.facts["examples"] if self.sample and self.facts else corrected
         self.tokens = max(int(x) for x in self._load(TOKEN_COUNTS["activation"]).values())
 
+    def __repr__(self) -> str:
+        return f"Factors({len(self)} layers, {self.sequences} sequences, in {self.folder})"
+
     def _is_ours(self) -> bool:
         return os.path.exists(self.folder / MANIFEST)  # whatever the path: no error
 

@@ -54,7 +54,7 @@ class LayerQueries:
         return self.gradients.dense()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Queries:
     """Preconditioned gradients of every query in every layer.
 
@@ -74,6 +74,11 @@ class Queries:
 
     def __len__(self) -> int:
         return len(self.measurements)
+
+    def __repr__(self) -> str:
+        rank = "full rank" if self.rank is None else f"rank {self.rank}"
+        more = "" if self.refinement is None else f", refined by {self.refinement.method}"
+        return f"Queries({len(self)} of {rank}, {len(self.layers)} layers{more})"
 
     @property
     def identity(self) -> str:

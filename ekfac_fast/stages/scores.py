@@ -120,6 +120,9 @@ class Scores:
         kept = self.store.facts["top_k"]
         return len(self.matrix if kept is None else self._heap["values"])
 
+    def __repr__(self) -> str:
+        return f"Scores({self.queries} queries, {len(self)} sequences, in {self.folder})"
+
     def __len__(self) -> int:
         """Sequences of the corpus, scanned or not."""
         return int(self.store.facts["examples"])
