@@ -286,6 +286,7 @@ def test_a_classifier_from_a_file_to_a_report(tokenizer, run, tmp_path):
     said = run("score", "model", "f", "q.jsonl", "train.jsonl", "--out", "s", "--context", 16,
                "--set", "group", "--measure", "margin", "--rank", 0)  # fmt: skip
     assert "sum of log-odds = " in said
+    assert re.search(r"train\.jsonl, line \d+, label (good|bad|odd|\w+)", said)
     read = [read_labelled(f"{n}.jsonl", tokenizer, 16, LABELS) for n in ("train", "q")]
     task = SequenceClassificationTask("margin")
     factors = fit(model, read[0], out=tmp_path / "g", task=task)
@@ -297,6 +298,10 @@ def test_a_classifier_from_a_file_to_a_report(tokenizer, run, tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert "sum of log-odds" in page
     assert "train.jsonl, line" in page
+    assert re.search(r"label \w+</span>", page)
+    assert "how much sum of log-odds would change" in page
+    assert "predicts the token" not in page
+    assert "<mark></mark>" not in page
     run("table", "s", "train.jsonl", "--columns", "label", "--by", "label")
     run("self", "model", "f", "train.jsonl", "--out", "self", "--context", 16)
     refused = run("score", "model", "f", "q.jsonl", "train.jsonl", "--out", "x", "--task", "reward",
@@ -387,6 +392,8 @@ def test_preferences_from_a_file_to_a_report(plain, preferred, run, tmp_path):
     expected = score(networks[0], queries, data, out=tmp_path / "t", task=task).matrix
     close(Scores("s").matrix, torch.tensor(np.array(expected)), 1e-3)
     run("report", "s", preferred)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<em>chosen</em>") == page.count("<em>rejected</em>") > 0
     against = {"prompt": "w1 w2", "completion": " w3", "against": " w4 w5"}
     write(tmp_path / "q.jsonl", against, against | {"completion": " w6"})
     said = run("score", model, "f", "q.jsonl", preferred, "--out", "c", "--context", 32)

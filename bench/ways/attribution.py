@@ -28,16 +28,6 @@ EXAMPLES = 128
 Method = Callable[[], np.ndarray]
 
 
-class Damped(Factors):
-    """Factors whose damping is another share of each layer's mean eigenvalue."""
-
-    share = 0.1
-
-    def dampings(self, layers, absolute):
-        """By layer."""
-        return {x.name: self.share * float(self[x.name].lam.mean()) for x in layers}
-
-
 class Kept(NamedTuple):
     """What a method gave: scores [Q,N], the processor seconds they took, the tail patch of each
     query.
@@ -89,7 +79,8 @@ class Methods:
         for rank in RANKS:
             yield "rank", f"rank {rank}", partial(self.influence, "EK-FAC", "all", rank=rank)
         for share in DAMPINGS:
-            yield "damping", f"{share:g} x mean", partial(self.damped, share)
+            damped = partial(self.influence, "EK-FAC", "all", damping=f"{share}x")
+            yield "damping", f"{share:g} x mean", damped
         yield (
             "dtype",
             "bf16 passes",
@@ -121,28 +112,19 @@ class Methods:
         return fitted[kind](model, self.training.data, out=place, **more)
 
     def influence(
-        self, kind: str, layers: str, seed: int = 0, rank=None, refine=None, autocast=None
+        self, kind: str, layers: str, seed=0, rank=None, damping=None, refine=None, autocast=None
     ) -> np.ndarray:
         """Scores by factors of a kind."""
-        return self.scored(self.factors(kind, layers, seed, autocast), seed, rank, refine, autocast)
-
-    def scored(self, factors: Factors, seed=0, rank=None, refine=None, autocast=None) -> np.ndarray:
-        """Scores by these factors."""
+        factors = self.factors(kind, layers, seed, autocast)
         model, data = self.training.model(seed, self.folder / "models"), self.training.data
         some = min(EXAMPLES, len(data))
         sample = {"refine": refine, "dataset": data, "refine_examples": some}
         refined = {} if refine is None else sample
         queries = prepare_queries(
-            model, factors, self.queries, rank=rank, autocast=autocast, **refined
+            model, factors, self.queries, rank=rank, damping=damping, autocast=autocast, **refined
         )
         place = self.folder / "scores" / f"{time.time_ns()}"
         return np.array(score(model, queries, data, out=place, autocast=autocast).matrix)
-
-    def damped(self, share: float) -> np.ndarray:
-        """EK-FAC with another damping."""
-        factors = Damped(self.factors("EK-FAC", "all").folder)
-        factors.share = share
-        return self.scored(factors)
 
     def ensemble(self, count: int) -> np.ndarray:
         """The mean of the scores of models that differ in their seed."""

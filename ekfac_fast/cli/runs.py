@@ -15,7 +15,7 @@ from ..checks import Whole, check_json
 from ..data.examples import Corpus
 from ..errors import StoreError
 from ..model.layers import Layer, parameter_counts, select_layers
-from ..report.collect import check_together, collect, passages, run_facts
+from ..report.collect import check_together, collect, label_of, passages, run_facts
 from ..report.contents import StageTime, beyond
 from ..report.text import amount
 from ..stages.damping import damping_rule
@@ -351,9 +351,9 @@ def print_top(
             console.say(f"  {note}", style="yellow")
         for place, (index, value) in enumerate(best, 1):
             text = " ".join(tokenizer.decode(data[index]["input_ids"]).split())
-            console.say(
-                f"  {place}. {value / scores.train_size:+.4f}  {Path(data.source(index)).name}"
-            )
+            label = label_of(data.record(index))
+            place_and_label = Path(data.source(index)).name + (label and f", label {label}")
+            console.say(f"  {place}. {value / scores.train_size:+.4f}  {place_and_label}")
             console.say(f"     {text[:width]}{'...' * (len(text) > width)}", style="dim")
 
 

@@ -1,6 +1,6 @@
 """A folder of scores, with its model's tokenizer and data, as what a report shows."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -173,10 +173,18 @@ def _query(
     )
 
 
+def label_of(record: Mapping[str, Any] | None) -> str:
+    """The label that a record of a classifier's data has, if it is one of the whole."""
+    label = None if record is None else record.get("label")
+    return "" if label is None else str(label)
+
+
 def _ranked(detail: Detail, shown: Shown) -> RankedSequence:
     data, groups = shown.data, shown.groups
-    ids = data[detail.index]["input_ids"][: detail.per_layer_token.shape[1]]
+    example, record = data[detail.index], data.record(detail.index)
+    ids = example["input_ids"][: detail.per_layer_token.shape[1]]
     tokens = shown.texts(ids.tolist())
+    sides = ((0, "chosen"), (int(example["sides"][0]), "rejected")) if "sides" in example else ()
     return RankedSequence(
         index=detail.index,
         score=detail.score,
@@ -189,6 +197,7 @@ def _ranked(detail: Detail, shown: Shown) -> RankedSequence:
         per_target=detail.target,
         per_input=detail.input,
         heads=detail.heads,
-        turns=turns(data.record(detail.index), tokens),
+        turns=sides or turns(record, tokens),
+        label=label_of(record),
         group="" if groups is None else str(groups[detail.index]),
     )

@@ -46,6 +46,7 @@ class RankedSequence:
     heads: tuple[Heads, ...] = ()
     turns: tuple[tuple[int, str], ...] = ()
     group: str = ""
+    label: str = ""
 
     def __post_init__(self) -> None:
         T, L = len(self.tokens), len(self.per_layer)

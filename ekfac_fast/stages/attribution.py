@@ -104,8 +104,8 @@ def unattributable(run: Run, layers: Sequence[Layer]) -> str | None:
     """Why there is no attribution to tokens, or None."""
     if not draws_several(run.task):
         return (
-            f"{type(run.task).__name__} has a loss of its own; what one token's loss is is known "
-            "of LanguageModelTask alone"
+            f"{type(run.task).__name__} has a loss of its own; a single token's loss is known of "
+            "LanguageModelTask alone"
         )
     if run.autocast is not None:
         return f"derivatives of derivatives are not taken under autocast ({run.autocast})"

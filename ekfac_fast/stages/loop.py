@@ -253,8 +253,8 @@ def capture(
         raise ArgumentError("capture: give queries to score against, or covariances=True")
     refuse_compiled(model)
     captured = Captured(model, _layers(model, layers, queries), queries, wanted, scale)
-    captured._watch.start()
     try:
+        captured._watch.start()
         yield captured
     finally:
         captured._watch.stop()

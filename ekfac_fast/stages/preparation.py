@@ -15,6 +15,7 @@ from ..data.choices import OnLongExample, Reduce
 from ..data.examples import IGNORED, Example, Indexable, tokenized_by
 from ..errors import ArgumentError, DataError
 from ..model.layers import Layer
+from ..store.division import Division
 from ..store.folder import Pieces, Store
 from .damping import check_damping
 from .factors import Factors, diagonal_facts, tell_of_zeros
@@ -187,7 +188,7 @@ class _Preparation:
         parts = [found.read(number) for number in range(len(batches))]
         if self.refining is not None:
             every = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-            order = [i for batch in batches for i in batch]
+            order = Division.of(batches).indices.tolist()
             batches, parts = self._refined(self.refining, every, order, pieces_of(PIECES[1]), store)
         return self._put_together(batches, parts, facts)
 
@@ -258,7 +259,7 @@ class _Preparation:
         facts: dict[str, Any],
     ) -> Queries:
         """The queries of all batches, in their own order."""
-        run, order = self.run, torch.tensor([i for batch in batches for i in batch]).argsort()
+        run, order = self.run, torch.from_numpy(Division.of(batches).places)
         every = {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
         examples: tuple[tuple[Tensor, Tensor], ...] = ()
         if run.batches.language:

@@ -39,6 +39,11 @@ class Division(Sequence[list[int]]):
         """Examples of every batch: [B]."""
         return np.diff(self.ends, prepend=0)
 
+    @property
+    def places(self) -> NDArray[np.int64]:
+        """Where in `indices` every example stands: [N]."""
+        return self.indices.argsort(kind="stable")
+
     def only(self, wanted: NDArray[np.bool_]) -> "Division":
         """The same batches without the examples that are not `wanted` [examples]."""
         kept = wanted[self.indices]

@@ -124,7 +124,7 @@ class Store:
     ) -> None:
         self.folder, self._manifest, self._pace = folder, told, pace
         self.process, self._processes = process, processes
-        self._matrices: dict[str, Matrix] = {}
+        self._matrix: Matrix | None = None
         self._release: Callable[[], Any] | None = None
         self._held = ExitStack()
 
@@ -213,10 +213,10 @@ class Store:
             torch.set_num_threads(now)
 
     def close(self) -> None:
-        """Commit the matrices and let the folder go."""
+        """Commit the matrix and let the folder go."""
         try:
-            for matrix in self._matrices.values():
-                matrix.close()
+            if self._matrix is not None:
+                self._matrix.close()
         finally:
             if self._release:
                 self._release()
@@ -291,23 +291,18 @@ class Store:
         """The numbered files of that name."""
         return Pieces(self, name)
 
-    def matrix(
-        self, shape: tuple[int, int] | None = None, dtype: Any = np.float32, name: str = "scores"
-    ) -> Matrix:
-        """The [Q,N] matrix `name`.npy; created if a shape is given and it is not there."""
-        if name not in self._matrices:
-            path = self.folder / f"{name}.npy"
-            writable = self._pace is not None
-            self._matrices[name] = Matrix(
-                path, shape, dtype, writable=writable, checked=self.checked
-            )
-        return self._matrices[name]
+    def matrix(self, shape: tuple[int, int] | None = None, dtype: Any = np.float32) -> Matrix:
+        """The [Q,N] matrix scores.npy; created if a shape is given and it is not there."""
+        if self._matrix is None:
+            path, writable = self.folder / "scores.npy", self._pace is not None
+            self._matrix = Matrix(path, shape, dtype, writable=writable, checked=self.checked)
+        return self._matrix
 
     def commit(self, **state: Any) -> None:
-        """Make what was written to the matrices durable, then, if any, small JSON values."""
+        """Make what was written to the matrix durable, then, if any, small JSON values."""
         with self.check_writable().measured():
-            for matrix in self._matrices.values():
-                matrix.commit()
+            if self._matrix is not None:
+                self._matrix.commit()
             if state:
                 self.update(**state)
 

@@ -23,6 +23,7 @@ from ..stages.processes import Processes
 from ..stages.queries import Queries
 from ..stages.run import Run, RunArguments, Stage, accumulator
 from ..stages.scan import on_device
+from ..store.division import Division
 from ..store.folder import Pieces
 
 KIND = "scores by layer"
@@ -95,8 +96,8 @@ def layer_scores(
             run.processes.meet()
             store.finish(seconds=run.seconds)
         parts = [pieces.read(number)["scores"] for number in range(len(batches))]
-    order = np.argsort([i for batch in batches for i in batch])
-    return LayerScores(tuple(names), torch.cat(parts, 2).double().numpy()[:, :, order])
+    values = torch.cat(parts, 2).double().numpy()
+    return LayerScores(tuple(names), values[:, :, Division.of(batches).places])
 
 
 class _ByLayer(Consumer):

@@ -60,7 +60,7 @@ def gradient_dot(
     ask.each(
         Stage.QUERIES, tracked, batches, consumer, loss=consumer.loss, what="measurement"
     )  # fmt: skip
-    order = torch.tensor([i for batch in batches for i in batch]).argsort()
+    order = torch.from_numpy(batches.places)
     found = {x.name: torch.cat([parts[n][x.name] for n in range(len(batches))]) for x in tracked}
     places = ask.places(tracked)
     G = {name: x[order].to(places[name]) for name, x in found.items()}
