@@ -213,7 +213,7 @@ class LanguageModelTask(TextTask):
                     name: F.pad(x, more, value=IGNORED * (name == "labels")) if x.ndim == 2 else x
                     for name, x in one.items()
                 }
-                behind = self._first_logits(longer, model, last + 1).float()
+                behind = self._first_logits(longer, model, last + 1).to(logits)
         eps, size = torch.finfo(computes_in(model)).eps, logits.abs().max()
         tolerance = min(1000 * eps, 0.02)
         # Another length is another rounding, and in few bits perhaps another expert.
@@ -237,7 +237,7 @@ class LanguageModelTask(TextTask):
         if (read := states(model, inputs)) is None:
             return _text(_all_logits(inputs, model), batch)[0, :count]
         head, h = read
-        found: Tensor = head(_text(h, batch)[:, :count])
+        found: Tensor = head(_text(h, batch)[:, :count].to(head.weight.device))
         return found[0]
 
     def _check_packed(self, one: dict[str, Any], model: nn.Module, tolerance: float) -> None:
@@ -345,9 +345,9 @@ def targets(batch: Any) -> Tensor:
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """-log p of every label, 0 where ignored: [B,T], fp32 or wider."""
-    wide = logits if logits.dtype == torch.float64 else logits.float()
+    z = logits.to(wide(logits.dtype))
     # Rows as they lie: a slice of the positions or a transposed view would copy all logits twice.
     losses = F.cross_entropy(
-        wide.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
+        z.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
     )
     return losses.view_as(labels)

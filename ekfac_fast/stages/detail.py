@@ -78,8 +78,9 @@ def explain(
     pieces = store.pieces(ATTRIBUTED if attributed else PIECES)
     for number in pieces.done:
         detail |= pieces.read(number)
+    shards = store.pieces()
     for q, pairs in enumerate(sides):
-        store.pieces().write(q, _shard(q, pairs, detail, None if ranked is None else ranked[q]))
+        shards.write(q, _shard(q, pairs, detail, None if ranked is None else ranked[q]))
     order = [[p.layer, p.part, len(p.indices)] for own in heads.values() for p in own]
     store.update(heads=order, attribution=reason or "" if attribution else None)
 
