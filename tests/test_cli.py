@@ -282,12 +282,14 @@ def test_an_adapter_of_a_folder(demo, few, run, tmp_path):
     assert "no adapter_model.safetensors; save it" in said
 
 
-def test_scores_of_self_are_no_report(few, run, tmp_path):
+def test_too_few_are_told_and_scores_of_self_are_no_report(few, run, tmp_path):
     fitted = ("demo/model", "demo/corpus", "--out", tmp_path / "f", "--context", 64)
     said = " ".join(run("fit", *fitted, "--max-examples", 1, cwd=few).split())
-    assert re.search(
-        r"note: \d+ tokens are fewer than the 1537 inputs of transformer.h.\d.mlp.c_proj", said
-    )
+    told = r"note: \d+ tokens are fewer than the \d+ inputs of transformer\.h\.\d\.mlp\.c_proj"
+    assert re.search(told, said)
+    asked = ("demo/model", tmp_path / "f", "demo/queries.jsonl", "demo/corpus", "--no-detail")
+    said = run("score", *asked, "--out", tmp_path / "s", "--context", 64, cwd=few)
+    assert "the factors are from 1 sequences and not from the" in " ".join(said.split())
     own = ("demo/model", tmp_path / "f", "demo/corpus", "--out", tmp_path / "self")
     run("self", *own, "--context", 64, "--damping", "0.01x", cwd=few)
     said = run("report", tmp_path / "self", "demo/corpus", cwd=few, ok=False)

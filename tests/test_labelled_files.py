@@ -285,8 +285,7 @@ def test_a_classifier_from_a_file_to_a_report(tokenizer, run, tmp_path):
     # The task is noted with the factors.
     said = run("score", "model", "f", "q.jsonl", "train.jsonl", "--out", "s", "--context", 16,
                "--set", "group", "--measure", "margin", "--rank", 0)  # fmt: skip
-    assert "sum of log-odds = " in said
-    assert re.search(r"train\.jsonl, line \d+, label (good|bad|odd|\w+)", said)
+    assert re.search(r"sum of log-odds = (?s:.)*train\.jsonl, line \d+, label \w+", said)
     read = [read_labelled(f"{n}.jsonl", tokenizer, 16, LABELS) for n in ("train", "q")]
     task = SequenceClassificationTask("margin")
     factors = fit(model, read[0], out=tmp_path / "g", task=task)
@@ -296,12 +295,8 @@ def test_a_classifier_from_a_file_to_a_report(tokenizer, run, tmp_path):
     close(Scores("s").matrix, torch.tensor(np.array(expected)), 1e-3)
     run("report", "s", "train.jsonl")
     page = (tmp_path / "report.html").read_text()
-    assert "sum of log-odds" in page
-    assert "train.jsonl, line" in page
-    assert re.search(r"label \w+</span>", page)
-    assert "how much sum of log-odds would change" in page
-    assert "predicts the token" not in page
-    assert "<mark></mark>" not in page
+    assert all(x in page for x in ("how much sum of log-odds would", "jsonl, line", "label "))
+    assert not any(x in page for x in ("predicts the token", "<mark></mark>"))
     run("table", "s", "train.jsonl", "--columns", "label", "--by", "label")
     run("self", "model", "f", "train.jsonl", "--out", "self", "--context", 16)
     refused = run("score", "model", "f", "q.jsonl", "train.jsonl", "--out", "x", "--task", "reward",
@@ -392,14 +387,14 @@ def test_preferences_from_a_file_to_a_report(plain, preferred, run, tmp_path):
     expected = score(networks[0], queries, data, out=tmp_path / "t", task=task).matrix
     close(Scores("s").matrix, torch.tensor(np.array(expected)), 1e-3)
     run("report", "s", preferred)
-    page = (tmp_path / "report.html").read_text()
-    assert page.count("<em>chosen</em>") == page.count("<em>rejected</em>") > 0
+    assert "<em>rejected</em>" in (tmp_path / "report.html").read_text()
     against = {"prompt": "w1 w2", "completion": " w3", "against": " w4 w5"}
     write(tmp_path / "q.jsonl", against, against | {"completion": " w6"})
     said = run("score", model, "f", "q.jsonl", preferred, "--out", "c", "--context", 32)
     assert "log p(completion) - log p(against) = " in said
-    questions = read_queries("q.jsonl", plain, 32)
-    own = prepare_queries(networks[0], factors, questions, task=LanguageModelTask())
+    own = prepare_queries(
+        networks[0], factors, read_queries("q.jsonl", plain, 32), task=LanguageModelTask()
+    )
     close(Queries.load("c").measurements, own.measurements, 1e-4)
     run("report", "c", preferred, "--out", "c.html")
     page = re.sub(r"<[^>]*>", "", (tmp_path / "c.html").read_text())

@@ -97,7 +97,7 @@ def test_the_share_of_the_parameters_is_told(tmp_path):
     assert Factors(factors.folder).share == mlps / sum(p.numel() for p in model.parameters())
     model.save_pretrained(tmp_path / "model")
     done = CliRunner().invoke(app, ["plan", str(tmp_path / "model"), "--sequences", "8"])
-    assert f"{mlps / 1e6:.1f}M parameters, {factors.share:.0%} of the model's" in done.output
+    assert f"{mlps:,} parameters, {factors.share:.0%} of the model's" in done.output
 
 
 def test_an_empty_choice_is_an_error(tmp_path):

@@ -160,6 +160,12 @@ def score_job(
         console.say(prepared.refinement.title)
         for q, name in enumerate(names):
             console.say(f"  {name}: {prepared.refinement.told(q)}")
+    if factors.facts is not None and factors.facts["data"] != scores.store.facts["data"]:
+        console.say(
+            f"note: the factors are from {factors.sequences:,} sequences and not from the "
+            f"{len(scores):,} that were scored: one that they do not know may score too high",
+            style="yellow",
+        )
     seconds = factors.seconds | begun.state["seconds"] | scores.stages
     run = {
         "model": source.path,

@@ -267,7 +267,8 @@ def _integers(values: Any, what: str) -> np.ndarray:
 def _beside(ids: np.ndarray, values: Any, what: str) -> np.ndarray:
     """Values, one for each token."""
     kind, shape = getattr(values, "dtype", None), getattr(values, "shape", ())
-    if getattr(kind, "is_floating_point", False) or len(shape) > 1:
+    ours = what.rpartition(" ")[2] in ("labels", "attention_mask", "position_ids")
+    if not ours and (getattr(kind, "is_floating_point", False) or len(shape) > 1):
         raise DataError(
             f"{what} is {kind} {list(shape)}: beside input_ids stands one integer a token. "
             "Examples that hold more (pixels, sound) are for a task of your own: put each in a "

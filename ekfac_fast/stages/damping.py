@@ -1,7 +1,7 @@
 """What is added to eigenvalues: a number, or a share of each layer's mean."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -48,16 +48,20 @@ def layer_damping(lam: Tensor, damping: float | str | None) -> float:
     return damping if isinstance(damping, float) else relative_damping(lam, _share(damping))
 
 
-def tell_of_least(layers: Sequence[str]) -> None:
-    """A `Notice` that names layers whose curvature is below the least damping, which decides."""
-    if layers:
+def layer_dampings(lam: Mapping[str, Tensor], damping: float | str | None) -> dict[str, float]:
+    """Of every layer; a `Notice` where the curvature of all is below the least damping."""
+    found = {name: layer_damping(x, damping) for name, x in lam.items()}
+    # One layer's alone may be what rounding leaves of zero.
+    some = [name for name, x in lam.items() if x.any()]
+    if some and not isinstance(damping, float) and {found[n] for n in some} == {LEAST_DAMPING}:
         warnings.warn(
-            f"the curvature of {listed(layers, 3)} is so small that its damping is the least, "
-            f"{LEAST_DAMPING:g}, and no share of it: scores of these {len(layers)} layers are "
-            "hardly more than dot products. Scale the loss up, or give a damping",
+            f"the curvature of {listed(some, 3)} is so small that the damping is the least, "
+            f"{LEAST_DAMPING:g}, and no share of it: scores are hardly more than dot products. "
+            "Scale the loss up, or give a damping",
             Notice,
             stacklevel=4,
         )
+    return found
 
 
 def _share(damping: str | None) -> float:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import Whole, check_json, listed, path, whole
-from ..curvature.basis import LEAST_DAMPING, Basis
+from ..curvature.basis import Basis
 from ..curvature.blocks import Matrix, block_rows, in_blocks
 from ..curvature.memory import free_bytes
 from ..curvature.offload import Mapped, Travelling, placed
@@ -26,7 +26,7 @@ from ..store.files import load_tensors
 from ..store.fingerprint import fingerprint
 from ..store.folder import Store
 from ..store.manifest import MANIFEST
-from .damping import layer_damping, tell_of_least
+from .damping import layer_damping, layer_dampings
 from .sample import FACT, sample_of
 
 COVARIANCES = {
@@ -320,11 +320,7 @@ class Factors(Mapping[str, LayerFactors]):
 
     def dampings(self, layers: Sequence[Layer], damping: float | str | None) -> dict[str, float]:
         """Of every layer; see `check_damping`."""
-        found = {x.name: self[x.name].damping(damping) for x in layers}
-        if not isinstance(damping, float):
-            least = [n for n, x in found.items() if x == LEAST_DAMPING and self[n].lam.any()]
-            tell_of_least(least)
-        return found
+        return layer_dampings({x.name: self[x.name].lam for x in layers}, damping)
 
     def check_run(self, facts: Mapping[str, Any], asked: str) -> None:
         """ArgumentError where they were fitted on another model, or with another tokenizer."""

@@ -190,7 +190,7 @@ class Captured:
             assert one.factor is not None
             tokens, mask = (one.inputs.get(name) for name in ("input_ids", "attention_mask"))
             fits = tokens is not None and getattr(mask, "shape", None) == tokens.shape
-            scores = one.result.take(one.factor)
+            scores = one.result.total(one.factor)
             self._scores.append(BatchScores(scores, tokens, mask if fits else None))
         self._passes += 1
         if self._passes % BATCHES_A_FOLD == 0:

@@ -79,20 +79,23 @@ class Tally:
         self.rows, self._dtype = rows, dtype
         self._s: dict[torch.device, Tensor] = {}
 
+    def begin(self) -> None:
+        """Of a batch, nothing yet."""
+        self._s = {}
+
     def on(self, device: torch.device, B: int) -> Tensor:
         """Those of a device, to add to."""
         if device not in self._s:
             self._s[device] = torch.zeros(self.rows, B, dtype=self._dtype, device=device)
         return self._s[device]
 
-    def take(self, factor: Tensor | float | None = None) -> Tensor:
-        """The sum, times a factor; the next batch begins with none."""
+    def total(self, factor: Tensor | float | None = None) -> Tensor:
+        """The sum, times a factor."""
         scaled = (
             x if factor is None else x * torch.as_tensor(factor, device=x.device)
             for x in self._s.values()
         )  # fmt: skip
         first, *others = (x.cpu() for x in scaled)
-        self._s = {}
         return sum(others, start=first)
 
 

@@ -301,13 +301,17 @@ class Scan(Consumer):
         self.done = self.kept.done
         run.seconds[Stage.SCAN] = self.kept.seconds
 
+    def begin(self, batch: Batch) -> None:
+        """No scores yet."""
+        self.tally.begin()
+
     def add(self, seen: LayerBatch, batch: Batch) -> None:
         """One layer's share."""
         self._add(self.tally.on(seen.g.device, len(batch.indices)), seen)
 
     def end(self, batch: Batch) -> None:
         """The scores of a batch, NaN where a sequence is not a query's candidate."""
-        s, indices = self.run.processes.joined(self.tally.take()), batch.indices
+        s, indices = self.run.processes.joined(self.tally.total()), batch.indices
         if s is None:
             return  # another process has them
         check_scores(s, self.run.batches.dataset, indices)

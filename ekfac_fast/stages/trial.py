@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ..errors import ArgumentError, DataError, ModelError
+from ..errors import ArgumentError, DataError, Error, ModelError
 from ..model.alone import alone
 from ..model.identity import forward_state, switches
 from ..model.rows import ONE_BY_ONE
@@ -74,11 +74,16 @@ def _check_sum(run: "Run") -> None:
     size = batches.batch_tokens if batches.language else batches.batch_size
     if min(batches.size, size) < 2 or run.sharded:
         return
-    with torch.no_grad(), alone(run.model), run.settings():
-        one, other, both = (
-            float(run.task.compute_train_loss(batches.load(some), run.model, sample=False))
-            for some in ([0], [1], [0, 1])
-        )
+    try:
+        with torch.no_grad(), alone(run.model), run.settings():
+            one, other, both = (
+                float(run.task.compute_train_loss(batches.load(some), run.model, sample=False))
+                for some in ([0], [1], [0, 1])
+            )
+    except Error:
+        raise
+    except Exception:  # whatever it is, the pass will meet it, and say where
+        return
     slack = 0.1 if torch.finfo(run.dtype).eps > 1e-6 else 1e-3
     if abs(both - one - other) > slack * (abs(one) + abs(other)):
         raise ArgumentError(

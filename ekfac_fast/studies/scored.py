@@ -108,6 +108,11 @@ class _ByLayer(Consumer):
         dtype = accumulator(run.model)
         self.tallies = {layer.name: Tally(len(queries), dtype) for layer in layers}
 
+    def begin(self, batch: Batch) -> None:
+        """No scores yet."""
+        for tally in self.tallies.values():
+            tally.begin()
+
     def add(self, seen: LayerBatch, batch: Batch) -> None:
         """One layer's own scores."""
         name = seen.layer.name
@@ -116,7 +121,7 @@ class _ByLayer(Consumer):
 
     def end(self, batch: Batch) -> None:
         """Keep the batch."""
-        s = torch.stack([tally.take() for tally in self.tallies.values()])
+        s = torch.stack([tally.total() for tally in self.tallies.values()])
         check_scores(s, self.run.batches.dataset, batch.indices)
         self.pieces.write(batch.number, {"scores": s})
 

@@ -103,13 +103,17 @@ class _Matrix(Consumer):
         self.matrix = np.zeros((rows, run.batches.size))
         self.tally = Tally(rows, wide(run.dtype))
 
+    def begin(self, batch: Batch) -> None:
+        """Nothing yet."""
+        self.tally.begin()
+
     def add(self, seen: LayerBatch, batch: Batch) -> None:
         """One layer."""
         self._add(self.tally.on(seen.g.device, len(batch.indices)), seen)
 
     def end(self, batch: Batch) -> None:
         """Keep the batch."""
-        s = self.tally.take()
+        s = self.tally.total()
         check_scores(s, self.run.batches.dataset, batch.indices)
         self.matrix[:, batch.indices] = s.double().numpy()
 
