@@ -392,9 +392,8 @@ def test_preferences_from_a_file_to_a_report(plain, preferred, run, tmp_path):
     write(tmp_path / "q.jsonl", against, against | {"completion": " w6"})
     said = run("score", model, "f", "q.jsonl", preferred, "--out", "c", "--context", 32)
     assert "log p(completion) - log p(against) = " in said
-    own = prepare_queries(
-        networks[0], factors, read_queries("q.jsonl", plain, 32), task=LanguageModelTask()
-    )
+    asked = read_queries("q.jsonl", plain, 32)
+    own = prepare_queries(networks[0], factors, asked, task=LanguageModelTask())
     close(Queries.load("c").measurements, own.measurements, 1e-4)
     run("report", "c", preferred, "--out", "c.html")
     page = re.sub(r"<[^>]*>", "", (tmp_path / "c.html").read_text())
