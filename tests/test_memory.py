@@ -236,6 +236,9 @@ def test_processes_share_the_machine_and_a_gpu_only_where_they_have_to(gpus, sha
         assert free_bytes(gpu) == 7200 // share
         assert total_bytes(gpu) == (7200 // share if share > 1 else 8000)
         assert free / 10 < free_bytes(CPU) < free / 7
+        with run._own_share():  # of a part of a fit
+            assert free / 10 < free_bytes(CPU)
+            assert free_bytes(gpu) == 7200 // share
     with budget(1000):
         assert total_bytes(gpu) == 1000
         assert fits((5, 5), torch.float32, gpu)  # 200 + 100 bytes, of which 500 may be taken

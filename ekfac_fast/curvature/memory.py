@@ -52,6 +52,11 @@ def total_bytes(device: torch.device) -> int:
     return min([torch.cuda.mem_get_info(device)[1], *_limits(device)])
 
 
+def is_limited(device: torch.device) -> bool:
+    """Whether a budget is in force there."""
+    return bool(_limits(device))
+
+
 def _limits(device: torch.device) -> list[int]:
     return [limit for kind, limit in _budgets if kind in (None, device.type)]
 

@@ -2,6 +2,7 @@
 
 import dis
 import functools
+import inspect
 import types
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -47,14 +48,14 @@ def _behaviour(model: nn.Module) -> Iterator[tuple]:
     classes that are no library's, switches, numbers, words and tensors that no pass changes;
     adapters in force; forward passes and hooks of a user's.
     """
+    classes: list[Any] = [type(module) for module in model.modules()]
+    changing = frozenset({"training"}).union(*map(_reassigned, classes))
     for name, module in model.named_modules():
         # Sharding makes a class of its own of every module's.
         kind = next(c for c in type(module).__mro__ if not c.__name__.startswith("FSDP"))
         if next(module.parameters(), None) is None and not isinstance(module, SILENT):
             yield name, kind.__qualname__, module.extra_repr()
         if kind.__module__.partition(".")[0] not in LIBRARIES:
-            own_class: Any = type(module)
-            changing = _reassigned(own_class) | {"training"}
             own = {k: x for k, x in vars(module).items() if not k.startswith("_")}
             own |= {k: getattr(module, k) for k in module._non_persistent_buffers_set}
             told = {k: x for k, x in own.items() if k not in changing and _is_plain(x)}
@@ -86,13 +87,23 @@ def _reassigned(kind: type[Any]) -> frozenset[str]:
     for owner in kind.__mro__:
         if owner.__module__.partition(".")[0] in (*LIBRARIES, "builtins"):
             continue
-        codes = ((k, getattr(x, "__code__", None)) for k, x in vars(owner).items())
-        for code in (code for name, code in codes if code is not None and name != "__init__"):
+        codes = [_code(x) for name, x in vars(owner).items() if name != "__init__"]
+        while codes:
+            if (code := codes.pop()) is None:
+                continue
+            codes += [x for x in code.co_consts if isinstance(x, types.CodeType)]
             stored = (x for x in dis.get_instructions(code) if x.opname == "STORE_ATTR")
             found |= {x.argval for x in stored}
             if {"register_buffer", "setattr"} & {*code.co_names}:
                 found |= {x for x in code.co_consts if isinstance(x, str)}
     return frozenset(found)
+
+
+def _code(member: Any) -> types.CodeType | None:
+    """Of a method, whatever decorates it."""
+    member = getattr(member, "fget", getattr(member, "__func__", member))
+    found = getattr(inspect.unwrap(member) if callable(member) else None, "__code__", None)
+    return found if isinstance(found, types.CodeType) else None
 
 
 def switches(model: nn.Module) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import callback, instance, require, size
-from ..curvature.memory import budget, free_bytes, give_back, taken_bytes
+from ..curvature.memory import budget, free_bytes, give_back, is_limited, taken_bytes
 from ..data.batches import Batches, default_tokens
 from ..data.choices import OnLongExample
 from ..data.examples import Indexable, tokenized_by
@@ -187,7 +187,7 @@ class Run:
             sharing[self.device] = -(-self.processes.beside // torch.cuda.device_count())
         with ExitStack() as held:
             for place, many in sharing.items():
-                if self.memory is None and many > 1:
+                if many > 1 and not is_limited(place):  # by `memory`, or by the stage around
                     own = taken_bytes(place) + free_bytes(place) // many
                     held.enter_context(budget(own, place.type))
             yield
