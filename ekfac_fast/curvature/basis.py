@@ -25,7 +25,7 @@ RESERVED_SHARE = 0.5
 Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
-def relative_damping(lam: Tensor, share: float = HEURISTIC_DAMPING) -> float:
+def relative_damping(lam: Tensor, share: float) -> float:
     """A share of the mean eigenvalue, at least `LEAST_DAMPING`."""
     return max(share * lam.double().mean().item(), LEAST_DAMPING)
 

@@ -5,7 +5,6 @@ import functools
 import inspect
 import types
 from collections.abc import Iterator, Mapping
-from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -80,7 +79,7 @@ def _is_plain(x: Any) -> bool:
     return x is None or isinstance(x, bool | int | float | str)
 
 
-@cache
+@functools.cache
 def _reassigned(kind: type[Any]) -> frozenset[str]:
     """Attributes that other methods than `__init__` assign: counts, caches, what was seen last."""
     found = set[str]()
