@@ -97,6 +97,17 @@ def test_small_calls_of_a_gpu_agree(card, dtype):
         assert torch.equal(first, second), sample.why
 
 
+@pytest.mark.skipif(not ops.coverage()["eigenvalues"]["cpu"], reason="made by the extension")
+def test_calls_of_a_gpu_on_odd_widths_agree():
+    """So large that matrices are copied into an even width."""
+    B, T, O, I = 64, 16, 705, 704
+    x = problem(B=B, T=T, I=I, O=O, dtype=torch.bfloat16)
+    for card, args in all_calls(x):
+        op = getattr(torch.ops.ekfac_fast, f"small_{ops.stem(card)}")
+        shape = Shape(B=B, T=T, I=I, O=O, Q=len(x["P"]), bias=True)
+        parity.check(card, Sample("odd", shape, args, T + O + I), op)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("O", "I"), [(530, 40), (40, 1100), (600, 530)])
 def test_layers_of_several_library_products(O, I, dtype):

@@ -133,3 +133,17 @@ def test_a_model_in_bf16_is_widened(autocast):
     plain, ours = gradient(torch.enable_grad()), gradient(mode := Counted())
     assert mode.taken == 15  # seven of each block, and the head
     assert (ours - plain).norm() <= 3e-2 * plain.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("O", "I"), [(57, 40), (40, 57), (57, 41), (16, 24)])
+def test_odd_widths_in_even_parts(O, I, bias, dtype):
+    """What GPUs make of a vocabulary of 50257 words, forth and back."""
+    x, W, b = torch.randn(9, I), torch.randn(O, I), torch.randn(O)
+    x, W, b = (y.to(dtype) for y in (x, W, b))
+    b = b if bias else None
+    exact = F.linear(*(y if y is None else y.double() for y in (x, W, b)))
+    for these in (W, W.t().contiguous().t()):
+        got = products.in_even_parts(x, these, b).double()
+        assert (got - exact).norm() <= 2 * torch.finfo(dtype).eps * exact.norm()

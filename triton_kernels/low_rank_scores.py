@@ -137,7 +137,8 @@ def config(shape: Shape, chip: Chip) -> Config:
     """Tiles of tokens by queries and ranks."""
     rank = 1 << (shape.K - 1).bit_length()
     by = tile(shape.N, shape.Q * rank, shape.itemsize, chip)
-    engine = copies(2.0 * shape.N * shape.Q * rank * (shape.O + shape.I), chip)
+    # Four tensors to describe, and addresses lose less: a fourth counts.
+    engine = copies(0.5 * shape.N * shape.Q * rank * (shape.O + shape.I), chip)
     if engine and hopper(chip) and by.rows == 128:
         by = by._replace(stages=5)  # long sums: 700 of an H200's 750 TFLOP/s, with 4 stages 645
     chunks = max(1, rank // by.columns)

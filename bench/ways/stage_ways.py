@@ -161,7 +161,7 @@ class Ours:
                 name: (own.found[f"{name} L"], own.found[f"{name} R"]) for name in self.start.lam
             }
         assert isinstance(own, scan.Scan)
-        return {"scores": own.tally.total()}
+        return {"scores": own.tally.total().to(self.run.device)}
 
 
 class Plain:

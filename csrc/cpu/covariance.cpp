@@ -8,6 +8,7 @@
 #include "endings.h"
 #include "gemm.h"
 #include "gradients.h"
+#include "isa.h"
 
 namespace ekfac_fast::cpu {
 namespace {
@@ -39,7 +40,7 @@ void add_tile(Acc* cov, int64_t J, int64_t m0, int64_t m, int64_t n0, int64_t n,
 // triangles take longer to add than to multiply. Of fp32 alone: a 16-bit result would be rounded.
 bool library_multiplies(const at::Tensor& x, int64_t N, int64_t J) {
   if (x.scalar_type() != at::kFloat || compute_dtype(at::kFloat) != at::kFloat) return false;
-  if (library_is_fastest(at::kFloat)) return J <= 3 * kTile || N <= kTile;
+  if (library_is_fastest(at::kFloat) && !has_avx512()) return J <= 3 * kTile || N <= kTile;
   return J <= kTile + kLanes || N <= 2 * kLanes;
 }
 

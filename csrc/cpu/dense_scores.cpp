@@ -28,6 +28,13 @@ constexpr int64_t kGroup = 64;                        // sequences that meet P a
 constexpr int64_t kSmall = 2048;                      // elements of a gradient
 constexpr int64_t kSequences = 8;                     // fewer: P is read for them alone
 
+// Whether the library makes gradients, and products with them. Not with AVX-512 those of few
+// sequences or tokens: there ours are closed while they are in cache.
+bool library_is_faster(const at::Tensor& g, const Letters& size) {
+  const bool many = size.T >= kSequences && (size.B == 1 || size.B >= kSequences);
+  return library_is_fastest(g.scalar_type()) && (many || !has_avx512());
+}
+
 // Whether the same piece of all rows lies in the same few lines of the caches.
 bool collides(const at::Tensor& P) { return P.stride(0) * P.element_size() % 4096 == 0; }
 
@@ -251,7 +258,7 @@ void by_sequence(at::Tensor& s, const at::Tensor& P, const at::Tensor& g, const 
   constexpr bool same = std::is_same_v<Stream, Acc>;
   const bool exact = Closing::kNarrows || g.scalar_type() == s.scalar_type();
   // Where the library is the fastest it makes a few rows of the gradients at a time.
-  const bool rows_alone = library_is_fastest(g.scalar_type());
+  const bool rows_alone = library_is_faster(g, size);
   const int64_t library = exact && !rows_alone ? library_sequences(g, a, size) : 0;
   const Cut cut = rows_alone ? library_cut(size)
                   : library  ? Cut{Closing::cut(size).rows, size.J, library}
@@ -341,7 +348,7 @@ void dense_scores(at::Tensor& s, const at::Tensor& P, const at::Tensor& g, const
   if (s.numel() == 0 || P.numel() == 0) return;
   if (s.dim() == 3) return token_scores(s, P, g, a, bias, size);
   // Gradients that stay in the caches are one product of the library, where that is the fastest.
-  if (library_is_fastest(g.scalar_type()) && P.stride(2) == 1 && P.stride(1) == size.J &&
+  if (library_is_faster(g, size) && P.stride(2) == 1 && P.stride(1) == size.J &&
       4 * size.B * size.O * size.J <= kLibraryBytes) {
     s.addmm_(P.flatten(1), unrotated_gradients(g, a, bias).flatten(1).t());
     return;
@@ -356,7 +363,7 @@ void dense_scores(at::Tensor& s, const at::Tensor& P, const at::Tensor& g, const
       if (dots_as_it_lies(rows, g, a, size)) {
         return by_sequence<Acc, Dots<Acc, at::BFloat16>>(s, rows, g, a, bias, size);
       }
-      if (library_is_fastest(g.scalar_type())) {
+      if (library_is_faster(g, size)) {
         return by_sequence<Acc, Library>(s, rows, g, a, bias, size);
       }
       if (product_is_faster(rows, size)) {

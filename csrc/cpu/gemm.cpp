@@ -23,7 +23,7 @@ bool library_multiplies(int64_t rows, int64_t depth, int64_t columns, at::Scalar
 }
 
 bool library_is_fastest(at::ScalarType dtype) {
-  static const bool here = has_avx2() && !has_avx512() && at::hasMKL();
+  static const bool here = has_avx2() && (!has_avx512() || is_intel()) && at::hasMKL();
   return dtype == at::kFloat && here;
 }
 

@@ -63,8 +63,8 @@ at::ScalarType compute_dtype(at::ScalarType dtype);
 bool library_multiplies(int64_t rows, int64_t depth, int64_t columns, at::ScalarType dtype);
 
 // Whether operands of `dtype` are best left to the library as they lie: fp32 where the widest
-// vectors are AVX2. Of a Zen 3's 78 GFLOP/s a core MKL reached 75 and packs what it needs itself;
-// our tiles reached 68, and packing took up to half of a call.
+// vectors are AVX2, and on Intel's processors. Of a Zen 3's 78 GFLOP/s a core MKL reached 75 and
+// packs what it needs itself; our tiles reached 68, and packing took up to half of a call.
 bool library_is_fastest(at::ScalarType dtype);
 
 // A matrix in place: element (f, k) of the free and the summed dimension is data[f * sf + k * sk].

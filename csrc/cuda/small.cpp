@@ -30,6 +30,8 @@ constexpr int64_t kNumbers = int64_t{17} << 20;
 // Gradients that meet several queries: of as many bytes one product is faster than any strips.
 constexpr int64_t kFormedBytes = int64_t{256} << 20;
 constexpr int64_t kFewQueries = 2;
+// A product of odd width that takes longer than the copy of a matrix which mends it.
+constexpr int64_t kOddFlops = 1'000'000'000;
 // Covariances that take as long as two launches of ours; tensor cores make no fp32 products.
 constexpr int64_t kFlops = 100'000'000'000, kFp32Flops = 8'000'000'000;
 // Programs that run at once, and rows of each, where one launch is the whole op (`narrow.py`).
@@ -55,15 +57,14 @@ void add_product(Tensor& sum, const Tensor& x, const Tensor& y) {
   }
 }
 
-// New rows [B,T,F] that begin at multiples of 16 numbers, as tensor cores' loads want them.
-Tensor rows_like(const Tensor& x, int64_t F) {
-  return at::empty({x.size(0), x.size(1), (F + 15) / 16 * 16}, x.options()).narrow(2, 0, F);
-}
+// Layers with a bias are of odd width, which cuBLAS multiplies at a fourth of its rate, however the
+// rows lie: products are made of rows up to this width, and what is beyond is left out of them.
+int64_t even(int64_t F) { return F % 8 == 0 ? F : (F + 15) / 16 * 16; }
 
-// x [B,T,I] with its ones, [B,T,I + 1].
+// x [B,T,I] with its ones, [B,T,I + 1], and whatever is in memory up to an even width.
 Tensor with_ones(const Tensor& x) {
   const int64_t I = x.size(2);
-  const Tensor rows = rows_like(x, I + 1);
+  const Tensor rows = at::empty({x.size(0), x.size(1), even(I + 1)}, x.options());
   rows.narrow(2, 0, I).copy_(x);
   rows.select(2, I).fill_(1);
   return rows;
@@ -72,11 +73,18 @@ Tensor with_ones(const Tensor& x) {
 // Rows (b, t), a view where x has them so.
 Tensor flat(const Tensor& x) { return x.flatten(0, 1); }
 
-// (x, 1) Q of every row, the ones only with a bias.
-Tensor rotated(const Tensor& x, const Tensor& Q, bool bias) {
-  const int64_t F = x.size(2);
-  const Tensor y = rows_like(x, Q.size(1));
+// (x, 1) Q of every row, the ones only with a bias; [B,T,J] up to an even width.
+Tensor rotated(const Tensor& x, Tensor Q, bool bias) {
+  const int64_t F = x.size(2), J = Q.size(1), width = even(J);
+  const Tensor y = at::empty({x.size(0), x.size(1), width}, x.options());
   Tensor rows = flat(y);
+  if (width > J && x.element_size() == 2 && 2 * rows.size(0) * F * J >= kOddFlops) {
+    const Tensor wide = at::empty({Q.size(0), width}, Q.options());
+    wide.narrow(1, 0, J).copy_(Q);
+    Q = wide;
+  } else {
+    rows = rows.narrow(1, 0, J);
+  }
   bias ? at::addmm_out(rows, Q.select(0, F), flat(x), Q.narrow(0, 0, F))
        : at::mm_out(rows, flat(x), Q);
   return y;
@@ -89,8 +97,10 @@ Tensor gradients(const Tensor& g, const Tensor& a, const MaybeTensor& Qg, const 
   const bool g_last = Qg && !by_tokens.g_tokens, a_last = Qa && !by_tokens.a_tokens;
   const Tensor x = Qg && !g_last ? rotated(g, *Qg, false) : g;
   const Tensor y = Qa && !a_last ? rotated(a, *Qa, bias) : bias ? with_ones(a) : a;
-  if (!g_last && !a_last) return product(x.mT(), y);
-  Tensor G = at::bmm(x.mT(), y);
+  if (!g_last && !a_last) {
+    return product(x.mT(), y).narrow(1, 0, size.O).narrow(2, 0, size.J);
+  }
+  Tensor G = at::bmm(x.narrow(2, 0, size.O).mT(), y.narrow(2, 0, size.J));
   if (a_last && g_last) G = at::matmul(G, *Qa);
   if (g_last) return product(Qg->mT().expand({size.B, size.O, size.O}), G);
   return product(flat(G), *Qa).view({size.B, size.O, size.J});
@@ -99,14 +109,7 @@ Tensor gradients(const Tensor& g, const Tensor& a, const MaybeTensor& Qg, const 
 // fp64 serves validation: the reference's.
 bool wide(const Tensor& operand) { return operand.scalar_type() == at::kDouble; }
 
-// Our fp32 tiles and cuBLAS's products are equally fast; a side rotated on the gradient is
-// cuBLAS's.
-bool small_gradients(const Tensor& g, const MaybeTensor& Qg, const MaybeTensor& Qa,
-                     const Letters& size, const MaybeOrder& forced) {
-  const Order by_tokens = contraction_order(size, forced);
-  const bool tiled = (!Qg || by_tokens.g_tokens) && (!Qa || by_tokens.a_tokens);
-  return size.B * size.O * size.J <= (is_fp32(g) && tiled ? kNumbers / 2 : kNumbers);
-}
+bool small_gradients(const Letters& size) { return size.B * size.O * size.J <= kNumbers; }
 
 // Whether `narrow.py` makes one launch of a call that divides; `config` there is exact.
 bool in_one_launch(const Tensor& g, const MaybeTensor& Qg, const MaybeTensor& Qa,
@@ -157,7 +160,7 @@ void covariance(Tensor& cov, const Tensor& x, const MaybeTensor& mask, bool bias
     return larger(cov, x, mask, bias);
   }
   if (size.N == 0) return;
-  Tensor rows = bias ? with_ones(x.unsqueeze(0)).squeeze(0) : x;
+  Tensor rows = bias ? with_ones(x.unsqueeze(0)).squeeze(0).narrow(1, 0, size.J) : x;
   if (mask) rows = at::where(mask->to(at::kBool).unsqueeze(1), rows, 0);
   add_product(cov, rows.t(), rows);
 }
@@ -167,7 +170,7 @@ void eigenvalues(Tensor& lam_sum, const Tensor& g, const Tensor& a, const MaybeT
                  const MaybeTensor& Qa, bool bias, MaybeOrder order) {
   const Letters size = check("eigenvalues", "lam_sum[O,J] g[B,T,O] a[B,T,I] Qg[O,O] Qa[J,J]",
                              {lam_sum, g, a, Qg, Qa}, bias, 0.0, order);
-  if (!kAlways && (wide(g) || !small_gradients(g, Qg, Qa, size, order))) {
+  if (!kAlways && (wide(g) || !small_gradients(size))) {
     static const Larger<decltype(eigenvalues<kAlways>)> larger("eigenvalues");
     return larger(lam_sum, g, a, Qg, Qa, bias, order);
   }
@@ -185,13 +188,13 @@ Tensor precondition(const Tensor& g, const Tensor& a, const MaybeTensor& Qg, con
                     const Tensor& lam, double damping, bool bias, MaybeOrder order) {
   const Letters size = check("precondition", "g[B,T,O] a[B,T,I] Qg[O,O] Qa[J,J] lam[O,J]",
                              {g, a, Qg, Qa, lam}, bias, damping, order);
-  if (!kAlways &&
-      (wide(g) || size.B * size.O * size.J > kNumbers || in_one_launch(g, Qg, Qa, size, order))) {
+  if (!kAlways && (wide(g) || !small_gradients(size) || in_one_launch(g, Qg, Qa, size, order))) {
     static const Larger<decltype(precondition<kAlways>)> larger("precondition");
     return larger(g, a, Qg, Qa, lam, damping, bias, order);
   }
   if (g.numel() == 0) return at::zeros({size.B, size.O, size.J}, lam.options());
-  return gradients(g, a, Qg, Qa, bias, size, order).div_(lam.add(damping));
+  const Tensor G = gradients(g, a, Qg, Qa, bias, size, order), damped = lam.add(damping);
+  return G.is_contiguous() ? G.div_(damped) : G.div(damped);
 }
 
 template <bool kAlways>
@@ -200,8 +203,7 @@ void self_influence(Tensor& s, const Tensor& g, const Tensor& a, const MaybeTens
                     MaybeOrder order) {
   const Letters size = check("self_influence", "s[B] g[B,T,O] a[B,T,I] Qg[O,O] Qa[J,J] lam[O,J]",
                              {s, g, a, Qg, Qa, lam}, bias, damping, order);
-  if (!kAlways && (wide(g) || !small_gradients(g, Qg, Qa, size, order) ||
-                   in_one_launch(g, Qg, Qa, size, order))) {
+  if (!kAlways && (wide(g) || !small_gradients(size) || in_one_launch(g, Qg, Qa, size, order))) {
     static const Larger<decltype(self_influence<kAlways>)> larger("self_influence");
     return larger(s, g, a, Qg, Qa, lam, damping, bias, order);
   }
@@ -241,9 +243,12 @@ void dense_scores(Tensor& s, const Tensor& P, const Tensor& g, const Tensor& a, 
     return larger(s, P, g, a, bias);
   }
   if (s.numel() == 0 || g.numel() == 0) return;
-  const Tensor x = bias ? with_ones(a) : a;
-  if (per_token || few) return by_tokens(s, P, g, x, size);
-  add_product(s, P.flatten(1), at::bmm(g.mT(), x).flatten(1).t());
+  const Tensor x = bias ? with_ones(a) : a, exact = x.narrow(2, 0, size.J);
+  if (per_token || few) return by_tokens(s, P, g, exact, size);
+  // Of odd width G is copied: P has no room between its rows.
+  const bool copied = itemsize == 2 && 2 * G * size.T >= kOddFlops;
+  const Tensor every = at::bmm(g.mT(), copied ? x : exact).narrow(2, 0, size.J);
+  add_product(s, P.flatten(1), every.flatten(1).t());
 }
 
 template <bool kAlways>

@@ -10,7 +10,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +40,9 @@ class Pass:
         # Its loss's divisor, until the gradient of the loss arrives.
         self.divisor: Tensor | float | None = None
         self.without_grad: set[str] = set()
-        # What each layer read and a zero like its output, until its gradient arrives.
-        self.read: dict[str, tuple[Any, Tensor]] = {}
+        # What keeps what each layer read (`_kept`) and a zero like its output, until its gradient
+        # arrives.
+        self.read: dict[str, tuple[Tensor, Tensor]] = {}
         self.arrived: set[str] = set()
         # Layers whose output the model may change without their hook.
         self.unsure: set[str] = set()
@@ -286,8 +287,9 @@ class Watch:
         """Give a layer's batch to the consumer."""
         name = layer.name
         one.arrived.add(name)
+        kept, _ = one.read.pop(name)
         try:
-            (x,) = one.read.pop(name)[0].saved_tensors
+            (x,) = cast(Any, kept.grad_fn).saved_tensors
         except RuntimeError as error:
             if "inplace" not in str(error):
                 raise
@@ -354,9 +356,12 @@ def _grid(inputs: Mapping[str, Any]) -> Grid:
     return Grid(len(x), x.shape[1] if positions else None)
 
 
-def _kept(x: Tensor, anchor: Tensor) -> Any:
-    """A node that keeps x: its `saved_tensors`. It hangs on nothing of the graph of x."""
-    return _Kept.apply(x.detach(), anchor).grad_fn
+def _kept(x: Tensor, anchor: Tensor) -> Tensor:
+    """A number whose node keeps x, in its `saved_tensors`, for as long as the number is there. It
+    hangs on nothing of the graph of x.
+    """
+    kept: Tensor = _Kept.apply(x.detach(), anchor)
+    return kept
 
 
 class _Kept(torch.autograd.Function):
