@@ -20,7 +20,7 @@ from ekfac_fast.stages import scan
 from ekfac_fast.stages.consumer import Batch, Consumer
 from ekfac_fast.stages.factors import LayerFactors
 from ekfac_fast.stages.fit import COVARIANCE_DRAW, EIGENVALUE_DRAW
-from ekfac_fast.stages.measured import DENSE_BYTES, Preconditioning
+from ekfac_fast.stages.measured import Preconditioning, dense_bytes
 from ekfac_fast.stages.moments import Covariances, Eigenvalues
 from ekfac_fast.stages.queries import LayerQueries, Queries
 from ekfac_fast.stages.run import Run
@@ -207,7 +207,7 @@ class Plain:
         x, lam = seen.layer, self.start.lam[seen.layer.name]
         Qg, Qa = self.start.Qg[x.name], self.start.Qa[self.start.owners[x.name]]
         parts = []
-        some = max(1, DENSE_BYTES // (4 * lam.numel()))
+        some = max(1, dense_bytes(lam.device) // (4 * lam.numel()))
         for b in range(0, len(seen.a), some):
             g, a = seen.g[b : b + some], seen.a[b : b + some]
             P = self.ways["precondition"](g, a, Qg.to(g), Qa.to(g), lam, DAMPING, x.bias)

@@ -2,6 +2,7 @@
 // and met by every query while it is in cache. Per token: `token_scores.cpp`.
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/from_blob.h>
+#include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -174,6 +175,16 @@ struct Product {
   }
 };
 
+// s [Q,n] += x [Q,K] y [n,K]^T. On one thread the library is up to twice as fast with the fewer rows
+// first, unless they fill its tiles.
+void add_product(at::Tensor s, const at::Tensor& x, const at::Tensor& y) {
+  if (y.size(0) >= x.size(0) || y.size(0) % 16 == 0) {
+    s.addmm_(x, y.t());
+  } else {
+    s.add_(at::mm(y, x.t()).t());
+  }
+}
+
 // Many queries where the library is the fastest: its product of rows of P and of gradients as both
 // lie.
 struct Library {
@@ -191,8 +202,8 @@ struct Library {
     };
     const float* from = P.const_data_ptr<float>() + held.o * P.stride(1) + held.j;
     for (int64_t r = 0; r < held.m; r++) {
-      s.addmm_(rows(from, Q, P.stride(0), r * P.stride(1)),
-               rows(static_cast<const float*>(held.G), held.sequences, held.area, r * held.ld).t());
+      add_product(s, rows(from, Q, P.stride(0), r * P.stride(1)),
+                  rows(static_cast<const float*>(held.G), held.sequences, held.area, r * held.ld));
     }
   }
 };

@@ -6,13 +6,16 @@ from ..ops import dense_scores, low_rank_scores
 from ..ops.shapes import Shape
 
 Contraction = Literal["dense", "low_rank"]
+# FLOPs in the time of which a number of L R is written and read again: fp32 on a CPU, where its
+# memory is mapped anew, page by page, and bf16 on a GPU.
+FLOPS_OF_A_NUMBER = 400
 
 
 def contraction(shape: Shape, *, per_token: bool = False) -> Contraction:
-    """Whether L R, then dense scores, needs fewer FLOPs than scoring with L and R.
+    """Whether L R, then dense scores, takes less time than scoring with L and R.
 
-    So it is for many queries at once: L R costs Q O K J once, the gradient tile then serves all
-    queries, while L and R meet every token Q times.
+    So it is for many queries and tokens at once: L R costs Q O K J once, and is as large as Q
+    gradients; the gradient tile then serves all queries, while L and R meet every token Q times.
 
     Args:
         shape: of all sequences that one product L R serves, with Q queries of rank K; K = 0: they
@@ -23,5 +26,5 @@ def contraction(shape: Shape, *, per_token: bool = False) -> Contraction:
     if not K:
         return "dense"
     dense = 2 * Q * B * T * O * J if per_token else dense_scores.cost(shape).flops
-    once = 2 * Q * O * K * J
+    once = Q * O * J * (2 * K + FLOPS_OF_A_NUMBER)
     return "dense" if once + dense < low_rank_scores.cost(shape).flops else "low_rank"

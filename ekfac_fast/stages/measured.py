@@ -23,8 +23,15 @@ from .factors import LayerFactors, bases
 from .outgoing import Outgoing
 from .run import Run, accumulator
 
-# Dense preconditioned gradients of this size exist at a time, before they are truncated.
-DENSE_BYTES = 1 << 30
+# Dense preconditioned gradients of this size exist at a time, before they are truncated. On a CPU
+# they stay in its cache, and under the 32 MiB from which on malloc maps every block anew.
+DENSE_BYTES = {"cpu": 28 << 20}
+DEVICE_DENSE_BYTES = 1 << 30
+
+
+def dense_bytes(device: torch.device) -> int:
+    """What preconditioned gradients may take at a time."""
+    return DENSE_BYTES.get(device.type, DEVICE_DENSE_BYTES)
 
 
 class Measuring(Consumer):
@@ -137,12 +144,12 @@ class Preconditioning(Measuring):
         return self.bases[layer].at(device)
 
     def dense(self, seen: LayerBatch, basis: Basis, together: bool) -> Iterator[Tensor]:
-        """Preconditioned, a gigabyte of dense gradients at a time."""
+        """Preconditioned, `dense_bytes` of them at a time."""
         basis, a, bias = self.rotate(
             basis, seen.g, seen.a, seen.layer.bias, seen.shared, seen.readers
         )
         g, a = (_as_one(x, together) for x in (seen.g, a))
-        some = max(1, DENSE_BYTES // (4 * seen.layer.O * seen.layer.J))
+        some = max(1, dense_bytes(seen.g.device) // (4 * seen.layer.O * seen.layer.J))
         for b in range(0, len(g), some):
             yield basis.precondition(g[b : b + some], a[b : b + some], bias)
 

@@ -24,7 +24,7 @@ from ..ops.shapes import Card, Shape
 from .budget import ACTIVATIONS, SUMS, check_room, fitting_bytes, partitions
 from .disk import check_stored, fit_bytes, keeps_covariances, matrix_bytes
 from .factors import block_facts
-from .measured import DENSE_BYTES
+from .measured import dense_bytes
 from .processes import dealt
 from .run import Stage
 from .sample import sample_facts, sample_of
@@ -348,7 +348,7 @@ def _asking(job: _Asked, ways: Sequence[Contraction]) -> list[StageCost]:
     queries, passes = _query_bytes(job), job.passes(job.sequences)
     dense = max(FP32 * x.O * x.J for x in job.layers)
     work = job.rotated(ops.precondition, job.queries) + job.passes(job.queries)
-    P = min(max(DENSE_BYTES, dense), job.queries * dense)
+    P = min(max(dense_bytes(job.device), dense), job.queries * dense)
     made = DENSE_AT_ONCE * P + min(OPS_KEEP, 2 * P)
     if job.narrow:  # eigenvectors are rounded, and widened to be multiplied
         most = max(sum(n**2 for n in x.turned) for x in job.layers)
