@@ -38,8 +38,8 @@ class Patches(nn.Module):
 
     def forward(self, x):
         rows = x.flatten(0, 1)[~(x == 0).all(-1).flatten()]
-        whose = torch.repeat_interleave(torch.arange(len(x)), (~(x == 0).all(-1)).sum(1))
-        found = torch.zeros(len(x), WIDTH, dtype=x.dtype)
+        whose = torch.arange(len(x), device=x.device).repeat_interleave((~(x == 0).all(-1)).sum(1))
+        found = x.new_zeros(len(x), WIDTH)
         return self.last(found.index_add(0, whose, self.first(rows).tanh()))
 
 

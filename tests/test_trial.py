@@ -119,7 +119,7 @@ class Net(nn.Module):
     def forward(self, x):
         self.calls += 1
         h = self.fc(x).unflatten(-1, (self.heads, -1)).softmax(-1).flatten(-2)
-        self.seen = h * self.scale * self.mask * self.window[0]
+        self.seen = h * self.scale.to(h.device) * self.mask * self.window[0]
         return self.out(self.seen)
 
 
@@ -201,9 +201,9 @@ def test_a_loss_that_is_no_sum_is_refused(tmp_path):
     fit(network, data, out=tmp_path, task=task, layers=["fc"], batch_size=1)
 
 
-def test_autocast_outside_is_refused(tmp_path):
+def test_autocast_outside_is_refused(tmp_path, request):
     with (
-        torch.autocast("cpu", torch.bfloat16),
+        torch.autocast(request.config.getoption("--device"), torch.bfloat16),
         pytest.raises(ArgumentError, match=r"under torch\.autocast, .* give autocast="),
     ):
         fit(gpt2().eval(), corpus(6), out=tmp_path)
