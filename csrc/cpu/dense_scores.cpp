@@ -175,8 +175,8 @@ struct Product {
   }
 };
 
-// s [Q,n] += x [Q,K] y [n,K]^T. On one thread the library is up to twice as fast with the fewer rows
-// first, unless they fill its tiles.
+// s [Q,n] += x [Q,K] y [n,K]^T. On one thread the library is up to twice as fast with the fewer
+// rows first, unless they fill its tiles.
 void add_product(at::Tensor s, const at::Tensor& x, const at::Tensor& y) {
   if (y.size(0) >= x.size(0) || y.size(0) % 16 == 0) {
     s.addmm_(x, y.t());
