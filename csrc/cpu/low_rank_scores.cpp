@@ -12,6 +12,7 @@
 #include "../check.h"
 #include "endings.h"
 #include "gemm.h"
+#include "isa.h"
 #include "scratch.h"
 
 namespace ekfac_fast::cpu {
@@ -157,7 +158,7 @@ void few_columns(at::Tensor s, const at::Tensor& L, const at::Tensor& R, const a
   const int64_t K = size.K, N = size.B * size.T;
   const auto wide = c10::CppTypeToScalarType<Acc>::value;
   // Without products of 16 bits the library's run in plain loops.
-  const bool widened = library_is_fastest(wide) && g.scalar_type() != wide;
+  const bool widened = !has_avx512() && library_is_fastest(wide) && g.scalar_type() != wide;
   auto product = [&](const at::Tensor& factors, const at::Tensor& x) {
     const at::Tensor left = factors.contiguous(), rows = x.reshape({N, x.size(2)});
     if (!widened) return at::mm(left, rows.t()).to(wide);
