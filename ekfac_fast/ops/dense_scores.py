@@ -10,7 +10,8 @@ or [Q,B,T,O] tensor exists. Scans call `laid_out` on P once.
 
 On a CPU gradients of at least 32 tokens are `bmm` itself, of a few sequences at a time, in bf16 or
 of narrow layers; so are fp32 products per token of narrow inputs and fewer than four queries `mm`.
-Without AVX-512 all fp32 products are `bmm` and `mm`, of blocks that stay in the last-level cache.
+Without AVX-512 all fp32 products are `bmm` and `mm`, of blocks that stay in the last-level cache;
+with it so are they on an Intel processor, but of two to seven sequences, or as few tokens.
 On a GPU gradients that meet more than two queries are formed, 256 MiB of them at a time.
 """
 

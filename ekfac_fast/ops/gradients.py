@@ -9,10 +9,10 @@ a sequence, besides the 2 T O J of the product itself):
     g by Qg      2 T O^2       2 O^2 J            T < J
 
 On a CPU rotations of bf16 on tokens are `mm` itself, and bf16 gradients that are rotated `bmm`;
-without AVX-512 so are those of fp32, and the last product, of squares that stay in cache. On
-a GPU small gradients are products of the library's (`csrc/cuda/small.cpp`), and narrow layers take
-the middle way in one launch, whichever is cheapest (`triton_kernels/narrow.py`), unless an order is
-forced.
+without AVX-512 so are those of fp32 (on Intel processors with it, too), and the last product, of
+squares that stay in cache. On a GPU small gradients are products of the library's
+(`csrc/cuda/small.cpp`), and narrow layers take the middle way in one launch, whichever is cheapest
+(`triton_kernels/narrow.py`), unless an order is forced.
 """
 
 import torch

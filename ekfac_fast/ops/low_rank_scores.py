@@ -9,7 +9,7 @@ Two products and the reduction over rank and tokens in one pass: no [B,T,Q,K] te
 queries L_q R_q are never rebuilt. Scans call `laid_out` on their factors once.
 
 On a CPU bf16 products of few rows or columns, and all of fewer than `LANES` columns, are `mm`
-itself; without AVX-512 so are all of fp32 of more than 32 rows.
+itself; without AVX-512, and on Intel processors, so are all of fp32 of more than 32 rows.
 """
 
 from collections.abc import Iterator
