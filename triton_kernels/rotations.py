@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .launch import describable, even, padded
+from .launch import aligned, describable, padded
 
 # Gradients rotated as such are formed a few sequences at a time: what is written stays in L2.
 CHUNK_BYTES = 32 << 20
@@ -26,13 +26,10 @@ def rotate(x: Tensor, Q: Tensor, bias: bool) -> Tensor:
 
     Made in that width: cuBLAS multiplies odd ones at a sixth of its rate, however their rows lie.
     """
-    J, rows = Q.shape[1], x.reshape(-1, x.shape[-1])
-    if (width := even(J)) > J:
-        wide = Q.new_empty(len(Q), width)
-        wide[:, :J] = Q
-        Q = wide
+    J, Q = Q.shape[1], aligned(Q)
+    rows = x.reshape(-1, x.shape[-1])
     out = torch.addmm(Q[-1], rows, Q[:-1]) if bias else rows @ Q
-    return out.view(*x.shape[:-1], width)[..., :J]
+    return out.view(*x.shape[:-1], -1)[..., :J]
 
 
 def operands(

@@ -76,7 +76,7 @@ def in_even_parts(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
     if i < I:
         x = x.new_empty(len(x), i + EVEN)[:, :I].copy_(x)
     y = x.new_empty(len(x), -(-O // EVEN) * EVEN)[:, :O]
-    for columns in (slice(o), slice(o, O)) if o < O else (slice(O),):
+    for columns in (slice(o), slice(o, O)):
         part, these = y[:, columns], W[columns].t()
         if i < I:  # what is left over first: it is rounded, the long sum once
             torch.mm(x[:, i:], these[i:], out=part)
