@@ -37,6 +37,9 @@ DRIVER = (
     "attribution",
     "other_losses",
     "tied",
+    "trial",
+    "rows",
+    "disguises",
 )
 TAIL = 40
 # Seconds that a part which is out of time has to end by itself.

@@ -159,7 +159,8 @@ class Labelled(Plain):
 
     def compute_train_loss(self, batch, model, sample=False):
         reduction = {} if isinstance(self.loss, nn.Module) else {"reduction": self.reduction}
-        return self.loss(model(batch[0]), batch[1], **reduction)
+        # Where the weights of a loss are, whatever computes the logits.
+        return self.loss(model(batch[0]).cpu(), batch[1].cpu(), **reduction)
 
 
 def smoothed(smoothing):

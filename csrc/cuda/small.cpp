@@ -27,6 +27,9 @@ using MaybeOrder = std::optional<c10::string_view>;
 
 // Numbers that a call writes beside its result, or a piece of it.
 constexpr int64_t kNumbers = int64_t{17} << 20;
+// Numbers of gradients, and of tokens against ranks, from which a launch of ours that keeps them on
+// the chip is faster than what writes and reads them.
+constexpr int64_t kWritten = int64_t{12} << 20;
 // Gradients that meet several queries: of as many bytes one product is faster than any strips.
 constexpr int64_t kFormedBytes = int64_t{256} << 20;
 constexpr int64_t kFewQueries = 2;
@@ -59,6 +62,7 @@ void add_product(Tensor& sum, const Tensor& x, const Tensor& y) {
 
 // Layers with a bias are of odd width, which cuBLAS multiplies at a fourth of its rate, however the
 // rows lie: products are made of rows up to this width, and what is beyond is left out of them.
+// (Where what is multiplied has odd rows, too, that mends nothing.)
 int64_t even(int64_t F) { return F % 8 == 0 ? F : (F + 15) / 16 * 16; }
 
 // x [B,T,I] with its ones, [B,T,I + 1], and whatever is in memory up to an even width.
@@ -78,7 +82,8 @@ Tensor rotated(const Tensor& x, Tensor Q, bool bias) {
   const int64_t F = x.size(2), J = Q.size(1), width = even(J);
   const Tensor y = at::empty({x.size(0), x.size(1), width}, x.options());
   Tensor rows = flat(y);
-  if (width > J && x.element_size() == 2 && 2 * rows.size(0) * F * J >= kOddFlops) {
+  const bool mends = width > J && F % 8 == 0 && x.element_size() == 2;
+  if (mends && 2 * rows.size(0) * F * J >= kOddFlops) {
     const Tensor wide = at::empty({Q.size(0), width}, Q.options());
     wide.narrow(1, 0, J).copy_(Q);
     Q = wide;
@@ -90,26 +95,59 @@ Tensor rotated(const Tensor& x, Tensor Q, bool bias) {
   return y;
 }
 
+// Both sides of sequences' gradients, and what is still to be rotated: on the gradient.
+struct Sides {
+  Tensor g, a;  // [B,T,O] and [B,T,I], or [B,T,J] where `a` is rotated; up to an even width
+  MaybeTensor Qg, Qa;
+  bool bias;  // whether the ones are still to come
+};
+
+// Both rotated by tokens, where that costs less.
+Sides rotated_sides(const Tensor& g, const Tensor& a, const MaybeTensor& Qg, const MaybeTensor& Qa,
+                    bool bias, const Letters& size, const MaybeOrder& forced) {
+  const Order by_tokens = contraction_order(size, forced);
+  Sides sides{g, a, Qg, Qa, bias};
+  if (Qg && by_tokens.g_tokens) {
+    sides.g = rotated(g, *Qg, false);
+    sides.Qg.reset();
+  }
+  if (Qa && by_tokens.a_tokens) {
+    sides.a = rotated(a, *Qa, bias);
+    sides.Qa.reset();
+    sides.bias = false;
+  }
+  return sides;
+}
+
+// What a launcher is called with; `whole`: it rotates, too. Here that costs a host half as much.
+Sides launched_sides(bool whole, const Tensor& g, const Tensor& a, const MaybeTensor& Qg,
+                     const MaybeTensor& Qa, bool bias, const Letters& size,
+                     const MaybeOrder& order) {
+  if (whole) return {g, a, Qg, Qa, bias};
+  Sides sides = rotated_sides(g, a, Qg, Qa, bias, size, order);
+  sides.g = sides.g.narrow(2, 0, size.O);
+  sides.a = sides.a.narrow(2, 0, size.J - sides.bias);
+  return sides;
+}
+
 // Qg^T G_b Qa of every sequence in fp32, [B,O,J].
 Tensor gradients(const Tensor& g, const Tensor& a, const MaybeTensor& Qg, const MaybeTensor& Qa,
                  bool bias, const Letters& size, const MaybeOrder& forced) {
-  const Order by_tokens = contraction_order(size, forced);
-  const bool g_last = Qg && !by_tokens.g_tokens, a_last = Qa && !by_tokens.a_tokens;
-  const Tensor x = Qg && !g_last ? rotated(g, *Qg, false) : g;
-  const Tensor y = Qa && !a_last ? rotated(a, *Qa, bias) : bias ? with_ones(a) : a;
-  if (!g_last && !a_last) {
+  const Sides sides = rotated_sides(g, a, Qg, Qa, bias, size, forced);
+  const Tensor x = sides.g, y = sides.bias ? with_ones(sides.a) : sides.a;
+  if (!sides.Qg && !sides.Qa) {
     return product(x.mT(), y).narrow(1, 0, size.O).narrow(2, 0, size.J);
   }
   Tensor G = at::bmm(x.narrow(2, 0, size.O).mT(), y.narrow(2, 0, size.J));
-  if (a_last && g_last) G = at::matmul(G, *Qa);
-  if (g_last) return product(Qg->mT().expand({size.B, size.O, size.O}), G);
+  if (sides.Qg && sides.Qa) G = at::matmul(G, *Qa);
+  if (sides.Qg) return product(Qg->mT().expand({size.B, size.O, size.O}), G);
   return product(flat(G), *Qa).view({size.B, size.O, size.J});
 }
 
 // fp64 serves validation: the reference's.
 bool wide(const Tensor& operand) { return operand.scalar_type() == at::kDouble; }
 
-bool small_gradients(const Letters& size) { return size.B * size.O * size.J <= kNumbers; }
+bool small_gradients(const Letters& size) { return size.B * size.O * size.J <= kWritten; }
 
 // Whether `narrow.py` makes one launch of a call that divides; `config` there is exact.
 bool in_one_launch(const Tensor& g, const MaybeTensor& Qg, const MaybeTensor& Qa,
@@ -172,7 +210,8 @@ void eigenvalues(Tensor& lam_sum, const Tensor& g, const Tensor& a, const MaybeT
                              {lam_sum, g, a, Qg, Qa}, bias, 0.0, order);
   if (!kAlways && (wide(g) || !small_gradients(size))) {
     static const Larger<decltype(eigenvalues<kAlways>)> larger("eigenvalues");
-    return larger(lam_sum, g, a, Qg, Qa, bias, order);
+    const Sides x = launched_sides(wide(g), g, a, Qg, Qa, bias, size, order);
+    return larger(lam_sum, x.g, x.a, x.Qg, x.Qa, x.bias, order);
   }
   if (g.numel() == 0) return;
   const Tensor G = gradients(g, a, Qg, Qa, bias, size, order);
@@ -188,9 +227,11 @@ Tensor precondition(const Tensor& g, const Tensor& a, const MaybeTensor& Qg, con
                     const Tensor& lam, double damping, bool bias, MaybeOrder order) {
   const Letters size = check("precondition", "g[B,T,O] a[B,T,I] Qg[O,O] Qa[J,J] lam[O,J]",
                              {g, a, Qg, Qa, lam}, bias, damping, order);
-  if (!kAlways && (wide(g) || !small_gradients(size) || in_one_launch(g, Qg, Qa, size, order))) {
+  const bool whole = wide(g) || in_one_launch(g, Qg, Qa, size, order);
+  if (!kAlways && (whole || !small_gradients(size))) {
     static const Larger<decltype(precondition<kAlways>)> larger("precondition");
-    return larger(g, a, Qg, Qa, lam, damping, bias, order);
+    const Sides x = launched_sides(whole, g, a, Qg, Qa, bias, size, order);
+    return larger(x.g, x.a, x.Qg, x.Qa, lam, damping, x.bias, order);
   }
   if (g.numel() == 0) return at::zeros({size.B, size.O, size.J}, lam.options());
   const Tensor G = gradients(g, a, Qg, Qa, bias, size, order), damped = lam.add(damping);
@@ -203,9 +244,11 @@ void self_influence(Tensor& s, const Tensor& g, const Tensor& a, const MaybeTens
                     MaybeOrder order) {
   const Letters size = check("self_influence", "s[B] g[B,T,O] a[B,T,I] Qg[O,O] Qa[J,J] lam[O,J]",
                              {s, g, a, Qg, Qa, lam}, bias, damping, order);
-  if (!kAlways && (wide(g) || !small_gradients(size) || in_one_launch(g, Qg, Qa, size, order))) {
+  const bool whole = wide(g) || in_one_launch(g, Qg, Qa, size, order);
+  if (!kAlways && (whole || !small_gradients(size))) {
     static const Larger<decltype(self_influence<kAlways>)> larger("self_influence");
-    return larger(s, g, a, Qg, Qa, lam, damping, bias, order);
+    const Sides x = launched_sides(whole, g, a, Qg, Qa, bias, size, order);
+    return larger(s, x.g, x.a, x.Qg, x.Qa, lam, damping, x.bias, order);
   }
   if (g.numel() == 0) return;
   const Tensor G = gradients(g, a, Qg, Qa, bias, size, order);
@@ -258,17 +301,29 @@ void low_rank_scores(Tensor& s, const Tensor& L, const Tensor& R, const Tensor& 
       check("low_rank_scores", "s[Q,B]|[Q,B,T] L[Q,O,K] R[Q,K,J] g[B,T,O] a[B,T,I]",
             {s, L, R, g, a}, bias);
   const int64_t columns = size.Q * size.K;
-  if (!kAlways && (wide(g) || size.B * size.T * columns > kNumbers / 2)) {
+  if (!kAlways && (wide(g) || size.B * size.T * columns > kWritten)) {
     static const Larger<decltype(low_rank_scores<kAlways>)> larger("low_rank_scores");
     return larger(s, L, R, g, a, bias);
   }
   if (s.numel() == 0 || size.K == 0 || size.T == 0) return;
-  const Tensor right = R.reshape({columns, size.J});
-  const Tensor U = product(flat(g), L.permute({1, 0, 2}).reshape({size.O, columns}));
-  Tensor V = product(flat(a), right.narrow(1, 0, size.I).t());
-  if (bias) V.add_(right.select(1, size.I));
+  const Tensor left = L.permute({1, 0, 2}).reshape({size.O, columns});
+  const Tensor right = R.reshape({columns, size.J}), inputs = right.narrow(1, 0, size.I).t();
+  const Tensor last = bias ? right.select(1, size.I) : Tensor();
+  Tensor U, V;
+  if (g.scalar_type() == at::kHalf) {
+    U = product(flat(g), left);
+    V = product(flat(a), inputs);
+    if (bias) V.add_(last);
+  } else {  // bf16 has the range for it: half of what is written and read again
+    U = at::mm(flat(g), left);
+    V = bias ? at::addmm(last, flat(a), inputs) : at::mm(flat(a), inputs);
+  }
   const Tensor terms = V.mul_(U).view({size.B, size.T, size.Q, size.K});
-  s.add_(s.dim() == 3 ? terms.sum(-1).permute({2, 0, 1}) : terms.sum({1, 3}).t());
+  if (s.dim() == 3) {
+    s.add_(terms.sum(-1, false, s.scalar_type()).permute({2, 0, 1}));
+  } else {
+    s.add_(terms.sum({1, 3}, false, s.scalar_type()).t());
+  }
 }
 
 }  // namespace

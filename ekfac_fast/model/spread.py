@@ -25,7 +25,7 @@ def is_spread(model: nn.Module) -> bool:
 def offloading(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
     """(name, module, hook) of every module whose weights come for its forward pass alone."""
     for name, module in model.named_modules(remove_duplicate=False):
-        hook: Any = getattr(module, "_hf_hook", None)
+        hook: Any = vars(module).get("_hf_hook")  # a module takes long to say that it has none
         for one in getattr(hook, "hooks", (hook,)):
             if getattr(one, "offload", False) and one.weights_map is not None:
                 yield name, module, one
