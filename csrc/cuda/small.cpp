@@ -27,9 +27,9 @@ using MaybeOrder = std::optional<c10::string_view>;
 
 // Numbers that a call writes beside its result, or a piece of it.
 constexpr int64_t kNumbers = int64_t{17} << 20;
-// Numbers of gradients, and of tokens against ranks, from which a launch of ours that keeps them on
-// the chip is faster than what writes and reads them.
-constexpr int64_t kWritten = int64_t{12} << 20;
+// Numbers that are written and read three times, where a launch of ours keeps them on the chip:
+// squares of 16-bit gradients whose tiles are not mostly padding, products with factors.
+constexpr int64_t kReread = int64_t{12} << 20, kTile = 128;
 // Gradients that meet several queries: of as many bytes one product is faster than any strips.
 constexpr int64_t kFormedBytes = int64_t{256} << 20;
 constexpr int64_t kFewQueries = 2;
@@ -147,7 +147,14 @@ Tensor gradients(const Tensor& g, const Tensor& a, const MaybeTensor& Qg, const 
 // fp64 serves validation: the reference's.
 bool wide(const Tensor& operand) { return operand.scalar_type() == at::kDouble; }
 
-bool small_gradients(const Letters& size) { return size.B * size.O * size.J <= kWritten; }
+bool small_gradients(const Letters& size) { return size.B * size.O * size.J <= kNumbers; }
+
+bool small_squares(const Tensor& g, const Letters& size) {
+  const auto padded = [](int64_t F) { return (F + kTile - 1) / kTile * kTile; };
+  const bool fit = 5 * padded(size.O) * padded(size.J) <= 6 * size.O * size.J;
+  const bool fewer = fit && !is_fp32(g);
+  return size.B * size.O * size.J <= (fewer ? kReread : kNumbers);
+}
 
 // Whether `narrow.py` makes one launch of a call that divides; `config` there is exact.
 bool in_one_launch(const Tensor& g, const MaybeTensor& Qg, const MaybeTensor& Qa,
@@ -208,7 +215,7 @@ void eigenvalues(Tensor& lam_sum, const Tensor& g, const Tensor& a, const MaybeT
                  const MaybeTensor& Qa, bool bias, MaybeOrder order) {
   const Letters size = check("eigenvalues", "lam_sum[O,J] g[B,T,O] a[B,T,I] Qg[O,O] Qa[J,J]",
                              {lam_sum, g, a, Qg, Qa}, bias, 0.0, order);
-  if (!kAlways && (wide(g) || !small_gradients(size))) {
+  if (!kAlways && (wide(g) || !small_squares(g, size))) {
     static const Larger<decltype(eigenvalues<kAlways>)> larger("eigenvalues");
     const Sides x = launched_sides(wide(g), g, a, Qg, Qa, bias, size, order);
     return larger(lam_sum, x.g, x.a, x.Qg, x.Qa, x.bias, order);
@@ -245,7 +252,7 @@ void self_influence(Tensor& s, const Tensor& g, const Tensor& a, const MaybeTens
   const Letters size = check("self_influence", "s[B] g[B,T,O] a[B,T,I] Qg[O,O] Qa[J,J] lam[O,J]",
                              {s, g, a, Qg, Qa, lam}, bias, damping, order);
   const bool whole = wide(g) || in_one_launch(g, Qg, Qa, size, order);
-  if (!kAlways && (whole || !small_gradients(size))) {
+  if (!kAlways && (whole || !small_squares(g, size))) {
     static const Larger<decltype(self_influence<kAlways>)> larger("self_influence");
     const Sides x = launched_sides(whole, g, a, Qg, Qa, bias, size, order);
     return larger(s, x.g, x.a, x.Qg, x.Qa, lam, damping, x.bias, order);
@@ -301,7 +308,7 @@ void low_rank_scores(Tensor& s, const Tensor& L, const Tensor& R, const Tensor& 
       check("low_rank_scores", "s[Q,B]|[Q,B,T] L[Q,O,K] R[Q,K,J] g[B,T,O] a[B,T,I]",
             {s, L, R, g, a}, bias);
   const int64_t columns = size.Q * size.K;
-  if (!kAlways && (wide(g) || size.B * size.T * columns > kWritten)) {
+  if (!kAlways && (wide(g) || size.B * size.T * columns > kReread)) {
     static const Larger<decltype(low_rank_scores<kAlways>)> larger("low_rank_scores");
     return larger(s, L, R, g, a, bias);
   }
