@@ -174,7 +174,7 @@ def test_folder_holds_all_kinds_by_name(tmp_path: Path) -> None:
     (tmp_path / "notes.md").write_text("not read")
     for missing, message in [
         (tmp_path / "absent", "absent: no such file or folder"),
-        (tmp_path / "notes.md", r"notes\.md: cannot be read; .*\.jsonl, \.json, \.txt, \.parquet"),
+        (tmp_path / "notes.md", r"notes\.md: cannot be read; .*\.jsonl, \.json, \.txt, \.csv"),
     ]:
         with pytest.raises(DataError, match=message):
             read(missing)

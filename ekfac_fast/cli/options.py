@@ -20,7 +20,7 @@ Model = Annotated[str, typer.Argument(help="Hugging Face model folder or name, o
 Data = Annotated[
     Path,
     typer.Argument(
-        help=".jsonl, .json, .txt, .parquet or .arrow, a folder of them, or as datasets saves; "
+        help=".jsonl, .json, .txt, .csv, .parquet or .arrow, a folder of them, or as datasets saves; "
         "tokens: .bin, or a column input_ids"
     ),
 ]

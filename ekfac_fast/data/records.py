@@ -1,39 +1,32 @@
 """Files of text as records (`fields` says what they hold).
 
 Records are read where they stand, one at a time, so that a file larger than memory works: of a
-text file the byte offsets are kept, of a parquet file the row counts. Compressed files are unpacked
-beside, into a nameless file.
+text file the byte offsets are kept, of a parquet file the row counts.
 """
 
-import gzip
 import json
 import os
-import shutil
 import stat
-import tempfile
 import warnings
 import weakref
-import zlib
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, get_args
 
-import numpy as np
 from torch.utils.data import ConcatDataset, Dataset
 
 from ..checks import choice, listed, require
 from ..checks import path as argument_path
 from ..errors import ArgumentError, DataError, Notice
-from ..extras import optional
-from .arrow import mapped_table, saved_files
+from .arrow import saved_files
 from .choices import Split
-from .fields import BESIDE, Columns
+from .fields import Columns
+from .tables import SEPARATORS, Cells, Rows, Separated
+from .unpacking import COMPRESSED, content, is_packed, text_of_file, unpacked
 
-SUFFIXES = (".jsonl", ".json", ".txt", ".parquet", ".arrow")
-COMPRESSED = (".gz", ".zst")
+SUFFIXES = (".jsonl", ".json", ".txt", *SEPARATORS, ".parquet", ".arrow")
 BOM = b"\xef\xbb\xbf"
 
 
@@ -44,8 +37,8 @@ class Lines(Dataset):
         self.path, self.split, self.columns, self.json_lines = path, split, columns, json_lines
         self.starts, self.stops, self.lines = array("q"), array("q"), array("q")
         self._unpacked: int | None = None
-        if path.suffix.lower() in COMPRESSED:
-            with _unpacked(path) as file:
+        if is_packed(path):
+            with unpacked(path) as file:
                 self._unpacked = os.dup(file.fileno())
             weakref.finalize(self, os.close, self._unpacked)
         with self._opened() as file:
@@ -106,11 +99,7 @@ class Objects(Dataset):
 
     def __init__(self, path: Path, columns: Columns) -> None:
         self.path, self.columns = path, columns
-        try:
-            text = _read(path).decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not UTF-8 ({error.reason})") from error
-        self.values = _parsed(text, str(path))
+        self.values = _parsed(text_of_file(path), str(path))
         if not isinstance(self.values, list):
             self.values = [self.values]
 
@@ -137,106 +126,6 @@ def _parsed(text: str, source: str) -> Any:
         raise DataError(f"{source}: JSON that cannot be read ({error})") from error
 
 
-def _unpacked(path: Path) -> IO[bytes]:
-    """A nameless file of a compressed file's content."""
-    target = tempfile.TemporaryFile()  # noqa: SIM115
-    try:
-        if path.suffix.lower() == ".gz":
-            with gzip.open(path) as source:
-                shutil.copyfileobj(source, target, 1 << 20)
-        else:
-            with optional("pyarrow", "hf").input_stream(str(path), compression="zstd") as source:
-                shutil.copyfileobj(source, target, 1 << 20)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: not a complete {path.suffix} file ({error})") from error
-    target.flush()
-    return target
-
-
-def _read(path: Path) -> bytes:
-    """All of a file, unpacked."""
-    if path.suffix.lower() not in COMPRESSED:
-        return path.read_bytes()
-    with _unpacked(path) as file:
-        file.seek(0)
-        return file.read()
-
-
-class Table(Dataset):
-    """A file of rows, of which columns are read."""
-
-    def __init__(self, path: Path, columns: Columns) -> None:
-        self.path, self.columns = path, columns
-
-    def among(self, names: Sequence[str]) -> list[str]:
-        """Which of a file's columns are read."""
-        asked = self.columns.among(names, str(self.path)).values()
-        wanted = {*(x for parts in asked for x in parts), *BESIDE, *self.columns.keep}
-        return [name for name in names if name in wanted]
-
-    def source(self, index: int) -> str:
-        """File and row of a record."""
-        return f"{self.path}, row {index + 1}"
-
-    def record(self, table: Any, at: int, index: int) -> dict[str, Any]:
-        """Record `index`, a table's row `at`."""
-        source = self.source(index)
-        try:
-            (row,) = table.slice(at, 1).to_pylist()
-        except ValueError as error:  # not UTF-8, or fewer rows than the file says
-            raise DataError(f"{source}: cannot be read ({error})") from error
-        return self.columns.record(row, source)
-
-
-class Rows(Table):
-    """The rows of a parquet file; one row group is held at a time."""
-
-    def __init__(self, path: Path, columns: Columns) -> None:
-        super().__init__(path, columns)
-        with self._file() as file:
-            self.names = self.among(file.schema_arrow.names)
-            groups = range(file.num_row_groups)
-            sizes = [file.metadata.row_group(group).num_rows for group in groups]
-        self.starts = np.cumsum([0, *sizes])
-        self.held: tuple[int, Any] = (-1, None)
-
-    @contextmanager
-    def _file(self) -> Iterator[Any]:
-        parquet = optional("pyarrow.parquet", "hf")
-        try:
-            with parquet.ParquetFile(self.path) as file:
-                yield file
-        except (optional("pyarrow", "hf").ArrowException, OSError) as error:
-            raise DataError(f"{self.path}: not a complete parquet file ({error})") from error
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        index = range(len(self))[index]
-        group = int(np.searchsorted(self.starts, index, side="right")) - 1
-        if self.held[0] != group:
-            with self._file() as file:
-                self.held = (group, file.read_row_group(group, columns=self.names))
-        return self.record(self.held[1], index - int(self.starts[group]), index)
-
-
-class Cells(Table):
-    """The rows of an arrow file, memory-mapped."""
-
-    def __init__(self, path: Path, columns: Columns) -> None:
-        super().__init__(path, columns)
-        table = mapped_table(path)
-        self.table = table.select(self.among(table.column_names))
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        index = range(len(self))[index]
-        return self.record(self.table, index, index)
-
-
 class Records(ConcatDataset):
     """The records of several files, one after the other."""
 
@@ -260,8 +149,9 @@ def read(
     fields: Mapping[str, str] | None = None,
     keep: Sequence[str] = (),
 ) -> Records:
-    """The records of a file of JSON lines, JSON, text, parquet or arrow, or of all in a folder, by
-    name; of a folder that `datasets` saved, of its files in their order.
+    """The records of a file of JSON lines, JSON, text, separated values (.csv, .tsv), parquet or
+    arrow, or of all in a folder, by name; of a folder that `datasets` saved, of its files in their
+    order.
 
     Endings count in any case, `.gz` and `.zst` may follow (not on parquet), folders may be links;
     files of other kinds in a folder are left out with a `Notice`. `split` says what one record of
@@ -333,13 +223,17 @@ def _kind(path: Path) -> str | None:
     return kind if kind in SUFFIXES and not (packed and kind in (".parquet", ".arrow")) else None
 
 
-def _records(path: Path, split: Split, columns: Columns) -> Lines | Objects | Rows | Cells:
+def _records(
+    path: Path, split: Split, columns: Columns
+) -> Lines | Objects | Rows | Cells | Separated:
     """The records of one file."""
     kind = _kind(path)
     if kind == ".arrow":
         return Cells(path, columns)
     if kind == ".parquet":
         return Rows(path, columns)
+    if kind in SEPARATORS:
+        return Separated(path, columns)
     if kind == ".json" and _begins_an_array_or_spans_lines(path):
         return Objects(path, columns)
     return Lines(path, split if kind == ".txt" else "line", columns, kind != ".txt")
@@ -347,7 +241,7 @@ def _records(path: Path, split: Split, columns: Columns) -> Lines | Objects | Ro
 
 def _begins_an_array_or_spans_lines(path: Path) -> bool:
     """Whether a .json file is one value; many call files of JSON lines so, too."""
-    lines = [line for line in _read(path).removeprefix(BOM).splitlines() if line.strip()]
+    lines = [line for line in content(path).removeprefix(BOM).splitlines() if line.strip()]
     if not lines or lines[0].lstrip().startswith(b"["):
         return True
     try:
