@@ -20,8 +20,8 @@ Model = Annotated[str, typer.Argument(help="Hugging Face model folder or name, o
 Data = Annotated[
     Path,
     typer.Argument(
-        help=".jsonl, .json, .txt, .csv, .parquet or .arrow, a folder of them, or as datasets saves; "
-        "tokens: .bin, or a column input_ids"
+        help=".jsonl, .json, .txt, .csv, .parquet or .arrow, a folder of them, or as datasets "
+        "saves; tokens: .bin, or a column input_ids"
     ),
 ]
 Out = Annotated[Path, typer.Option(help="folder of the results; a run that was killed continues")]

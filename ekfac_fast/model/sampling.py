@@ -1,6 +1,7 @@
 """Labels drawn from a model's own distribution (true Fisher, Eq. 11), the same for any batch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -37,6 +38,20 @@ def uniforms(
             philox = np.random.Philox(key=[seed, example % 2**64], counter=[0, 0, 0, draw])
             own[row, real] = np.random.Generator(philox).random(len(real))
     return torch.from_numpy(found)
+
+
+@contextmanager
+def seeded(device: torch.device, *key: int) -> Iterator[None]:
+    """Torch's own random numbers, of the CPU and of `device`, are those of a key; afterwards they
+    go on as if nothing had been drawn.
+    """
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 def inverted(p: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:

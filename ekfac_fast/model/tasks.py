@@ -76,12 +76,38 @@ class Task(Protocol):
 
 
 def checked_task(task: Any) -> Any:
-    """`task`, or None; ArgumentError where it lacks a method."""
-    wanted = [name for name in vars(Task) if not name.startswith("_")]
-    lacking = [name for name in wanted if not callable(getattr(task, name, None))]
-    if task is not None and lacking:
-        raise ArgumentError(f"task is {shown(task)}, which has no method {lacking[0]}")
+    """`task`, or None; ArgumentError where it lacks a method, or cannot be called by keyword."""
+    if task is None:
+        return None
+    if isinstance(task, type):
+        raise ArgumentError(f"task is the class {task.__name__}, not a task: {task.__name__}()")
+    for name, declared in vars(Task).items():
+        if name.startswith("_"):
+            continue
+        if not callable(own := getattr(task, name, None)):
+            raise ArgumentError(f"task is {shown(task)}, which has no method {name}")
+        wanted = dict.fromkeys(list(inspect.signature(declared).parameters)[1:])
+        try:
+            inspect.signature(own).bind(**wanted)
+        except TypeError as error:
+            raise ArgumentError(
+                f"{type(task).__name__}.{name} is called by keyword, as {name}({', '.join(wanted)})"
+                f": {error}"
+            ) from error
+        except ValueError:
+            pass  # of a callable that does not tell
     return task
+
+
+def summed(value: Any, task: Task, method: str) -> Tensor:
+    """What a task returns for a batch, one number: []; ArgumentError where it is not."""
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        what = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ArgumentError(
+            f"{type(task).__name__}.{method} returned {what}, expected one number, the sum over "
+            "the batch: .sum()"
+        )
+    return value.reshape(())
 
 
 class LanguageModelTask(TextTask):

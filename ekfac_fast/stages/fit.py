@@ -100,7 +100,8 @@ def fit(
         max_examples: use the first so many.
         eigenvalue_examples: correct the eigenvalues on so many of them, evenly spaced, in a pass of
             their own: of less than half that is quicker than the draw that it saves. None: on all.
-        seed: of the sampled labels; of the task, where one is given with a seed of its own.
+        seed: of the sampled labels, 0 where none is given; of the task, where one is given with a
+            seed of its own.
         arguments: see `RunArguments`.
 
     Raises:
@@ -128,7 +129,9 @@ def fit(
         **diagonal_facts(tracked),
         **check_stored(eigenvectors),
         **sample_facts(eigenvalue_examples, run.batches.size),
+        **({"seed": seed} if seed and own is None else {}),
     }
+    run.seed = seed or 0
     with run.opened(out, "factors", facts) as store:
         settle_covariances(store, keep_covariances, tracked, accumulator(model).itemsize)
         if not store.finished:

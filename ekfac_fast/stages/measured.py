@@ -8,13 +8,14 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from ..checks import listed
 from ..curvature.basis import Basis, Eigenvectors, SharedRotation
 from ..curvature.lookups import Lookups, are_ids
 from ..curvature.low_rank import captured_energy, rotate_back, truncate
 from ..errors import NotFiniteError
 from ..model.layer_batch import LayerBatch
 from ..model.layers import Layer
-from ..model.tasks import Task
+from ..model.tasks import Task, summed
 from ..model.text_tasks import TextTask
 from ..ops.gradients import gradients
 from ..ops.shapes import wide
@@ -22,6 +23,7 @@ from .consumer import Batch, Consumer
 from .factors import LayerFactors, bases
 from .outgoing import Outgoing
 from .run import Run, accumulator
+from .trial import check_is_sum
 
 # Dense preconditioned gradients of this size exist at a time, before they are truncated. On a CPU
 # they stay in its cache, and under the 32 MiB from which on malloc maps every block anew.
@@ -49,11 +51,16 @@ class Measuring(Consumer):
             self.found["measurements"] = values.detach().float()
             return values.sum()
         value = task.compute_measurement(batch=batch.inputs, model=model)
+        value = summed(value, task, "compute_measurement")
         self.found["measurements"] = self._alone(batch, value)
         return value
 
     def _alone(self, batch: Batch, value: Tensor) -> Tensor:
-        """A task measures sums: each query's own value takes a pass of its own."""
+        """A task measures sums: each query's own value takes a pass of its own.
+
+        Raises:
+            ArgumentError: what it measures of the batch is not their sum.
+        """
         if len(batch.indices) == 1:
             return value.detach().float().reshape(1)
         with torch.no_grad():
@@ -63,7 +70,12 @@ class Measuring(Consumer):
                 )
                 for index in batch.indices
             ]
-        return torch.stack([x.detach().float().reshape(()) for x in each])
+        alone = [x.detach().float().reshape(()) for x in each]
+        check_is_sum(
+            self.run, "compute_measurement", value.item(), [x.item() for x in alone],
+            f"queries {listed([*map(str, batch.indices)])}",
+        )  # fmt: skip
+        return torch.stack(alone)
 
     def basis(self, layer: str, device: torch.device) -> Any:
         """What `dense` and `kept` of a layer need; it may travel, so that it is asked for once."""

@@ -29,9 +29,10 @@ from ..model.layer_batch import LayerBatch
 from ..model.layers import Layer
 from ..model.products import of_libraries
 from ..model.rows import Grid
+from ..model.sampling import seeded
 from ..model.spread import device_of
-from ..model.tasks import LanguageModelTask, Task, checked_task
-from ..model.text_tasks import form_of
+from ..model.tasks import LanguageModelTask, Task, checked_task, summed
+from ..model.text_tasks import TextTask, form_of
 from ..model.weights import check_weights, computes_in, is_sharded
 from ..ops.shapes import wide
 from ..store.division import Division
@@ -140,6 +141,8 @@ class Run:
         self.seconds: dict[str, float] = {}
         # Which of how many parts of the layers this is.
         self.part = (0, 1)
+        # Of the labels that a task of a user's draws.
+        self.seed = 0
         # Positions that the model adds before the text.
         self.before = tried(self)
 
@@ -208,11 +211,17 @@ class Run:
         return torch.autocast(self.device.type, self.autocast)
 
     def train_loss(self, batch: Batch, draw: int | None = None) -> Tensor:
-        """The training loss; labels sampled from the model with a `draw` of each pass's own."""
-        inputs = batch.inputs
-        if draw is not None and self.batches.language:
+        """The training loss; labels sampled from the model with a `draw` of each pass's own.
+
+        What a task of a user's draws with torch depends on `seed`, draw and examples alone.
+        """
+        inputs, drawing = batch.inputs, draw is not None
+        if drawing and self.batches.language:
             inputs = inputs | {"draw": draw}
-        return self.task.compute_train_loss(batch=inputs, model=self.model, sample=draw is not None)
+        key = () if draw is None or isinstance(self.task, TextTask) else (self.seed, draw)
+        with seeded(self.device, *key, *batch.indices) if key else nullcontext():
+            loss = self.task.compute_train_loss(batch=inputs, model=self.model, sample=drawing)
+        return summed(loss, self.task, "compute_train_loss")
 
     @contextmanager
     def timed(self, stage: Stage) -> Iterator[None]:

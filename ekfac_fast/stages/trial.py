@@ -1,11 +1,13 @@
 """A model and a task tried out before a run: on one example, or on two together and alone."""
 
 import weakref
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from ..checks import listed
 from ..errors import ArgumentError, DataError, Error, ModelError
 from ..model.alone import alone
 from ..model.identity import forward_state, switches
@@ -84,11 +86,18 @@ def _check_sum(run: "Run") -> None:
         raise
     except Exception:  # whatever it is, the pass will meet it, and say where
         return
+    check_is_sum(run, "compute_train_loss", both, [one, other], "the first two examples")
+
+
+def check_is_sum(
+    run: "Run", method: str, together: float, alone: Sequence[float], examples: str
+) -> None:
+    """ArgumentError where what a task says of a batch is not the sum of what it says of each."""
     slack = 0.1 if torch.finfo(run.dtype).eps > 1e-6 else 1e-3
-    if abs(both - one - other) > slack * (abs(one) + abs(other)):
+    if abs(together - sum(alone)) > slack * sum(map(abs, alone)):
+        said = listed([f"{x:.5g}" for x in alone], 4)
         raise ArgumentError(
-            f"{type(run.task).__name__}.compute_train_loss is {one:.5g} and {other:.5g} of the "
-            f"first two examples, and {both:.5g} of both in a batch: it has to be their sum "
-            f'(reduction="sum"), or scores depend on the batches; or give '
-            f"{ONE_BY_ONE[batches.language]}"
+            f"{type(run.task).__name__}.{method} is {said} of {examples}, and {together:.5g} of "
+            f'all in a batch: it has to be their sum (reduction="sum"), or scores depend on the '
+            f"batches; or give {ONE_BY_ONE[run.batches.language]}"
         )
