@@ -142,6 +142,8 @@ def callback(name: str, value: Any) -> None:
 def sized(dataset: Any) -> int:
     """The length of a data set; DataError where it is none."""
     kind = type(dataset).__name__
+    if type(dataset).__module__.partition(".")[0] == "pandas":
+        raise DataError(f"the data set is a pandas {kind}: give its rows, .to_dict('records')")
     indexed = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
     if not indexed or isinstance(dataset, type | str | bytes | Mapping):
         raise DataError(
@@ -152,6 +154,17 @@ def sized(dataset: Any) -> int:
         return len(dataset)
     except TypeError as error:
         raise DataError(f"the data set is a {kind} without a length ({error})") from error
+
+
+def place(index: Any, size: int) -> int:
+    """An index of a data set, from its end if it is negative; ArgumentError for a slice."""
+    if isinstance(index, slice):
+        some = ":".join("" if x is None else str(x) for x in (index.start, index.stop))
+        raise ArgumentError(
+            "examples are read one by one: of some of them torch.utils.data.Subset(data, "
+            f"range({size})[{some}]) is a data set"
+        )
+    return range(size)[index]
 
 
 def faults(value: Any, schema: Any, at: str = "") -> Iterator[str]:

@@ -69,9 +69,15 @@ class Columns:
     def record(self, value: Any, source: str) -> dict[str, Any]:
         """A record from a mapping. Raises DataError."""
         _mapping(value, source)
+        names = self.among(list(value), source)
+        if "completion" in names and value.get("against") is not None and "against" not in names:
+            raise DataError(
+                f"{source}: has 'against', another completion that its own is held against: that "
+                "is a query, which `read_queries` reads (of a file, or of a list of records)"
+            )
         found = {
             ours: _joined([value[part] for part in parts], parts, source)
-            for ours, parts in self.among(list(value), source).items()
+            for ours, parts in names.items()
         }
         kept = self.kept(value, source)
         if "user" in found:

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..checks import listed, require, shown, whole
+from ..checks import listed, place, require, shown, whole
 from ..errors import ArgumentError, DataError
 from .choices import OnLong, Split
 from .encoding import tokenizer_fingerprint
-from .examples import IGNORED
+from .examples import IGNORED, Indexable
 from .fields import Named, text_of
 from .forms import Form, anything
 from .recorded import Recorded
@@ -39,12 +39,12 @@ class Labelled(Recorded):
     tokenizer_fingerprint: str | None = None
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        held = self.examples[range(len(self))[index]].items()
+        held = self.examples[place(index, len(self))].items()
         return {k: torch.from_numpy(x).long() if isinstance(x, np.ndarray) else x for k, x in held}
 
 
 def read_labelled(
-    path: str | Path,
+    path: str | Path | Indexable,
     tokenizer: Callable[..., Any],
     context: int,
     labels: Mapping[str, int] | None = None,
@@ -63,7 +63,8 @@ def read_labelled(
     label of null is -100 in a list of words: none.
 
     Args:
-        path, split, keep: as in `read`.
+        path: a file or folder, as in `read`; or records that are in memory.
+        split, keep: as in `read`.
         fields: {"text": ..., "text_pair": ..., "label": ...} or {"tokens": ..., "labels": ...} to a
             file's own names.
         on_long: "refuse" what is longer than the context; else it is cut.

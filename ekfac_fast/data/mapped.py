@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..checks import place
 from ..errors import DataError
 from ..store.fingerprint import Digest, fingerprint
 from .examples import Survey
@@ -82,7 +83,7 @@ class MappedTokens(Dataset):
         return int(self.starts[-1])
 
     def _place(self, index: int) -> tuple[Part, int]:
-        index = range(len(self))[index]
+        index = place(index, len(self))
         at = bisect_right(self.starts, index) - 1
         return self.parts[at], index - self.starts[at]
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..checks import instance, whole
+from ..checks import instance, place, whole
 from ..errors import ArgumentError, DataError
 from .examples import IGNORED
 from .tokens import Tokens
@@ -32,7 +32,7 @@ class Packed(Dataset):
 
     def documents(self, index: int) -> range:
         """Which documents a sequence is of."""
-        index = range(len(self))[index]
+        index = place(index, len(self))
         return range(int(self.starts[index]), int(self.starts[index + 1]))
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:

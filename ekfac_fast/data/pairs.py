@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..checks import require, whole
+from ..checks import place, require, whole
 from ..errors import DataError
 from .choices import OnLong, Split
 from .conversations import encode, is_conversation
@@ -52,7 +52,7 @@ class Pairs(Recorded):
         return pair_form(self.values)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        index = range(len(self))[index]
+        index = place(index, len(self))
         both = [side[index] for side in self.sides]
         joined = {name: torch.cat([x[name] for x in both]) for name in both[0]}
         said = {name: values[index] for name, values in self.values.items()}
@@ -60,7 +60,7 @@ class Pairs(Recorded):
 
 
 def read_pairs(
-    path: str | Path,
+    path: str | Path | Indexable,
     tokenizer: Callable[..., Any],
     context: int,
     *,
@@ -74,6 +74,7 @@ def read_pairs(
     prompt. `ref_chosen_logps` and `ref_rejected_logps` are kept where records have them.
 
     Args:
+        path: a file or folder, or records that are in memory.
         special_tokens: texts are encoded with what the tokenizer puts around a text, as for a model
             that classifies: for `RewardTask`.
         fields: {"prompt": ..., "chosen": ..., "rejected": ...} to a file's own names.
@@ -92,10 +93,15 @@ def read_pairs(
 
 
 def read_queries(
-    path: str | Path, tokenizer: Callable[..., Any], context: int, *, keep: Sequence[str] = ()
+    path: str | Path | Indexable,
+    tokenizer: Callable[..., Any],
+    context: int,
+    *,
+    keep: Sequence[str] = (),
 ) -> Tokens | Pairs:
-    """The queries of a file (JSON lines, parquet): `prompt` and `completion`, or `messages`; with
-    `against`, another completion, log p(completion) - log p(against) is asked about.
+    """The queries of a file (JSON lines, parquet), or records that are in memory: `prompt` and
+    `completion`, or `messages`; with `against`, another completion, log p(completion) -
+    log p(against) is asked about.
 
     Labels are -100 on the prompt, and on all but what the assistant says last. One longer than the
     context, or whose completion has no tokens, is refused: DataError names file and line. `keep`
@@ -181,6 +187,10 @@ class _Side(Dataset):
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def source(self, index: int) -> str:
+        """Where the pair was read."""
+        return self.records.source(index)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.records[index]

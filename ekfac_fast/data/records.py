@@ -17,11 +17,12 @@ from typing import IO, Any, get_args
 
 from torch.utils.data import ConcatDataset, Dataset
 
-from ..checks import choice, listed, require
+from ..checks import choice, listed, require, sized
 from ..checks import path as argument_path
 from ..errors import ArgumentError, DataError, Notice
 from .arrow import saved_files
 from .choices import Split
+from .examples import Indexable
 from .fields import Columns
 from .tables import SEPARATORS, Cells, Rows, Separated
 from .unpacking import COMPRESSED, content, is_packed, text_of_file, unpacked
@@ -126,6 +127,23 @@ def _parsed(text: str, source: str) -> Any:
         raise DataError(f"{source}: JSON that cannot be read ({error})") from error
 
 
+class Given(Dataset):
+    """Records that are in memory already: mappings, those of a `datasets.Dataset`, say."""
+
+    def __init__(self, values: Indexable, columns: Columns) -> None:
+        self.values, self.columns, self.size = values, columns, sized(values)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def source(self, index: int) -> str:
+        """Which record it is."""
+        return f"record {index}"
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.columns.record(self.values[index], self.source(index))
+
+
 class Records(ConcatDataset):
     """The records of several files, one after the other."""
 
@@ -169,8 +187,13 @@ def read(
     return found
 
 
-def read_columns(path: str | Path, split: Split, columns: Columns) -> Records:
-    """`read`, where it is known what makes a record."""
+def read_columns(path: str | Path | Indexable, split: Split, columns: Columns) -> Records:
+    """`read`, where it is known what makes a record; or records that are in memory."""
+    if not isinstance(path, str | os.PathLike):
+        records = Given(path, columns)
+        if not len(records):
+            raise DataError("there is no record")
+        return Records([records])
     path = argument_path("path", path)
     choice("split", split, get_args(Split))
     try:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..checks import callback, choice, require, shown, sized, whole
+from ..checks import callback, choice, place, require, shown, sized, whole
 from ..errors import ArgumentError, DataError
 from ..store.fingerprint import Digest
 from .choices import OnLong
@@ -47,7 +47,7 @@ class Tokens(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        index = range(len(self))[index]
+        index = place(index, len(self))
         start = self.rows[index - 1, 0] if index else 0
         marked = torch.tensor(self.ids[start : self.rows[index, 0]], dtype=torch.int64)
         silent = marked < 0
@@ -96,9 +96,7 @@ class Tokens(Dataset):
     def source(self, index: int) -> str:
         """Where example `index` was read: file, line and, from the second on, the chunk of it."""
         record, chunk = (int(n) for n in self.rows[index, 1:])
-        # Where a record came from is known without reading it again: it may be long.
-        find = getattr(self.records, "source", None)
-        source = find(record) if callable(find) else _source(self.records[record], record)
+        source = source_of(self.records, record)
         return f"{source}, chunk {chunk + 1}" if chunk else source
 
 
@@ -109,10 +107,12 @@ def column_of(records: Indexable, numbers: Iterable[int], name: str) -> list[Any
         value = records[record]
         kept = value.get("columns", value)
         if name not in kept:
+            of_file = "columns" in value or callable(getattr(records, "source", None))
             raise DataError(
-                f"{_source(value, record)}: no column {name!r} was kept; "
-                f"read(path, keep=[{name!r}]) keeps it"
-            )
+                f"{source_of(records, record)}: "
+                + (f"no column {name!r} was kept; read(path, keep=[{name!r}]) keeps it" if of_file
+                   else f"has no {name!r}: give it in every record, None where there is none")
+            )  # fmt: skip
         found.append(kept[name])
     return found
 
@@ -202,7 +202,7 @@ def _together(records: Indexable) -> Iterator[list[dict[str, Any]]]:
     group, size = [], 0
     for index in range(len(records)):
         value = records[index]
-        group.append(Columns().record(value, _source(value, index)))
+        group.append(Columns().record(value, source_of(records, index)))
         size += sum(len(x) for x in group[-1].values() if isinstance(x, str))
         if len(group) == TOKENIZED_AT_ONCE or size > PIECE:
             yield group
@@ -269,10 +269,13 @@ def _common(one: array, other: array) -> int:
     return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
-def _source(record: Any, index: int) -> str:
-    """Where a record was read."""
-    source = record.get("source") if isinstance(record, Mapping) else None
-    return f"record {index}" if source is None else str(source)
+def source_of(records: Indexable, index: int) -> str:
+    """Where a record was read; of a list its place, and what it says itself."""
+    if callable(find := getattr(records, "source", None)):
+        return str(find(index))  # without reading it again: it may be long
+    record = records[index]
+    said = record.get("source") if isinstance(record, Mapping) else None
+    return f"record {index}" if said is None else f"record {index} ({shown(said)})"
 
 
 def _cut(bos: array, ids: array, context: int, chunk: bool) -> list[array]:

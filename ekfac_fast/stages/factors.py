@@ -209,6 +209,8 @@ class Factors(Mapping[str, LayerFactors]):
     def _load(self, name: str) -> dict[str, Tensor]:
         # Each may have been replaced by one of kronfluence's, which has no checksum.
         found = load_tensors(self.folder / name)
+        if self._store:
+            self._store.check_result(name)
         if self._store and name.startswith("activation"):
             shared = self._store.state.get("shared", {})
             found |= {n: found[o] for n, o in shared.items() if n not in found and o in found}

@@ -34,7 +34,7 @@ from ..store.folder import Store
 from .budget import SUMS, partitions
 from .consumer import Batch
 from .disk import check_stored, drop_covariances, settle_covariances
-from .export import ARGUMENTS, kronfluence_arguments
+from .export import ARGUMENTS, FILES, kronfluence_arguments
 from .factors import (
     COVARIANCES,
     DROPPED,
@@ -134,6 +134,8 @@ def fit(
     run.seed = seed or 0
     with run.opened(out, "factors", facts) as store:
         settle_covariances(store, keep_covariances, tracked, accumulator(model).itemsize)
+        dropped = store.state.get("covariances") == DROPPED
+        store.check_results(but=COVARIANCES.values() if dropped else ())
         if not store.finished:
             _fit(run, tracked, store)
         _tidy(run, store)
@@ -217,7 +219,9 @@ class _Fit:
         save_tensors(self.folder / LAMBDA_COUNT, {x.name: count.clone() for x in self.layers})
         # kronfluence reads it as its own dataclass: no further key.
         save_json(self.folder / ARGUMENTS, self._arguments(), checksum=False)
+        kept = self.store.state["keep_covariances"]
         self.store.finish(
+            [*(COVARIANCES.values() if kept else ()), *FILES],
             sequences=self.passes.batches.size,
             parameters=parameter_counts(self.passes.model, self.layers),
             truncated=self.passes.batches.truncated,

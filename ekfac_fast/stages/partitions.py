@@ -45,6 +45,8 @@ def put_together(store: Store, parts: int) -> None:
     common = {n: states[0][n] for n in ("sequences", "truncated", "without_targets", "edge_draws")}
     common["shared"] = {name: of for state in states for name, of in state["shared"].items()}
     common["covariances"] = SUMMED if kept else DROPPED
-    store.finish(seconds=dict(seconds), parameters=[tracked, states[0]["parameters"][1]], **common)
+    common["parameters"] = [tracked, states[0]["parameters"][1]]
+    files = [*(COVARIANCES.values() if kept else ()), *FILES]
+    store.finish(files, seconds=dict(seconds), **common)
     for folder in folders:
         shutil.rmtree(folder)

@@ -13,7 +13,7 @@ from ..curvature.query_gradients import Dense, LowRank, QueryGradients
 from ..errors import StoreError
 from ..model.identity import model_fingerprint
 from ..model.layers import Layer
-from ..store.files import load_json, load_tensors, save_json, save_tensors
+from ..store.files import load_json, load_tensors, mark_of, save_json, save_tensors
 from ..store.fingerprint import fingerprint
 from .directions import as_parameters, moved
 from .factors import check_loss, check_same
@@ -54,7 +54,7 @@ class LayerQueries:
         return self.gradients.dense()
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Queries:
     """Preconditioned gradients of every query in every layer.
 
@@ -148,7 +148,7 @@ class Queries:
         save_tensors(Path(folder) / TENSORS, tensors)
         layers = [vars(queries.layer) for queries in self.layers]
         told = {"layers": layers, "rank": self.rank, "damping": self.damping, "facts": self.facts}
-        save_json(Path(folder) / FACTS, told)
+        save_json(Path(folder) / FACTS, told | {"tensors": mark_of(Path(folder) / TENSORS)})
 
     @classmethod
     def load(cls, folder: str | Path) -> "Queries":
@@ -159,6 +159,12 @@ class Queries:
         told = load_json(Path(folder) / FACTS, ours=ours)
         check_json(told, SCHEMA, Path(folder) / FACTS, "Prepare the queries again")
         tensors = load_tensors(Path(folder) / TENSORS, ours=ours)
+        if told.get("tensors") not in (None, found := mark_of(Path(folder) / TENSORS)):
+            raise StoreError(
+                f"{Path(folder) / TENSORS} is not the file that {FACTS} was written with (its "
+                f"checksum is {found}, there {told['tensors']}): one of them is of other queries. "
+                "Put the folder's own back, or prepare the queries again"
+            )
         try:
             layers = tuple(
                 layer_from(

@@ -38,7 +38,7 @@ from .parts import Tally, add_scores, add_self_influence, check_scores
 from .processes import Processes
 from .queries import LayerQueries, Queries
 from .run import Run, RunArguments, Stage, accumulator
-from .scores import Scores
+from .scores import HEAP, Scores
 from .trust import trust_in
 
 # Top and lowest sequences of each query whose token and layer detail is worked out; `top_k` says
@@ -113,6 +113,7 @@ def score(
     with run.opened(out, "scores", facts) as store:
         layers = [q.layer for q in queries.layers]
         gradients = None
+        store.check_results()
         if not store.finished:
             chosen = None if ranked is None else [np.unique(indices) for indices in ranked]
             with run.processes.sharing(shards):
@@ -170,6 +171,7 @@ def self_scores(
     factors.check_run(facts, "self_scores")
     check_loss((factors.facts or {}).get("task"), facts, "self_scores")
     with run.opened(out, "self", facts) as store:
+        store.check_results()
         if not store.finished:
             dampings = factors.dampings(layers, damping)
             placed = bases(factors, layers, dampings, run.dtype, run.places(layers))
@@ -190,7 +192,9 @@ def _facts(run: Run, train_size: int | None) -> dict[str, Any]:
 
 
 def _finish(store: Store, run: Run) -> None:
+    kept = "scores.done" if store.facts["top_k"] is None else f"{HEAP}.safetensors"
     store.finish(
+        ["plan.safetensors", kept],
         truncated=run.batches.truncated,
         without_targets=run.batches.without_targets,
         seconds=run.seconds,

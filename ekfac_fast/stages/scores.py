@@ -1,5 +1,6 @@
 """A scan's results on disk: every score or the best of each query, and where the best come from."""
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ..checks import Whole, check_json, path, whole
 from ..data.examples import Indexable
-from ..errors import ArgumentError, StoreError
+from ..errors import ArgumentError, Notice, StoreError
 from ..extras import optional
 from ..store.files import replacing
 from ..store.folder import Store
@@ -25,6 +26,7 @@ DETAIL = ("indices", "scores", "candidate_ranks")
 # Of one of them in the shard, behind its index.
 KINDS = TARGET, INPUT, HEADS = " target", " input", " heads"
 NOT_ASKED = "they were not asked for"
+UNFINISHED = "the scan is not finished"
 HEAP = "heap"
 # Queries, and places of each, in a notebook.
 SHOWN = 5
@@ -104,6 +106,7 @@ class Scores:
                 f"{self.folder} holds the top {self.store.facts['top_k']} of each query; "
                 "score again without top_k for the whole matrix"
             )
+        self._same("scores.done")
         matrix = self.store.matrix()
         batches = self.store.batches()
         matrix.verify(batches)
@@ -121,7 +124,8 @@ class Scores:
         return len(self.matrix if kept is None else self._heap["values"])
 
     def __repr__(self) -> str:
-        return f"Scores({self.queries} queries, {len(self)} sequences, in {self.folder})"
+        told = "" if self.store.finished else f" ({UNFINISHED})"
+        return f"Scores({self.queries} queries, {len(self)} sequences{told}, in {self.folder})"
 
     def __len__(self) -> int:
         """Sequences of the corpus, scanned or not."""
@@ -148,6 +152,7 @@ class Scores:
         Raises:
             ArgumentError: `data` or `names` do not fit.
         """
+        self._tell_of_what_is_missing()
         return table.arrow(self, data, names, columns)
 
     def to_pandas(self, data: Indexable | None = None, **more: Any) -> Any:
@@ -167,7 +172,17 @@ class Scores:
 
         labels: one a sequence, as `Tokens.column("set")`. Raises ArgumentError if they are not.
         """
+        self._tell_of_what_is_missing()
         return table.totals(self.matrix, labels)
+
+    def _tell_of_what_is_missing(self) -> None:
+        """A `Notice` where a scan still runs, or was killed."""
+        if not self.store.finished:
+            warnings.warn(
+                f"{self.folder}: {UNFINISHED}: sequences that come later have no scores here",
+                Notice,
+                stacklevel=3,
+            )
 
     def _repr_html_(self) -> str:
         """The best of every query, for notebooks."""
@@ -191,7 +206,15 @@ class Scores:
     @cached_property
     def _heap(self) -> dict[str, Tensor]:
         """Of all queries, read and checked once."""
-        return self.store.load_state(HEAP).tensors
+        self._same(f"{HEAP}.safetensors")
+        if not (found := self.store.load_state(HEAP).tensors):
+            raise StoreError(f"{self.folder}: {UNFINISHED}, and has kept nothing yet")
+        return found
+
+    def _same(self, name: str) -> None:
+        """A result is this run's; StoreError."""
+        if (self.folder / name).exists():
+            self.store.check_result(name)
 
     def top(self, query: int, k: int, *, lowest: bool = False) -> list[tuple[int, float]]:
         """The k highest (or lowest) scores: (index, raw score), best first, ties by index.
@@ -226,6 +249,11 @@ class Scores:
         """
         whole("query", query, 0, self.queries - 1)
         if query not in self._shards.done:
+            if self.store.finished and self.store.facts.get("detail"):
+                raise StoreError(
+                    f"{self.folder}: the detail of query {query} is gone (shard_{query:06d}"
+                    ".safetensors): put it back, or delete the folder and score again"
+                )
             return []
         shard, side = self._shards.read(query), "lowest" if lowest else "top"
         rows = zip(*(shard[f"{side}.{name}"].tolist() for name in DETAIL), strict=True)
@@ -237,8 +265,22 @@ class Scores:
             )
             assert matrix is not None
             split = self._split(heads)
+            self._check_detail(query, index, score)
             found.append(Detail(query, index, score, matrix, rank or None, target, by, split))
         return found
+
+    def _check_detail(self, query: int, index: int, score: float) -> None:
+        """A shard's score is the scan's; StoreError."""
+        if self.store.facts["top_k"] is None:
+            scanned = float(self.matrix[query, index])
+        else:
+            scanned = next((x for i, x in self.top(query, self._kept) if i == index), np.nan)
+        if not np.isclose(scanned, score, rtol=1e-6, atol=0.0):
+            raise StoreError(
+                f"{self.folder}: the detail of query {query} says {score:.6g} of sequence {index}, "
+                f"the scan {scanned:.6g}: shard_{query:06d}.safetensors is another run's. Delete "
+                "the folder and score again"
+            )
 
     def _split(self, every: np.ndarray | None) -> tuple[Heads, ...]:
         """Heads by their layers and parts."""
@@ -262,7 +304,8 @@ class Scores:
         told = self.store.state.get("trust")
         if told is None:
             return None
-        details = [d for q in sorted(self._shards.done) for d in self.details(q)]
+        every = range(self.queries) if self.store.facts.get("detail") else self._shards.done
+        details = [d for q in sorted(every) for d in self.details(q)]
         sparse = [sparsity(d.per_token) > SPARSE for d in details]
         share = float(np.mean(sparse)) if sparse else None
         return Trust(**told, sparse=share, validation=self.store.state.get("validation"))
@@ -274,6 +317,12 @@ class Scores:
 
     @property
     def stages(self) -> dict[str, float]:
-        """Seconds of every stage that made this folder."""
+        """Seconds of every stage that made this folder.
+
+        Raises:
+            StoreError: the scan is not finished.
+        """
+        if not self.store.finished:
+            raise StoreError(f"{self.folder}: {UNFINISHED}; run it again to continue")
         seconds = self.store.state["seconds"]
         return seconds if isinstance(seconds, dict) else {"scan": seconds}

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..checks import comparable
+from ..checks import comparable, require
 from ..data.batches import data_fingerprint
 from ..data.examples import Indexable, named
 from ..errors import ArgumentError
@@ -39,6 +39,8 @@ def arrow(
             f"data has other sequences than were scored in {scores.folder} (fingerprint {then}, "
             f"now {now}): another corpus"
         )
+    listed = isinstance(columns, list | tuple) and all(isinstance(x, str) for x in columns)
+    require(listed, "columns", columns, "a list of names")
     if columns and data is None:
         raise ArgumentError(f"columns {list(columns)} are of the records: give data=")
     taken = {"index", "read_from", "query", "place", "score"}

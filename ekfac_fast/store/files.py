@@ -28,7 +28,10 @@ PARTIAL = ".partial-"
 # Bytes, of torch's own memory on a CPU.
 ALIGNMENT = 64
 CHECKSUM, METADATA = "checksum", "ekfac_fast"
-BROKEN = "truncated, damaged or of another format. Delete it and run the step that writes it again"
+BROKEN = (
+    "truncated, damaged or of another format. Delete it and run the step that writes it again (of "
+    "a run that is finished, delete the folder)"
+)
 
 
 @contextmanager
@@ -183,6 +186,18 @@ def load_noted(path: str | Path, *, ours: bool = False) -> tuple[dict[str, Tenso
     if stored != (found := _checksum(tensors, metadata)):
         raise StoreError(f"{path}: its checksum is {stored}, its content's {found}: {BROKEN}")
     return tensors, metadata
+
+
+def mark_of(path: Path) -> str:
+    """What tells a file of ours from another run's: its checksum, of others that of their bytes;
+    "" of a file of safetensors that is not ours, and of a matrix, whose marks tell it.
+    """
+    if path.suffix == ".npy":
+        return ""
+    if path.suffix != ".safetensors":
+        return f"{zlib.crc32(path.read_bytes()):08x}"
+    with _reading(path), safe_open(path, framework="pt") as file:
+        return str(json.loads((file.metadata() or {}).get(METADATA, "{}")).get(CHECKSUM, ""))
 
 
 def save_json(path: str | Path, value: Any, *, checksum: bool = True) -> None:

@@ -28,6 +28,7 @@ from .files import (
     aligned,
     load_noted,
     load_tensors,
+    mark_of,
     remove_abandoned,
     save_json,
     save_tensors,
@@ -257,10 +258,38 @@ class Store:
         """Store small JSON values in the manifest."""
         self._save_manifest(state=self.state | state)
 
-    def finish(self, **state: Any) -> None:
-        """Commit everything, store the last values and mark the folder finished."""
+    def finish(self, results: Sequence[str] = (), **state: Any) -> None:
+        """Commit everything, store the last values and mark the folder finished.
+
+        results: names of the files that it was made for; the manifest notes what they are.
+        """
         self.commit()
-        self._save_manifest(state=self.state | state, finished=manifest.now())
+        files = {name: mark_of(self.folder / name) for name in results}
+        self._save_manifest(state=self.state | state | {"files": files}, finished=manifest.now())
+
+    def check_result(self, name: str) -> None:
+        """StoreError where one of a finished folder's results is not the file that was written.
+
+        One that has no checksum of ours is whoever's put it there: kronfluence's, say.
+        """
+        noted = self.state.get("files", {}).get(name)
+        if self.finished and noted and (found := mark_of(self.folder / name)) not in ("", noted):
+            raise StoreError(
+                f"{self.folder / name} is not the file that this run wrote (its checksum is "
+                f"{found}, that of the manifest {noted}): it is another run's, or the manifest is. "
+                "Put the folder's own back, or delete the folder and run again"
+            )
+
+    def check_results(self, but: Collection[str] = ()) -> None:
+        """StoreError where a finished folder lacks a result, or has another run's."""
+        for name in self.state.get("files", {}):
+            if self.finished and name not in but:
+                if not (self.folder / name).exists():
+                    raise StoreError(
+                        f"{self.folder} is finished, but {name} is gone: put it back, or delete "
+                        "the folder and run again"
+                    )
+                self.check_result(name)
 
     def _save_manifest(self, **changes: Any) -> None:
         self.check_writable()

@@ -28,7 +28,7 @@ STATE: dict[str, Any] = {
     "truncated": Whole(), "without_targets": Whole(), "edge_draws": ({str: Whole()}, Whole()),
     "shared": {str: str}, "threads": Whole(1), "processes": Whole(1), "partitions": [[str]],
     "parameters": [Whole(1)], "keep_covariances": bool, "covariances": str,
-    "asked": str, "validation": str,
+    "asked": str, "validation": str, "files": {str: str},
     "trust": {"rank": (Whole(1), None), "energy": float, "least_damping": float,
               "most_damping": float, "refined": (str, None), "residual": (float, None)},
 }  # fmt: skip
