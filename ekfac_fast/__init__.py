@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .model.classification import SequenceClassificationTask, TokenClassificationTask
     from .model.preferences import PreferenceTask, RewardTask
     from .model.tasks import LanguageModelTask, Task
+    from .report.written import write_report
     from .stages.attribution import attribute_tokens
     from .stages.export import export_factors
     from .stages.factors import Factors, LayerFactors
@@ -56,6 +57,7 @@ __all__ = [
     "score",
     "self_scores",
     "validation",
+    "write_report",
 ]
 
 __getattr__ = loader(
@@ -80,6 +82,7 @@ __getattr__ = loader(
         "referenced": "stages.references",
         "score": "stages.scan",
         "self_scores": "stages.scan",
+        "write_report": "report.written",
     },
     rooms=("data", "ops", "validation"),
 )

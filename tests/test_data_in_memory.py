@@ -1,6 +1,8 @@
 """Records that no file held."""
 
+import gzip
 import json
+import resource
 from pathlib import Path
 
 import pandas
@@ -47,3 +49,17 @@ def test_queries_of_a_list_are_those_of_a_file(tokenizer, tmp_path: Path) -> Non
             tokenize(given, tokenizer, 64)
     with pytest.raises(DataError, match="there is no record"):
         read_queries([], tokenizer, 64)
+
+
+def test_a_full_folder_for_temporary_files_is_named(tokenizer, tmp_path: Path) -> None:
+    packed = tmp_path / "corpus.jsonl.gz"
+    packed.write_bytes(gzip.compress(json.dumps({"text": TEXT * 40}).encode()))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(DataError, match=r"no room for tokens in /.*variable TMPDIR"):
+            tokenize([{"text": TEXT * 40}], tokenizer, 64)
+        with pytest.raises(DataError, match=r"no room for the content of .*gz in /.*TMPDIR"):
+            read(packed)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

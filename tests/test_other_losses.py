@@ -223,6 +223,26 @@ def test_batches_and_order_do_not_matter(case):
             close(task.losses(z, task.drawn(z, one)), every[index : index + 1], 1e-9)
 
 
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_data_is_known_again_by_a_table(case, tmp_path):
+    """Whatever a task reads of it; and factors by their model, which a pass with labels changes."""
+    make, task_of, _, data = case
+    data = [x | {"source": f"file {n}"} for n, x in enumerate(data)]
+    model, task = make().eval(), task_of()
+    arguments = {"task": task, "layers": LAYERS.get(type(model).__name__[:4], "all")}
+    factors = fit(model, data, out=tmp_path / "f", **arguments)
+    if isinstance(task, SequenceClassificationTask):
+        batch = Batches(data, model, form=form_of(task, model)).load([0])
+        model(input_ids=batch["input_ids"], labels=batch["label"])
+    queries = prepare_queries(model, factors, data[:2], task=task)
+    scores = score(model, queries, data, out=tmp_path / "s", task=task)
+    found = scores.to_arrow(data, columns=["source"])["source"].to_pylist()
+    assert found == [x["source"] for x in data]
+    other = [data[1], data[0], *data[2:]]
+    with pytest.raises(ArgumentError, match="data has other sequences than were scored"):
+        scores.to_arrow(other, columns=["source"])
+
+
 def test_names_of_transformers_data_sets_are_known(tmp_path):
     model, task = bert(num_labels=3), SequenceClassificationTask()
     data = labelled([0, 2, 1])

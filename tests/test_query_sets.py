@@ -121,7 +121,7 @@ def test_a_set_that_was_killed_continues(fitted, tmp_path, monkeypatch):
 def test_the_documented_measurement_runs(fitted, tmp_path):
     """The example of docs/questions.md, as it stands there."""
     page = (Path(__file__).parents[1] / "docs/questions.md").read_text()
-    (snippet,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    snippet, _ = re.findall(r"```python\n(.*?)```", page, re.S)
     space = {}
     exec(snippet, space)
     task = space["LogitDifference"](5, 9)

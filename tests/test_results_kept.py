@@ -129,7 +129,7 @@ def test_a_mark_without_a_checksum_is_not_ours(tmp_path, prepared):
     journal = tmp_path / "scores.done"
     first, *rest = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(first.split()[0] + b"\n" + b"".join(rest))
-    with pytest.raises(StoreError, match=r"scores\.done: a batch is marked without a checksum"):
+    with pytest.raises(StoreError, match=r"scores\.done is not the file that this run wrote"):
         _ = Scores(tmp_path).matrix
 
 

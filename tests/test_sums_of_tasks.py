@@ -1,13 +1,16 @@
 """What a task of a user's returns: sums over the batch, one number, drawn by the run's seed."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from plain_tasks import Plain
 from torch import nn
 from torch.utils.data import Subset, TensorDataset
 
-from ekfac_fast import fit, prepare_queries, score
-from ekfac_fast.errors import ArgumentError, StoreError
+from ekfac_fast import Queries, fit, prepare_queries, score, self_scores
+from ekfac_fast.errors import ArgumentError, DataError, StoreError
 
 torch.manual_seed(0)
 DATA = TensorDataset(torch.randn(40, 3), torch.randn(40, 2))
@@ -100,6 +103,33 @@ def test_tasks_are_instances_that_are_called_by_keyword(model, tmp_path):
 
     with pytest.raises(ArgumentError, match=r"called by keyword, as compute_measurement\(batch, m"):
         fit(model, DATA, out=tmp_path, task=Other(), layers="all")
+
+
+def test_the_documented_task_runs(model, tmp_path):
+    """The example of docs/questions.md, as it stands there: scores are iHVP . gradient."""
+    page = (Path(__file__).parents[1] / "docs/questions.md").read_text()
+    _, snippet = re.findall(r"```python\n(.*?)```", page, re.S)
+    space = {}
+    exec(snippet, space)
+    found = space["explained"](model, DATA, ASKED, tmp_path)
+    queries = Queries.load(tmp_path / "queries")
+    for index, (x, y) in enumerate(DATA):
+        z = model(x)
+        gradient = torch.outer(2 * (z - y), torch.cat([x, torch.ones(1)])).detach()
+        expected = (queries.preconditioned("lin") * gradient).sum((1, 2))
+        torch.testing.assert_close(torch.tensor(found.matrix[:, index]), expected)
+
+
+def test_data_that_does_not_fit_is_told_the_task(model, tmp_path):
+    factors = fit(model, DATA, out=tmp_path / "f", task=Regression(), layers="all")
+    queries = prepare_queries(model, factors, ASKED, task=Regression())
+    for call in (
+        lambda: prepare_queries(model, factors, ASKED),
+        lambda: score(model, queries, DATA, out=tmp_path / "s"),
+        lambda: self_scores(model, factors, DATA, out=tmp_path / "g"),
+    ):
+        with pytest.raises(DataError, match=r"\. The factors were fitted with Regression: give"):
+            call()
 
 
 def test_scores_do_not_depend_on_the_batches(model, tmp_path):

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from ..checks import Whole, check_json
 from ..data.examples import Corpus
 from ..errors import StoreError
 from ..model.layers import Layer, parameter_counts, select_layers
-from ..report.collect import check_together, collect, label_of, passages, run_facts
+from ..report.collect import check_together, collect, label_of, passages, run_facts, stage_times
 from ..report.contents import StageTime, beyond
 from ..report.text import amount
 from ..stages.damping import damping_rule
@@ -26,7 +26,7 @@ from ..stages.processes import Processes
 from ..stages.queries import Queries
 from ..stages.run import RunArguments, Stage
 from ..stages.scan import score, self_scores
-from ..stages.scores import Scores
+from ..stages.scores import UNFINISHED, Scores
 from ..stages.trust import approximations, note_validation
 from ..store.files import load_json, save_json
 from ..store.folder import Store
@@ -43,17 +43,6 @@ SCHEMA = {
     "model": str, "factors": str, "cutting": {"context": Whole(2)}, "names": [str],
     "damping_rule": str,
 }  # fmt: skip
-# The stages as a report names them.
-SPOKEN = {
-    Stage.REFERENCES: "log-probabilities of the reference",
-    Stage.COVARIANCE: "covariances",
-    Stage.EIGENDECOMPOSITION: "eigendecompositions",
-    Stage.EIGENVALUE: "corrected eigenvalues",
-    Stage.QUERIES: "prepare the queries",
-    Stage.REFINEMENT: "refine the queries",
-    Stage.SCAN: "scan the corpus",
-    Stage.DETAIL: "details of the top sequences",
-}
 
 
 def fit_job(
@@ -171,6 +160,7 @@ def score_job(
         "model": source.path,
         "adapter": source.adapter,
         "factors": str(factors.folder),
+        "at": str(Path.cwd()),
         "cutting": asdict(cutting),
         "names": names,
         "measured": asked.measured(found, measuring, None if sets is None else queries.reduce),
@@ -205,6 +195,8 @@ def load_run(folder: Path) -> dict[str, Any]:
     """
     store = Store.load(folder)
     if not (folder / RUN).exists():
+        if "train_size" in store.facts and not store.finished:
+            raise StoreError(f"{folder}: {UNFINISHED}; run it again to continue")
         raise StoreError(
             f"{folder} has scores, but not what a report or a table is made of: they are of the "
             "Python API, or of `self`. Score with the command, or use Scores.to_pandas and top"
@@ -213,7 +205,22 @@ def load_run(folder: Path) -> dict[str, Any]:
     check_json(run, SCHEMA, folder / RUN, "Score again")
     if "seconds" in run:
         check_json(run["seconds"], {str: float}, folder / RUN, "Score again")
+    for name in ("model", "factors"):
+        # As it was typed, from where it was typed.
+        there = Path(run.get("at", ".")) / run[name]
+        if not Path(run[name]).exists() and there.exists():
+            run[name] = str(there)
     return run
+
+
+def _factors_of(folder: Path, run: Mapping[str, Any]) -> Factors:
+    """Those that a folder's run names; StoreError where they have gone."""
+    if not (there := Path(run["factors"])).exists():
+        raise StoreError(
+            f"{folder / RUN} names the factors {there} (typed in {run.get('at', 'another folder')})"
+            ", and they are not there: put them back, or link to where they are now"
+        )
+    return Factors(there)
 
 
 def scanned(
@@ -242,18 +249,14 @@ def report_job(
 ) -> Path:
     """The HTML report of a folder that `score_job` wrote."""
     run, scores, queries = load_run(folder), Scores(folder), Queries.load(folder)
-    factors = Factors(run["factors"])
+    factors = _factors_of(folder, run)
     check_together(scores, factors, queries, data, tokenizer)
     measured = run.get("measured", "log p")
     results = collect(
         scores, queries, data, tokenizer, run["names"], k, by,
         measured="" if measured == "log p" else measured,
     )  # fmt: skip
-    times = [
-        StageTime(SPOKEN[stage], run["seconds"][stage], floor if stage is Stage.SCAN else None)
-        for stage in Stage
-        if stage in run.get("seconds", ())
-    ]
+    times = stage_times(run.get("seconds", {}), floor)
     # Older versions kept names and seconds.
     times += [StageTime(name, seconds) for name, seconds in run.get("stages", ())]
     settings = [
@@ -292,7 +295,7 @@ def table_job(
 ) -> None:
     """Scores of a folder that `score_job` wrote as a parquet file; totals by a column."""
     run, scores, queries = load_run(folder), Scores(folder), Queries.load(folder)
-    check_together(scores, Factors(run["factors"]), queries, data, tokenizer)
+    check_together(scores, _factors_of(folder, run), queries, data, tokenizer)
     names = [f"{q} {name}" if run["names"].count(name) > 1 else name for q, name in
              enumerate(run["names"])]  # fmt: skip
     console.say(f"{scores.to_parquet(out, data, names=names, columns=columns)}")

@@ -139,3 +139,8 @@ def _plain(value: Any) -> Any:
 def _several(value: Any, kind: str) -> str:
     """What to say where there is a list."""
     return f'; several labels are of problem_type="{kind}"' if isinstance(value, list) else ""
+
+
+# Of texts with a label, and of words with one each, whatever the model knows.
+LABELLED = Form(None, values={"label": anything})
+WORDS = Form("own", classes=1 << 62)

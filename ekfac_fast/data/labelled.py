@@ -20,7 +20,8 @@ from .choices import OnLong, Split
 from .encoding import tokenizer_fingerprint
 from .examples import IGNORED, Indexable
 from .fields import Named, text_of
-from .forms import Form, anything
+from .forms import LABELLED, Form
+from .forms import WORDS as WORD_FORM
 from .recorded import Recorded
 from .records import read_columns
 
@@ -89,7 +90,7 @@ def read_labelled(
             )
         examples.append(found)
         dropped.append(lost)
-    form = Form("own", classes=1 << 62) if words else Form(None, values={"label": anything})
+    form = WORD_FORM if words else LABELLED
     return Labelled(
         records, examples, form, sum(map(bool, dropped)), sum(dropped),
         tokenizer_fingerprint(tokenizer),

@@ -1,9 +1,12 @@
-"""Compressed files, unpacked beside, into nameless files."""
+"""Nameless files in TMPDIR, and compressed files unpacked into them."""
 
+import errno
 import gzip
 import shutil
 import tempfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -11,6 +14,7 @@ from ..errors import DataError
 from ..extras import optional
 
 COMPRESSED = (".gz", ".zst")
+FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
 def is_packed(path: Path) -> bool:
@@ -18,8 +22,27 @@ def is_packed(path: Path) -> bool:
     return path.suffix.lower() in COMPRESSED
 
 
+@contextmanager
+def room(what: str) -> Iterator[None]:
+    """DataError where TMPDIR has no room for what is written there meanwhile."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise DataError(
+            f"no room for {what} in {tempfile.gettempdir()} ({error.strerror}): name a folder that "
+            "has by the variable TMPDIR"
+        ) from error
+
+
 def unpacked(path: Path) -> IO[bytes]:
     """A nameless file of a compressed file's content. Raises DataError."""
+    with room(f"the content of {path}"):
+        return _unpacked(path)
+
+
+def _unpacked(path: Path) -> IO[bytes]:
     target = tempfile.TemporaryFile()  # noqa: SIM115
     try:
         if path.suffix.lower() == ".gz":
@@ -28,9 +51,13 @@ def unpacked(path: Path) -> IO[bytes]:
         else:
             with optional("pyarrow", "hf").input_stream(str(path), compression="zstd") as source:
                 shutil.copyfileobj(source, target, 1 << 20)
+        target.seek(0)
     except (OSError, EOFError, zlib.error) as error:
+        with suppress(OSError):
+            target.close()
+        if getattr(error, "errno", None) in FULL:
+            raise
         raise DataError(f"{path}: not a complete {path.suffix} file ({error})") from error
-    target.seek(0)
     return target
 
 

@@ -14,7 +14,8 @@ from .products import LIBRARIES, of_library, own_forward
 from .tasks import Task
 from .weights import held_tensors
 
-# Of a configuration: where it was read, by whom, and what does not change a pass.
+# Of a configuration: where it was read, by whom, and what does not change a pass. (Nor does
+# `problem_type`, which a first pass with labels writes: tasks know of it.)
 UNTOLD = frozenset(
     {
         "_name_or_path", "transformers_version", "_commit_hash", "use_cache",
@@ -35,7 +36,8 @@ def model_fingerprint(model: nn.Module) -> str:
     def parts() -> Iterator[Any]:
         tell = getattr(getattr(model, "config", None), "to_dict", None)
         if callable(tell):
-            yield repr(sorted((k, v) for k, v in tell().items() if k not in UNTOLD))
+            told = {k: v for k, v in tell().items() if k not in UNTOLD}
+            yield repr(sorted((told | dict.fromkeys({"problem_type"} & {*told})).items()))
         yield from held_tensors(model)
         yield from map(repr, _behaviour(model))
 

@@ -15,6 +15,7 @@ from ..data.examples import IGNORED, Corpus
 from ..errors import StoreError
 from ..stages.factors import Factors
 from ..stages.queries import Queries
+from ..stages.run import Stage
 from ..stages.scores import NOT_ASKED, Detail, Scores
 from .contents import QueryResult, RankedSequence, RunFacts, StageTime
 from .text import TokenTexts
@@ -22,6 +23,26 @@ from .turns import turns
 
 UNEVEN = 1e-3  # above it the sum of output tokens is another number than the score
 LOW_ENERGY = 0.9  # below this share of its energy a rank does not represent a query
+# The stages as a report names them.
+SPOKEN = {
+    Stage.REFERENCES: "log-probabilities of the reference",
+    Stage.COVARIANCE: "covariances",
+    Stage.EIGENDECOMPOSITION: "eigendecompositions",
+    Stage.EIGENVALUE: "corrected eigenvalues",
+    Stage.QUERIES: "prepare the queries",
+    Stage.REFINEMENT: "refine the queries",
+    Stage.SCAN: "scan the corpus",
+    Stage.DETAIL: "details of the top sequences",
+}
+
+
+def stage_times(seconds: Mapping[str, float], floor: float | None = None) -> list[StageTime]:
+    """What stages took, in their order and in words; `floor`: a plain pass over the scan's data."""
+    return [
+        StageTime(SPOKEN[stage], seconds[stage], floor if stage is Stage.SCAN else None)
+        for stage in Stage
+        if stage in seconds
+    ]
 
 
 def check_together(

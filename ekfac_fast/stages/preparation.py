@@ -25,6 +25,7 @@ from .queries import Queries, layer_from, refinement_from
 from .refine import Refining
 from .run import Run, RunArguments, Stage
 from .sample import FACT
+from .trial import reading_as
 
 # Of a run under way: what the pass over the queries found, and what a refinement made of it.
 PIECES = ("shard", "refined")
@@ -88,9 +89,11 @@ def prepare_queries(
         )
     layers = factors.layers(model)
     choice("on_long", arguments.get("on_long", "refuse"), get_args(OnLongExample))
-    run = Run(
-        model, queries, {**arguments, "on_long": "refuse"}, processes=Processes.here(), asked=True
-    )
+    with reading_as((factors.facts or {}).get("task"), arguments):
+        run = Run(
+            model, queries, {**arguments, "on_long": "refuse"}, processes=Processes.here(),
+            asked=True,
+        )  # fmt: skip
     facts = run.facts() | {
         "factors": factors.identity,
         "layers": [layer.name for layer in layers],

@@ -39,6 +39,7 @@ from .processes import Processes
 from .queries import LayerQueries, Queries
 from .run import Run, RunArguments, Stage, accumulator
 from .scores import HEAP, Scores
+from .trial import reading_as
 from .trust import trust_in
 
 # Top and lowest sequences of each query whose token and layer detail is worked out; `top_k` says
@@ -99,7 +100,8 @@ def score(
     ):  # fmt: skip
         flag(name, value)
     detail = per_token or per_layer or attribution
-    run = Run(model, dataset, arguments, processes=Processes.here())
+    with reading_as((queries.facts or {}).get("fitted"), arguments):
+        run = Run(model, dataset, arguments, processes=Processes.here())
     shards = whole("query_shards", query_shards, 1, len(queries))
     ranked = _candidates(candidates, queries, run)
     facts = _facts(run, train_size) | {
@@ -161,7 +163,8 @@ def self_scores(
     out = path("out", out)
     instance("factors", factors, Factors, "what fit returns, or Factors(folder)")
     layers = factors.layers(model)
-    run = Run(model, dataset, arguments, processes=Processes.here())
+    with reading_as((factors.facts or {}).get("task"), arguments):
+        run = Run(model, dataset, arguments, processes=Processes.here())
     facts = _facts(run, train_size) | {
         "factors": factors.identity,
         "layers": [layer.name for layer in layers],

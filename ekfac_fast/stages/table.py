@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..checks import comparable, require
-from ..data.batches import data_fingerprint
+from ..data.batches import fingerprints
 from ..data.examples import Indexable, named
 from ..errors import ArgumentError
 from ..extras import optional
@@ -34,10 +34,10 @@ def arrow(
     if data is not None and len(data) != N:
         raise ArgumentError(f"data has {len(data)} sequences, {N} were scored: another corpus")
     then = scores.store.facts.get("data")
-    if data is not None and then is not None and (now := data_fingerprint(data)) != then:
+    if data is not None and then is not None and then not in fingerprints(data):
         raise ArgumentError(
             f"data has other sequences than were scored in {scores.folder} (fingerprint {then}, "
-            f"now {now}): another corpus"
+            f"now {next(fingerprints(data), 'none')}): another corpus"
         )
     listed = isinstance(columns, list | tuple) and all(isinstance(x, str) for x in columns)
     require(listed, "columns", columns, "a list of names")

@@ -1,8 +1,9 @@
 """A model and a task tried out before a run: on one example, or on two together and alone."""
 
 import weakref
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -32,6 +33,19 @@ def tried(run: "Run") -> int:
         return _as_text(run, run.task)
     _check_sum(run)
     return 0
+
+
+@contextmanager
+def reading_as(fitted: str | None, arguments: Mapping[str, Any]) -> Iterator[None]:
+    """Say which task the factors were fitted with, where data does not fit another that was not
+    asked for.
+    """
+    try:
+        yield
+    except (DataError, ModelError, ArgumentError) as error:
+        if arguments.get("task") is not None or fitted in (None, LanguageModelTask.__qualname__):
+            raise
+        raise type(error)(f"{error}. The factors were fitted with {fitted}: give task=") from error
 
 
 def _as_text(run: "Run", task: TextTask) -> int:

@@ -264,8 +264,9 @@ class Store:
         results: names of the files that it was made for; the manifest notes what they are.
         """
         self.commit()
-        files = {name: mark_of(self.folder / name) for name in results}
-        self._save_manifest(state=self.state | state | {"files": files}, finished=manifest.now())
+        if files := {name: mark_of(self.folder / name) for name in results}:
+            state["files"] = files
+        self._save_manifest(state=self.state | state, finished=manifest.now())
 
     def check_result(self, name: str) -> None:
         """StoreError where one of a finished folder's results is not the file that was written.
