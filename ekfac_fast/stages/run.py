@@ -40,6 +40,7 @@ from ..store.folder import Store
 from .ahead import Ahead
 from .budget import fitting_tokens
 from .consumer import Batch, Consumer
+from .inputs import Inputs
 from .origin import origin
 from .processes import ALONE, Processes
 from .swapped import one_alone, swapped
@@ -141,6 +142,7 @@ class Run:
         self.seconds: dict[str, float] = {}
         # Which of how many parts of the layers this is.
         self.part = (0, 1)
+        self.inputs = Inputs(model, dataset)
         # Of the labels that a task of a user's draws.
         self.seed = 0
         # Positions that the model adds before the text.
@@ -264,6 +266,7 @@ class Run:
 
         Raises:
             NotFiniteError: a loss is not, or what a consumer made of it; names where it is from.
+            ModelError, DataError: weights or mapped data have changed meanwhile.
         """
         loss, done = loss or self.train_loss, set(done)
         capture = capture or Capture(
@@ -303,6 +306,7 @@ class Run:
         for _ in range(len(passing), most):
             one = self._batch(0, next(filter(None, batches)))
             self.captured(capture, one, loss, lambda seen: None)
+        self.inputs.check()
         give_back(self.device)
 
     def _one(
