@@ -20,7 +20,7 @@ from .encoding import PIECE, encoded, tokenizer_fingerprint
 from .examples import IGNORED, Indexable, Survey
 from .fields import Columns
 from .survey import Block, spans, survey
-from .unpacking import room
+from .unpacking import in_tmpdir
 
 TOKENIZED_AT_ONCE = 256
 
@@ -150,7 +150,7 @@ def tokenize(
     if context < len(bos) + 2:
         raise ArgumentError(f"tokenize: a context of {context} tokens is too short")
     rows, end, truncated, dropped, skipped = array("q"), 0, 0, 0, 0
-    with room("tokens"), tempfile.TemporaryFile() as file:
+    with in_tmpdir("tokens"), tempfile.TemporaryFile() as file:
         for index, (record, ids) in enumerate(_encoded(records, tokenizer, last_turn)):
             # A text may bring its BOS token along; a conversation begins as its template does.
             silent = len(ids) > 0 and ids[0] < 0

@@ -23,7 +23,7 @@ def is_packed(path: Path) -> bool:
 
 
 @contextmanager
-def room(what: str) -> Iterator[None]:
+def in_tmpdir(what: str) -> Iterator[None]:
     """DataError where TMPDIR has no room for what is written there meanwhile."""
     try:
         yield
@@ -38,7 +38,7 @@ def room(what: str) -> Iterator[None]:
 
 def unpacked(path: Path) -> IO[bytes]:
     """A nameless file of a compressed file's content. Raises DataError."""
-    with room(f"the content of {path}"):
+    with in_tmpdir(f"the content of {path}"):
         return _unpacked(path)
 
 

@@ -14,6 +14,7 @@ from ..checks import flag
 from ..errors import ArgumentError, StoreError
 from ..model.layers import Layer
 from ..store.folder import Store
+from .export import FILES
 from .factors import COVARIANCES, DROPPED
 
 # Covariances of fewer bytes are kept.
@@ -52,6 +53,19 @@ def settle_covariances(
             "decomposed: they are not there to be kept. Fit again in a new folder with "
             "keep_covariances (--keep-covariances)"
         )
+
+
+def results_of(store: Store) -> list[str]:
+    """The files that a fit is for, by name."""
+    return [*(COVARIANCES.values() if store.state["keep_covariances"] else ()), *FILES]
+
+
+def check_results(store: Store) -> None:
+    """StoreError where a finished fit lacks one of them, or has another's; covariances may have
+    been dropped since.
+    """
+    dropped = store.state.get("covariances") == DROPPED
+    store.check_results(but=COVARIANCES.values() if dropped else ())
 
 
 def drop_covariances(store: Store) -> None:

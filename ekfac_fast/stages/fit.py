@@ -33,8 +33,8 @@ from ..store.files import load_tensors, save_json, save_tensors
 from ..store.folder import Store
 from .budget import SUMS, partitions
 from .consumer import Batch
-from .disk import check_stored, drop_covariances, settle_covariances
-from .export import ARGUMENTS, FILES, kronfluence_arguments
+from .disk import check_results, check_stored, drop_covariances, results_of, settle_covariances
+from .export import ARGUMENTS, kronfluence_arguments
 from .factors import (
     COVARIANCES,
     DROPPED,
@@ -100,8 +100,7 @@ def fit(
         max_examples: use the first so many.
         eigenvalue_examples: correct the eigenvalues on so many of them, evenly spaced, in a pass of
             their own: of less than half that is quicker than the draw that it saves. None: on all.
-        seed: of the sampled labels, 0 where none is given; of the task, where one is given with a
-            seed of its own.
+        seed: of the sampled labels (None: 0); of the task, where it has one of its own.
         arguments: see `RunArguments`.
 
     Raises:
@@ -134,8 +133,7 @@ def fit(
     run.seed = seed or 0
     with run.opened(out, "factors", facts) as store:
         settle_covariances(store, keep_covariances, tracked, accumulator(model).itemsize)
-        dropped = store.state.get("covariances") == DROPPED
-        store.check_results(but=COVARIANCES.values() if dropped else ())
+        check_results(store)
         if not store.finished:
             _fit(run, tracked, store)
         _tidy(run, store)
@@ -219,16 +217,13 @@ class _Fit:
         save_tensors(self.folder / LAMBDA_COUNT, {x.name: count.clone() for x in self.layers})
         # kronfluence reads it as its own dataclass: no further key.
         save_json(self.folder / ARGUMENTS, self._arguments(), checksum=False)
-        kept = self.store.state["keep_covariances"]
+        read = self.passes.batches
         self.store.finish(
-            [*(COVARIANCES.values() if kept else ()), *FILES],
-            sequences=self.passes.batches.size,
+            results_of(self.store), sequences=read.size, truncated=read.truncated,
+            without_targets=read.without_targets, edge_draws=sum(edges.values()) + drawn,
             parameters=parameter_counts(self.passes.model, self.layers),
-            truncated=self.passes.batches.truncated,
-            without_targets=self.passes.batches.without_targets,
-            edge_draws=sum(edges.values()) + drawn,
             seconds=self.passes.seconds,
-        )
+        )  # fmt: skip
 
     def _reached(self) -> list[Layer]:
         """The layers that tokens came to; a `Notice` names experts that none was routed to."""

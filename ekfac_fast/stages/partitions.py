@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..store.files import load_json, load_tensors, save_json, save_tensors
 from ..store.folder import Store
-from .export import ARGUMENTS, FILES
-from .factors import COVARIANCES, DROPPED, SUMMED
+from .disk import results_of
+from .export import ARGUMENTS
+from .factors import DROPPED, SUMMED
 
 
 def part_folder(store: Store, number: int) -> Path:
@@ -27,7 +28,7 @@ def put_together(store: Store, parts: int) -> None:
     """
     folders = [part_folder(store, number) for number in range(parts)]
     kept = store.state["keep_covariances"]
-    for name in (*(COVARIANCES.values() if kept else ()), *FILES):
+    for name in results_of(store):
         if not (store.folder / name).exists():
             whole: dict[str, Tensor] = {}
             for folder in folders:
@@ -46,7 +47,6 @@ def put_together(store: Store, parts: int) -> None:
     common["shared"] = {name: of for state in states for name, of in state["shared"].items()}
     common["covariances"] = SUMMED if kept else DROPPED
     common["parameters"] = [tracked, states[0]["parameters"][1]]
-    files = [*(COVARIANCES.values() if kept else ()), *FILES]
-    store.finish(files, seconds=dict(seconds), **common)
+    store.finish(results_of(store), seconds=dict(seconds), **common)
     for folder in folders:
         shutil.rmtree(folder)

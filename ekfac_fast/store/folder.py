@@ -259,9 +259,8 @@ class Store:
         self._save_manifest(state=self.state | state)
 
     def finish(self, results: Sequence[str] = (), **state: Any) -> None:
-        """Commit everything, store the last values and mark the folder finished.
-
-        results: names of the files that it was made for; the manifest notes what they are.
+        """Commit everything, store the last values and mark the folder finished; the manifest notes
+        which its `results` are, files by name.
         """
         self.commit()
         if files := {name: mark_of(self.folder / name) for name in results}:
@@ -269,16 +268,15 @@ class Store:
         self._save_manifest(state=self.state | state, finished=manifest.now())
 
     def check_result(self, name: str) -> None:
-        """StoreError where one of a finished folder's results is not the file that was written.
-
-        One that has no checksum of ours is whoever's put it there: kronfluence's, say.
+        """StoreError where one of a finished folder's results is not the file that was written; one
+        without a checksum of ours is whoever's put it there: kronfluence's, say.
         """
         noted = self.state.get("files", {}).get(name)
         if self.finished and noted and (found := mark_of(self.folder / name)) not in ("", noted):
             raise StoreError(
-                f"{self.folder / name} is not the file that this run wrote (its checksum is "
-                f"{found}, that of the manifest {noted}): it is another run's, or the manifest is. "
-                "Put the folder's own back, or delete the folder and run again"
+                f"{self.folder / name} is not the file that this run wrote (checksum {found}, the "
+                f"manifest says {noted}): it is another run's, or the manifest is. Put the "
+                "folder's own back, or delete the folder and run again"
             )
 
     def check_results(self, but: Collection[str] = ()) -> None:
