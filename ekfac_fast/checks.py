@@ -143,7 +143,8 @@ def sized(dataset: Any) -> int:
     """The length of a data set; DataError where it is none."""
     kind = type(dataset).__name__
     if type(dataset).__module__.partition(".")[0] == "pandas":
-        raise DataError(f"the data set is a pandas {kind}: give its rows, .to_dict('records')")
+        rows = ".to_dict('records')" if kind == "DataFrame" else ".tolist()"
+        raise DataError(f"the data set is a pandas {kind}: give its rows, {rows}")
     indexed = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
     if not indexed or isinstance(dataset, type | str | bytes | Mapping):
         raise DataError(
@@ -159,10 +160,10 @@ def sized(dataset: Any) -> int:
 def place(index: Any, size: int) -> int:
     """An index of a data set, from its end if it is negative; ArgumentError for a slice."""
     if isinstance(index, slice):
-        some = ":".join("" if x is None else str(x) for x in (index.start, index.stop))
+        some = range(size)[index]
         raise ArgumentError(
             "examples are read one by one: of some of them torch.utils.data.Subset(data, "
-            f"range({size})[{some}]) is a data set"
+            f"{some!r}) is a data set"
         )
     return range(size)[index]
 

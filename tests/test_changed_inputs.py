@@ -51,8 +51,11 @@ def test_a_model_that_is_trained_meanwhile(tmp_path):
             model.transformer.h[1].mlp.c_fc.weight.mul_(1.001)
 
     queries = prepare_queries(model, factors, asked())
+    whole = score(model, queries, corpus(), out=tmp_path / "w", batch_tokens=40)
     with pytest.raises(ModelError, match=r"the model's transformer\.h\.1\.mlp\.c_fc\.weight has"):
         score(model, queries, corpus(), out=tmp_path / "s", progress=at_half(step), batch_tokens=40)
+    again = score(gpt2().eval(), queries, corpus(), out=tmp_path / "s", batch_tokens=40)
+    assert np.array_equal(again.matrix, whole.matrix), "nothing that the other model made counts"
 
 
 def test_tokens_that_are_written_over(tmp_path):

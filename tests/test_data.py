@@ -234,9 +234,7 @@ def test_truncation_is_counted_or_refused(tokenizer) -> None:
     assert len(tokens) == 2
     assert tokens[0]["input_ids"].tolist() == tokenizer(TEXT, verbose=False)["input_ids"][:16]
     assert (tokens.truncated, tokens.dropped) == (1, total - 16)
-    with pytest.raises(
-        DataError, match=rf"record 0 \('book, page 7'\): {total} tokens, but the context is 16"
-    ):
+    with pytest.raises(DataError, match=f"book, page 7: {total} tokens, but the context is 16"):
         tokenize(records, tokenizer, 16, on_long="refuse")
 
 

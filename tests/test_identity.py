@@ -18,6 +18,7 @@ from ekfac_fast import Factors, LanguageModelTask, Notice, Scores, fit, prepare_
 from ekfac_fast import self_scores as self_influence
 from ekfac_fast.errors import ArgumentError, NotFiniteError, StoreError
 from ekfac_fast.report.collect import check_together
+from ekfac_fast.store.files import load_json, save_json
 from ekfac_fast.store.folder import Store
 
 
@@ -306,6 +307,9 @@ def test_a_journal_of_fewer_batches_is_noticed(run, tmp_path):
     journal = tmp_path / "scores.done"
     lines = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(b"".join(lines[1:]))
+    told = load_json(tmp_path / "manifest.json")
+    del told["state"]["files"]  # as of an older version: it would tell at once
+    save_json(tmp_path / "manifest.json", told)
     with pytest.raises(StoreError, match="batches are marked, though the scan is finished"):
         _ = Scores(tmp_path).matrix
 

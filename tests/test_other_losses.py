@@ -223,7 +223,15 @@ def test_batches_and_order_do_not_matter(case):
             close(task.losses(z, task.drawn(z, one)), every[index : index + 1], 1e-9)
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+ONE_NUMBER = (
+    lambda: bert(num_labels=1), SequenceClassificationTask, None,
+    labelled(np.linspace(-1, 1, N).tolist()),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "case", [*CASES.values(), ONE_NUMBER], ids=[*CASES, "a regression of one number"]
+)
 def test_data_is_known_again_by_a_table(case, tmp_path):
     """Whatever a task reads of it; and factors by their model, which a pass with labels changes."""
     make, task_of, _, data = case

@@ -35,15 +35,15 @@ def test_documents_in_their_order(documents):
     assert first["position_ids"].tolist() == [*range(9), *range(4), *range(3)]
     assert (first["labels"] == -100).nonzero().flatten().tolist() == [0, 9, 13]
     assert torch.equal(first["input_ids"][9:13], documents[1]["input_ids"])
-    assert packed.source(1) == "record 3 ('a.jsonl:4') and 2 more, to record 5 ('a.jsonl:6')"
-    assert packed.source(3) == "record 8 ('a.jsonl:9')"
+    assert packed.source(1) == "a.jsonl:4 and 2 more, to a.jsonl:6"
+    assert packed.source(3) == "a.jsonl:9"
     assert packed.record(0) is None
     assert packed.record(3)["set"] == "B"
     assert packed.column("set") == ["A", "B", "B", "B"]
     assert packed.tokenizer_fingerprint == "a tokenizer"
-    with pytest.raises(DataError, match=r"a\.jsonl:1.* and 3 more.* differ in 'set'"):
+    with pytest.raises(DataError, match=r"a\.jsonl:1 and 3 more.* differ in 'set'"):
         pack(documents, 28).column("set")
-    with pytest.raises(ArgumentError, match=r"a\.jsonl:4'\) has 12 tokens, but the context is 11"):
+    with pytest.raises(ArgumentError, match=r"a\.jsonl:4 has 12 tokens, but the context is 11"):
         pack(documents, 11)
 
 

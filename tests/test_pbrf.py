@@ -77,7 +77,14 @@ class Bare:
     def compute_train_loss(self, batch, model, sample=False):
         raise AssertionError
 
-    compute_measurement = get_influence_tracked_modules = get_attention_mask = compute_train_loss
+    def compute_measurement(self, batch, model):
+        raise AssertionError
+
+    def get_attention_mask(self, batch):
+        raise AssertionError
+
+    def get_influence_tracked_modules(self):
+        raise AssertionError
 
 
 def test_refusals():

@@ -17,7 +17,7 @@ from ekfac_fast.errors import StoreError
 from ekfac_fast.model import sampling
 from ekfac_fast.stages import detail
 from ekfac_fast.stages import fit as fitting
-from ekfac_fast.store.files import load_tensors, save_tensors
+from ekfac_fast.store.files import load_json, load_tensors, save_json, save_tensors
 from ekfac_fast.store.folder import Store
 
 
@@ -130,6 +130,11 @@ def test_a_mark_without_a_checksum_is_not_ours(tmp_path, prepared):
     first, *rest = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(first.split()[0] + b"\n" + b"".join(rest))
     with pytest.raises(StoreError, match=r"scores\.done is not the file that this run wrote"):
+        _ = Scores(tmp_path).matrix
+    told = load_json(tmp_path / "manifest.json")
+    del told["state"]["files"]  # as of a folder that is not finished, or older
+    save_json(tmp_path / "manifest.json", told)
+    with pytest.raises(StoreError, match=r"scores\.done: a batch is marked without a checksum"):
         _ = Scores(tmp_path).matrix
 
 

@@ -6,7 +6,7 @@ import gzip
 import pytest
 from test_labelled_files import LABELS, WORDS, word_tokenizer
 
-from ekfac_fast.data import read, read_labelled
+from ekfac_fast.data import read, read_labelled, read_pairs
 from ekfac_fast.data.fields import Columns
 from ekfac_fast.data.records import read_columns
 from ekfac_fast.errors import DataError
@@ -26,10 +26,10 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize("ending", [".csv", ".tsv", ".csv.gz", ".CSV"])
+@pytest.mark.parametrize("ending", [".csv", ".csv.gz", ".CSV"])
 def test_rows_are_what_was_written(ending, tmp_path):
     plain = tmp_path / "rows"
-    written(plain, *ROWS, **({"delimiter": "\t"} if ending == ".tsv" else {}))
+    written(plain, *ROWS)
     path = tmp_path / f"corpus{ending}"
     data = b"\xef\xbb\xbf" + plain.read_bytes()
     path.write_bytes(gzip.compress(data) if ending.endswith("gz") else data)
@@ -48,21 +48,41 @@ def test_questions_and_answers(tmp_path):
     assert only == {"prompt": "why?", "completion": "so", "source": f"{path}, line 3"}
 
 
+def test_tabs_separate_without_quotes(tmp_path):
+    """As GLUE's files, whose quotes are the sentences' own."""
+    (tmp_path / "a.tsv").write_text('text\tset\t\t\n"a\tb\t\t\nc" d\te\t\t\n')
+    found = read(tmp_path / "a.tsv", keep=["set"])
+    assert [(x["text"], x["columns"]["set"]) for x in found] == [('"a', "b"), ('c" d', "e")]
+
+
+def test_pairs_with_values_of_a_reference(tmp_path):
+    path = tmp_path / "p.csv"
+    names = ["prompt", "chosen", "rejected", "ref_chosen_logps", "ref_rejected_logps"]
+    written(path, names, ["w1", " w2", " w3", "-1.5", "-2"])
+    found = read_pairs(path, word_tokenizer(WORDS), 8)
+    assert found[0]["ref_chosen_logps"] == -1.5
+    assert found[0]["ref_rejected_logps"] == -2.0
+
+
 def test_labels_are_numbers_or_names(tmp_path):
     tokenizer = word_tokenizer(WORDS)
     for values, expected in (
         (["0", "2"], [0, 2]),
         (["pos", "neg"], [2, 0]),
-        (["0.5", "2"], [0.5, 2.0]),
+        (["0.5", "2"], [0.5, 2]),
     ):
         rows = [["w1", "", values[0]], ["w2", "w3", values[1]]]
         path = written(tmp_path / "a.csv", ["text", "text_pair", "label"], *rows)
         data = read_labelled(path, tokenizer, 8, LABELS)
         assert [data[i]["label"] for i in range(2)] == expected
         assert [len(data[i]["input_ids"]) for i in range(2)] == [1, 2]
+    written(path, ["text", "label"], ["w1", "1"], ["w1", "2"])
+    data = read_labelled(path, tokenizer, 8, {"1": 0, "2": 1})
+    assert [data[i]["label"] for i in range(2)] == [0, 1], "names that are written as numbers"
     for values, message in (
         (["1", ""], r"a\.csv, line 3: 'label' is null"),
-        (["1", "pos", "x"], r"a\.csv, line 2: label '1' is none of the model's"),
+        (["1", "pos", "x"], r"a\.csv, line 4: label 'x' is none of the model's"),
+        (["1_0"], r"a\.csv, line 2: label '1_0' is none of the model's"),
     ):
         written(path, ["text", "label"], *(["w1", x] for x in values))
         with pytest.raises(DataError, match=message):

@@ -205,10 +205,10 @@ def load_run(folder: Path) -> dict[str, Any]:
     check_json(run, SCHEMA, folder / RUN, "Score again")
     if "seconds" in run:
         check_json(run["seconds"], {str: float}, folder / RUN, "Score again")
-    for name in ("model", "factors"):
+    for name in ("model", "factors", "adapter"):
         # As it was typed, from where it was typed.
-        there = Path(run.get("at", ".")) / run[name]
-        if not Path(run[name]).exists() and there.exists():
+        typed = run.get(name)
+        if typed is not None and (there := Path(run.get("at", ".")) / typed).exists():
             run[name] = str(there)
     return run
 

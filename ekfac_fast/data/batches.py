@@ -22,7 +22,7 @@ from ..store.fingerprint import Digest
 from .choices import OnLongExample
 from .collate import collate, collate_fields, moved
 from .examples import IGNORED, Example, Indexable, Survey, example, named
-from .forms import LABELLED, REFERENCES, TEXT, WORDS, Form, pair_form
+from .forms import LABELLED, RATED, REFERENCES, TEXT, WORDS, Form, pair_form
 
 # On a CPU activations and logits of more leave the caches: slower, and three times the memory.
 BATCH_TOKENS = {"cpu": 1024}
@@ -256,7 +256,7 @@ def fingerprints(dataset: Indexable) -> Iterator[str]:
     itself, as text, with a label of the whole, one a token, or of two sides.
     """
     own: Form = getattr(dataset, "form", TEXT)
-    for form in (own, TEXT, LABELLED, WORDS, pair_form(), pair_form(REFERENCES)):
+    for form in (own, TEXT, LABELLED, RATED, WORDS, pair_form(), pair_form(REFERENCES)):
         try:
             yield data_fingerprint(dataset, form)
         except DataError:

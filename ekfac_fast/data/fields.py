@@ -70,7 +70,8 @@ class Columns:
         """A record from a mapping. Raises DataError."""
         _mapping(value, source)
         names = self.among(list(value), source)
-        if "completion" in names and value.get("against") is not None and "against" not in names:
+        held = value.get("against") if "completion" in names else None
+        if held and "against" not in {*names, *self.keep}:
             raise DataError(
                 f"{source}: has 'against', another completion that its own is held against: that "
                 "is a query, which `read_queries` reads (of a file, or of a list of records)"

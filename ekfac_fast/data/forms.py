@@ -141,6 +141,7 @@ def _several(value: Any, kind: str) -> str:
     return f'; several labels are of problem_type="{kind}"' if isinstance(value, list) else ""
 
 
-# Of texts with a label, and of words with one each, whatever the model knows.
+# Of texts with a label or a number, and of words with a label each, whatever the model knows.
 LABELLED = Form(None, values={"label": anything})
+RATED = Form(None, values={"label": Numbers(1)})
 WORDS = Form("own", classes=1 << 62)

@@ -24,6 +24,7 @@ from .forms import LABELLED, Form
 from .forms import WORDS as WORD_FORM
 from .recorded import Recorded
 from .records import read_columns
+from .tables import Written
 
 TEXTS = Named(wanted=("text", "label"), more=("text_pair",), foreign=("tokens",))
 WORDS = Named(wanted=("tokens", "labels"), foreign=("text",))
@@ -107,6 +108,8 @@ def _text(
     if label is None or label == []:
         raise DataError(f"{where}: 'label' is {'null' if label is None else 'empty'}")
     found, lost = tokens_of(tokenizer, where, context, *texts)
+    if isinstance(label, Written) and label not in known:
+        label = str(label) if label.number is None else label.number
     some = label if isinstance(label, list) else [label]
     named = [isinstance(x, str) for x in some]
     if any(named):

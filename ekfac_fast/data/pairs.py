@@ -27,6 +27,7 @@ from .forms import REFERENCES, Form, number, pair_form
 from .labelled import tokens_of
 from .recorded import Recorded
 from .records import Records, read_columns
+from .tables import Written
 from .tokens import Tokens, tokenize
 
 PREFERENCES = ("chosen", "rejected")
@@ -161,7 +162,9 @@ def _pairs(
                     f"{records.source(0)}: give it in all records, or in none"
                 )
             if name in values:
-                values[name].append(float(number(record[name], f"{record['source']}: {name}")))
+                value = record[name]
+                value = value.number if isinstance(value, Written) else value
+                values[name].append(float(number(value, f"{record['source']}: {name}")))
     if len(values) == 1:
         raise DataError(f"{records.source(0)}: has one of {' and '.join(REFERENCES)}: give both")
     cut: OnLong = "truncate" if on_long == "chunk" else on_long
@@ -187,10 +190,6 @@ class _Side(Dataset):
 
     def __len__(self) -> int:
         return len(self.records)
-
-    def source(self, index: int) -> str:
-        """Where the pair was read."""
-        return self.records.source(index)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.records[index]

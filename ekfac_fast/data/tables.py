@@ -15,6 +15,7 @@ from ..errors import DataError
 from ..extras import optional
 from .arrow import mapped_table
 from .fields import BESIDE, Columns
+from .forms import REFERENCES
 from .unpacking import text_of_file
 
 # What separates the values of a line, by a file's ending.
@@ -30,7 +31,7 @@ class Table(Dataset):
     def among(self, names: Sequence[str]) -> list[str]:
         """Which of a file's columns are read."""
         asked = self.columns.among(names, str(self.path)).values()
-        wanted = {*(x for parts in asked for x in parts), *BESIDE, *self.columns.keep}
+        wanted = {*(x for parts in asked for x in parts), *BESIDE, "against", *self.columns.keep}
         return [name for name in names if name in wanted]
 
     def source(self, index: int) -> str:
@@ -96,12 +97,27 @@ class Cells(Table):
         return self.record(self.table, index, index)
 
 
+class Written(str):
+    """A text of a file that has no numbers: it may stand for one."""
+
+    @property
+    def number(self) -> int | float | None:
+        """Which."""
+        for kind in (int, float):
+            try:
+                return kind(self) if "_" not in self else None
+            except ValueError:
+                pass
+        return None
+
+
 class Separated(Dataset):
     """The rows of a file of separated values (RFC 4180), its names in the first; all of it is in
     memory.
 
-    Values are texts, as they stand there, but for a column of labels that are numbers, every one;
-    a label, a name or a second text without a character is missing.
+    Values are texts, as they stand there; of a label, which may be a number's, it is known that it
+    was `Written`. A label, a name or a second text without a character is missing. Tabs separate
+    without quotes.
     """
 
     def __init__(self, path: Path, columns: Columns) -> None:
@@ -109,19 +125,21 @@ class Separated(Dataset):
         self.rows: list[list[Any]] = []
         self.lines: list[int] = []
         with _long_fields():
-            self._read(csv.reader(StringIO(text_of_file(path), newline=""),
-                                  delimiter=SEPARATORS[_kind(path)], strict=True))  # fmt: skip
+            separator = SEPARATORS[_kind(path)]
+            how: dict[str, Any] = {"quoting": csv.QUOTE_NONE} if separator == "\t" else {}
+            text = StringIO(text_of_file(path), newline="")
+            self._read(csv.reader(text, delimiter=separator, strict=True, **how))
         given = columns.fields or {}
-        self._change(given.get("label", "label"), numbers)
-        for name in ("name", given.get("text_pair", "text_pair")):
-            self._change(name, lambda values: [x or None for x in values])
+        for name in ("label", "text_pair", *REFERENCES):
+            self._change(given.get(name, name), Written)
+        self._change("name", str)
 
-    def _change(self, name: str, change: Callable[[list[str]], list[Any]]) -> None:
-        """A column, if there is one."""
+    def _change(self, name: str, kind: Callable[[str], str]) -> None:
+        """A column, if there is one; None where nothing is written."""
         if name in self.names:
             at = self.names.index(name)
-            for row, x in zip(self.rows, change([row[at] for row in self.rows]), strict=True):
-                row[at] = x
+            for row in self.rows:
+                row[at] = kind(row[at]) if row[at].strip() else None
 
     def _read(self, reader: Any) -> None:
         self.names: list[str] = []
@@ -143,7 +161,7 @@ class Separated(Dataset):
             raise DataError(f"{self.path}, line {begins}: cannot be read ({error})") from error
 
     def _named(self, names: list[str]) -> list[str]:
-        if twice := sorted({x for x in names if names.count(x) > 1}):
+        if twice := sorted({x for x in names if x and names.count(x) > 1}):
             raise DataError(f"{self.path}: two columns are named {twice[0]!r}")
         self.columns.among(names, str(self.path))
         return names
@@ -160,18 +178,6 @@ class Separated(Dataset):
         return self.columns.record(row, self.source(index))
 
 
-def numbers(values: list[str]) -> list[Any]:
-    """Whole numbers, or numbers, if every value is one or is missing (None); else the texts."""
-    if any("_" in x for x in values):
-        return values  # Python reads 1_000 as a number
-    for kind in (int, float):
-        try:
-            return [kind(x) if x.strip() else None for x in values]
-        except ValueError:
-            pass
-    return values
-
-
 def _kind(path: Path) -> str:
     """The ending of a file of separated values, compressed or not."""
     return next(x for x in map(str.lower, reversed(path.suffixes)) if x in SEPARATORS)
@@ -180,7 +186,7 @@ def _kind(path: Path) -> str:
 @contextmanager
 def _long_fields() -> Iterator[None]:
     """Values of any length: Python stops at 128 KiB."""
-    before = csv.field_size_limit(min(sys.maxsize, 2**63 - 1))
+    before = csv.field_size_limit(sys.maxsize)
     try:
         yield
     finally:

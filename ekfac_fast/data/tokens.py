@@ -97,7 +97,9 @@ class Tokens(Dataset):
     def source(self, index: int) -> str:
         """Where example `index` was read: file, line and, from the second on, the chunk of it."""
         record, chunk = (int(n) for n in self.rows[index, 1:])
-        source = source_of(self.records, record)
+        # Where a record came from is known without reading it again: it may be long.
+        find = getattr(self.records, "source", None)
+        source = find(record) if callable(find) else _source(self.records[record], record)
         return f"{source}, chunk {chunk + 1}" if chunk else source
 
 
@@ -110,7 +112,7 @@ def column_of(records: Indexable, numbers: Iterable[int], name: str) -> list[Any
         if name not in kept:
             of_file = "columns" in value or callable(getattr(records, "source", None))
             raise DataError(
-                f"{source_of(records, record)}: "
+                f"{_source(value, record)}: "
                 + (f"no column {name!r} was kept; read(path, keep=[{name!r}]) keeps it" if of_file
                    else f"has no {name!r}: give it in every record, None where there is none")
             )  # fmt: skip
@@ -129,6 +131,8 @@ def tokenize(
     progress: Callable[[int], None] | None = None,
 ) -> Tokens:
     """Records (text, prompt and completion, messages) as examples of at most `context` tokens.
+
+    Where a record was read its `source` says; of a list without, its place.
 
     A prompt has labels -100. Prompt and completion are tokenised together, as the model has seen
     text; a token that reaches over the border belongs to the completion. If the tokenizer begins
@@ -203,7 +207,7 @@ def _together(records: Indexable) -> Iterator[list[dict[str, Any]]]:
     group, size = [], 0
     for index in range(len(records)):
         value = records[index]
-        group.append(Columns().record(value, source_of(records, index)))
+        group.append(Columns().record(value, _source(value, index)))
         size += sum(len(x) for x in group[-1].values() if isinstance(x, str))
         if len(group) == TOKENIZED_AT_ONCE or size > PIECE:
             yield group
@@ -270,13 +274,10 @@ def _common(one: array, other: array) -> int:
     return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
-def source_of(records: Indexable, index: int) -> str:
-    """Where a record was read; of a list its place, and what it says itself."""
-    if callable(find := getattr(records, "source", None)):
-        return str(find(index))  # without reading it again: it may be long
-    record = records[index]
-    said = record.get("source") if isinstance(record, Mapping) else None
-    return f"record {index}" if said is None else f"record {index} ({shown(said)})"
+def _source(record: Any, index: int) -> str:
+    """Where a record was read, as it says itself."""
+    source = record.get("source") if isinstance(record, Mapping) else None
+    return f"record {index}" if source is None else str(source)
 
 
 def _cut(bos: array, ids: array, context: int, chunk: bool) -> list[array]:

@@ -11,7 +11,7 @@ from kronfluence.arguments import ScoreArguments
 from kronfluence.module.tracked_module import TrackedModule
 from torch import Tensor, nn
 
-from ..ops.products import Products
+from ..ops.products import products_for
 from .eigendecomposition import check_sizes
 from .modules import Backed, FastLinear, adopt
 
@@ -54,7 +54,8 @@ def on_products(loop: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(loop)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        with Products():
+        given = (x for x in (*args, *kwargs.values()) if isinstance(x, nn.Module))
+        with products_for(next(given)):
             return loop(*args, **kwargs)
 
     return wrapper

@@ -3,12 +3,12 @@
 import threading
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from ..ops.products import Products
+from ..ops.products import products_for
 from .spread import offloaded
 
 _locks: "weakref.WeakKeyDictionary[nn.Module, threading.RLock]" = weakref.WeakKeyDictionary()
@@ -20,13 +20,11 @@ def alone(model: nn.Module) -> Iterator[None]:
     """One pass at a time through a model, in evaluation mode, its parameters frozen.
 
     Hooks and modes are the model's own: two threads would get each other's. Linear layers run on
-    the fastest product of a CPU, see `products`; of a model that is all on GPUs nothing is looked
-    at, since looking at every function that it calls is half of what its host has to do.
+    the fastest product, see `products`.
     """
     with _locks_lock:
         lock = _locks.setdefault(model, threading.RLock())
-    products = nullcontext() if all(p.is_cuda for p in model.parameters()) else Products()
-    with lock, _frozen(model), products:
+    with lock, _frozen(model), products_for(model):
         yield
 
 

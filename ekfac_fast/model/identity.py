@@ -37,7 +37,9 @@ def model_fingerprint(model: nn.Module) -> str:
         tell = getattr(getattr(model, "config", None), "to_dict", None)
         if callable(tell):
             told = {k: v for k, v in tell().items() if k not in UNTOLD}
-            yield repr(sorted((told | dict.fromkeys({"problem_type"} & {*told})).items()))
+            if "problem_type" in told:
+                told["problem_type"] = None
+            yield repr(sorted(told.items()))
         yield from held_tensors(model)
         yield from map(repr, _behaviour(model))
 

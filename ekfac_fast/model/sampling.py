@@ -42,15 +42,12 @@ def uniforms(
 
 @contextmanager
 def seeded(device: torch.device, *key: int) -> Iterator[None]:
-    """Torch's own random numbers, of the CPU and of `device`, are those of a key; afterwards they
-    go on as if nothing had been drawn.
+    """Torch's own random numbers are those of a key, on the CPU and, where `device` is one, on all
+    GPUs; afterwards they go on as if nothing had been drawn.
     """
     seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if device.type == "cuda" else []):
+        torch.manual_seed(seed)
         yield
 
 

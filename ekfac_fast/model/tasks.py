@@ -88,7 +88,7 @@ def checked_task(task: Any) -> Any:
             raise ArgumentError(f"task is {shown(task)}, which has no method {name}")
         wanted = dict.fromkeys(list(inspect.signature(declared).parameters)[1:])
         try:
-            inspect.signature(own).bind(**wanted)
+            inspect.signature(own, follow_wrapped=False).bind(**wanted)
         except TypeError as error:
             raise ArgumentError(
                 f"{type(task).__name__}.{name} is called by keyword, as {name}({', '.join(wanted)})"
@@ -97,6 +97,12 @@ def checked_task(task: Any) -> Any:
         except ValueError:
             pass  # of a callable that does not tell
     return task
+
+
+def of_package(method: Any) -> bool:
+    """Whether a task's method is this package's, and no user's."""
+    module = getattr(method, "__module__", None) or ""
+    return module.partition(".")[0] == __name__.partition(".")[0]
 
 
 def summed(value: Any, task: Task, method: str) -> Tensor:

@@ -8,6 +8,8 @@
 Two products and the reduction over rank and tokens in one pass: no [B,T,Q,K] tensor, and dense
 queries L_q R_q are never rebuilt. Scans call `laid_out` on their factors once.
 
+On a GPU few numbers in bf16 are rounded once more, multiplied, before the last sums.
+
 On a CPU bf16 products of few rows or columns, and all of fewer than `LANES` columns, are `mm`
 itself; without AVX-512, and on Intel processors, so are all of fp32 of more than 32 rows.
 """

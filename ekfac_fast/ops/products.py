@@ -11,6 +11,7 @@ continued run ends in the same bits; `ekfac-fast doctor` shows the rates.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from typing import Any
 
@@ -175,6 +176,13 @@ class Products(TorchFunctionMode):
             if func is torch.addmm and (these := _frozen(args[1], args[2].t(), args[0])):
                 return _Linear.apply(*these)
         return func(*args, **(kwargs or {}))
+
+
+def products_for(model: nn.Module) -> AbstractContextManager:
+    """`Products`; nothing for a model that is all on GPUs, where no other product is faster, and
+    looking at every function that it calls is half of what its host has to do.
+    """
+    return nullcontext() if all(p.is_cuda for p in model.parameters()) else Products()
 
 
 def _frozen(x: Tensor, W: Tensor, b: Tensor | None = None) -> Operands | None:

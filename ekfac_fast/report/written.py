@@ -61,7 +61,9 @@ def write_report(
         )
     if len(queries.examples) != len(queries):
         raise ArgumentError("queries have no tokens, and a report shows texts: use Scores.top")
-    names = [f"query {q + 1}" for q in range(len(queries))] if names is None else list(names)
+    names = [f"query {q + 1}" for q in range(len(queries))] if names is None else names
+    texts = isinstance(names, list | tuple) and all(isinstance(x, str) for x in names)
+    require(texts, "names", names, "a list of texts")
     if len(names) != len(queries):
         raise ArgumentError(f"names are {len(names)}, the queries {len(queries)}")
     check_together(scores, factors, queries, data, tokenizer)

@@ -200,6 +200,7 @@ class Details(Consumer):
 
     def end(self, batch: Batch) -> None:
         """Keep [L,T] of every pair that is asked for, without padding."""
+        self.run.inputs.check()
         found = self.found.take()
         layers = [found[at] for at in range(len(self.order))]
         heads = torch.cat([found[name] for name in self.heads], 1) if self.heads else None

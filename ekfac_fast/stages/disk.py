@@ -14,6 +14,7 @@ from ..checks import flag
 from ..errors import ArgumentError, StoreError
 from ..model.layers import Layer
 from ..store.folder import Store
+from ..store.results import check_results
 from .export import FILES
 from .factors import COVARIANCES, DROPPED
 
@@ -60,12 +61,12 @@ def results_of(store: Store) -> list[str]:
     return [*(COVARIANCES.values() if store.state["keep_covariances"] else ()), *FILES]
 
 
-def check_results(store: Store) -> None:
+def check_fit(store: Store) -> None:
     """StoreError where a finished fit lacks one of them, or has another's; covariances may have
     been dropped since.
     """
     dropped = store.state.get("covariances") == DROPPED
-    store.check_results(but=COVARIANCES.values() if dropped else ())
+    check_results(store, but=COVARIANCES.values() if dropped else ())
 
 
 def drop_covariances(store: Store) -> None:

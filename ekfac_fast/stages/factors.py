@@ -26,6 +26,7 @@ from ..store.files import load_tensors
 from ..store.fingerprint import fingerprint
 from ..store.folder import Store
 from ..store.manifest import MANIFEST
+from ..store.results import check_result
 from .damping import layer_damping, layer_dampings
 from .sample import FACT, sample_of
 
@@ -210,7 +211,7 @@ class Factors(Mapping[str, LayerFactors]):
         # Each may have been replaced by one of kronfluence's, which has no checksum.
         found = load_tensors(self.folder / name)
         if self._store:
-            self._store.check_result(name)
+            check_result(self._store, name)
         if self._store and name.startswith("activation"):
             shared = self._store.state.get("shared", {})
             found |= {n: found[o] for n, o in shared.items() if n not in found and o in found}

@@ -33,7 +33,7 @@ from ..store.files import load_tensors, save_json, save_tensors
 from ..store.folder import Store
 from .budget import SUMS, partitions
 from .consumer import Batch
-from .disk import check_results, check_stored, drop_covariances, results_of, settle_covariances
+from .disk import check_fit, check_stored, drop_covariances, results_of, settle_covariances
 from .export import ARGUMENTS, kronfluence_arguments
 from .factors import (
     COVARIANCES,
@@ -130,10 +130,10 @@ def fit(
         **sample_facts(eigenvalue_examples, run.batches.size),
         **({"seed": seed} if seed and own is None else {}),
     }
-    run.seed = seed or 0
+    run.seed = own if isinstance(own, int) else seed or 0
     with run.opened(out, "factors", facts) as store:
         settle_covariances(store, keep_covariances, tracked, accumulator(model).itemsize)
-        check_results(store)
+        check_fit(store)
         if not store.finished:
             _fit(run, tracked, store)
         _tidy(run, store)

@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
+from ..data.mapped import MappedTokens
 from ..errors import DataError, ModelError
 
 # Values of a weight that are compared: a file that is written over, and training, change them all.
@@ -22,8 +24,10 @@ class Inputs:
     def __init__(self, model: nn.Module, dataset: Any) -> None:
         self.model = model
         self._weights = _glimpses(model)
-        parts = getattr(dataset, "parts", ())
-        self._files = {part.path: _state(part.path) for part in parts if _mapped(part)}
+        while isinstance(dataset, Subset):
+            dataset = dataset.dataset
+        parts = dataset.parts if isinstance(dataset, MappedTokens) else ()
+        self._files = {x.path: _state(x.path) for x in parts if x.path is not None}
 
     def check(self) -> None:
         """Refuse what was computed if they are others now.
@@ -57,10 +61,6 @@ def _glimpses(model: nn.Module) -> dict[str, Tensor]:
             some = flat[:: max(1, flat.numel() // GLIMPSED)].clone()
             found[name] = some.view(torch.uint8)  # NaN, too, is what it was
     return found
-
-
-def _mapped(part: Any) -> bool:
-    return isinstance(getattr(part, "path", None), Path)
 
 
 def _state(path: Path) -> tuple[int, ...] | None:

@@ -71,11 +71,12 @@ class Measuring(Consumer):
                 for index in batch.indices
             ]
         alone = [x.detach().float().reshape(()) for x in each]
+        found = torch.stack(alone)
         check_is_sum(
-            self.run, "compute_measurement", value.item(), [x.item() for x in alone],
-            f"queries {listed([*map(str, batch.indices)])}",
+            self.run, "compute_measurement", value.item(), found.tolist(),
+            f"queries {listed([*map(str, batch.indices)])}", mean=True,
         )  # fmt: skip
-        return torch.stack(alone)
+        return found
 
     def basis(self, layer: str, device: torch.device) -> Any:
         """What `dense` and `kept` of a layer need; it may travel, so that it is asked for once."""
@@ -97,6 +98,7 @@ class Measuring(Consumer):
 
     def end(self, batch: Batch) -> None:
         """Keep the batch."""
+        self.run.inputs.check()
         self.keep(batch.number, self.checked(batch))
 
     def checked(self, batch: Batch) -> dict[str, Tensor]:

@@ -31,8 +31,8 @@ from ..model.products import of_libraries
 from ..model.rows import Grid
 from ..model.sampling import seeded
 from ..model.spread import device_of
-from ..model.tasks import LanguageModelTask, Task, checked_task, summed
-from ..model.text_tasks import TextTask, form_of
+from ..model.tasks import LanguageModelTask, Task, checked_task, of_package, summed
+from ..model.text_tasks import form_of
 from ..model.weights import check_weights, computes_in, is_sharded
 from ..ops.shapes import wide
 from ..store.division import Division
@@ -220,7 +220,8 @@ class Run:
         inputs, drawing = batch.inputs, draw is not None
         if drawing and self.batches.language:
             inputs = inputs | {"draw": draw}
-        key = () if draw is None or isinstance(self.task, TextTask) else (self.seed, draw)
+        own = of_package(self.task.compute_train_loss)
+        key = () if draw is None or own else (self.seed, draw)
         with seeded(self.device, *key, *batch.indices) if key else nullcontext():
             loss = self.task.compute_train_loss(batch=inputs, model=self.model, sample=drawing)
         return summed(loss, self.task, "compute_train_loss")
@@ -293,6 +294,7 @@ class Run:
                 finished.add(number)
                 if consumer.due() or place == len(mine):
                     with self.timed(stage):
+                        self.inputs.check()  # before what was computed of others counts
                         consumer.save(finished)
                     since.clear()
             except NotFiniteError as error:
@@ -306,7 +308,6 @@ class Run:
         for _ in range(len(passing), most):
             one = self._batch(0, next(filter(None, batches)))
             self.captured(capture, one, loss, lambda seen: None)
-        self.inputs.check()
         give_back(self.device)
 
     def _one(

@@ -26,6 +26,7 @@ from ..model.layers import Layer
 from ..ops.shapes import Shape
 from ..store.fingerprint import fingerprint
 from ..store.folder import Store
+from ..store.results import check_results
 from .attribution import thin
 from .candidates import top_candidates
 from .consumer import Batch, Consumer
@@ -38,7 +39,7 @@ from .parts import Tally, add_scores, add_self_influence, check_scores
 from .processes import Processes
 from .queries import LayerQueries, Queries
 from .run import Run, RunArguments, Stage, accumulator
-from .scores import HEAP, Scores
+from .scores import Scores
 from .trial import reading_as
 from .trust import trust_in
 
@@ -115,7 +116,7 @@ def score(
     with run.opened(out, "scores", facts) as store:
         layers = [q.layer for q in queries.layers]
         gradients = None
-        store.check_results()
+        check_results(store)
         if not store.finished:
             chosen = None if ranked is None else [np.unique(indices) for indices in ranked]
             with run.processes.sharing(shards):
@@ -174,7 +175,7 @@ def self_scores(
     factors.check_run(facts, "self_scores")
     check_loss((factors.facts or {}).get("task"), facts, "self_scores")
     with run.opened(out, "self", facts) as store:
-        store.check_results()
+        check_results(store)
         if not store.finished:
             dampings = factors.dampings(layers, damping)
             placed = bases(factors, layers, dampings, run.dtype, run.places(layers))
@@ -195,9 +196,8 @@ def _facts(run: Run, train_size: int | None) -> dict[str, Any]:
 
 
 def _finish(store: Store, run: Run) -> None:
-    kept = "scores.done" if store.facts["top_k"] is None else f"{HEAP}.safetensors"
     store.finish(
-        ["plan.safetensors", kept],
+        ["plan.safetensors", *(["scores.done"] if store.facts["top_k"] is None else [])],
         truncated=run.batches.truncated,
         without_targets=run.batches.without_targets,
         seconds=run.seconds,

@@ -1,7 +1,7 @@
 """A scan's results on disk: every score or the best of each query, and where the best come from."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
@@ -18,6 +18,7 @@ from ..extras import optional
 from ..store.files import replacing
 from ..store.folder import Store
 from ..store.manifest import MANIFEST
+from ..store.results import check_result
 from . import table
 from .trust import SPARSE, Trust, sparsity
 
@@ -106,7 +107,8 @@ class Scores:
                 f"{self.folder} holds the top {self.store.facts['top_k']} of each query; "
                 "score again without top_k for the whole matrix"
             )
-        self._same("scores.done")
+        if (self.folder / "scores.done").exists():
+            check_result(self.store, "scores.done")
         matrix = self.store.matrix()
         batches = self.store.batches()
         matrix.verify(batches)
@@ -124,8 +126,12 @@ class Scores:
         return len(self.matrix if kept is None else self._heap["values"])
 
     def __repr__(self) -> str:
-        told = "" if self.store.finished else f" ({UNFINISHED})"
-        return f"Scores({self.queries} queries, {len(self)} sequences{told}, in {self.folder})"
+        told = "" if self.store.finished else f", {UNFINISHED}"
+        try:
+            asked = f"{self.queries} queries, "
+        except StoreError:  # nothing was kept yet, or it is damaged: whoever reads it hears of it
+            asked = ""
+        return f"Scores({asked}{len(self)} sequences{told}, in {self.folder})"
 
     def __len__(self) -> int:
         """Sequences of the corpus, scanned or not."""
@@ -192,8 +198,9 @@ class Scores:
             for place, (index, value) in enumerate(self.top(q, min(SHOWN, self._kept)), 1)
         )
         head = "".join(f"<th>{x}</th>" for x in ("query", "place", "index", "raw score"))
+        told = "" if self.store.finished else f", {UNFINISHED}"
         return (
-            f"<p>{self.queries} queries, {len(self)} sequences, in "
+            f"<p>{self.queries} queries, {len(self)} sequences{told}, in "
             f"{escape(str(self.folder))}</p><table><tr>{head}</tr>{rows}</table>"
         )
 
@@ -206,15 +213,9 @@ class Scores:
     @cached_property
     def _heap(self) -> dict[str, Tensor]:
         """Of all queries, read and checked once."""
-        self._same(f"{HEAP}.safetensors")
         if not (found := self.store.load_state(HEAP).tensors):
             raise StoreError(f"{self.folder}: {UNFINISHED}, and has kept nothing yet")
         return found
-
-    def _same(self, name: str) -> None:
-        """A result is this run's; StoreError."""
-        if (self.folder / name).exists():
-            self.store.check_result(name)
 
     def top(self, query: int, k: int, *, lowest: bool = False) -> list[tuple[int, float]]:
         """The k highest (or lowest) scores: (index, raw score), best first, ties by index.
@@ -258,6 +259,7 @@ class Scores:
         shard, side = self._shards.read(query), "lowest" if lowest else "top"
         rows = zip(*(shard[f"{side}.{name}"].tolist() for name in DETAIL), strict=True)
         found = []
+        scanned = self._scanned(query)
         for index, score, rank in rows:
             matrix, target, by, heads = (
                 None if (x := shard.get(f"{index}{kind}")) is None else x.numpy()
@@ -265,22 +267,22 @@ class Scores:
             )
             assert matrix is not None
             split = self._split(heads)
-            self._check_detail(query, index, score)
+            if not np.isclose(now := scanned(index), score, rtol=1e-6, atol=0.0):
+                raise StoreError(
+                    f"{self.folder}: the detail of query {query} says {score:.6g} of sequence "
+                    f"{index}, the scan {now:.6g}: shard_{query:06d}.safetensors is another run's. "
+                    "Delete the folder and score again"
+                )
             found.append(Detail(query, index, score, matrix, rank or None, target, by, split))
         return found
 
-    def _check_detail(self, query: int, index: int, score: float) -> None:
-        """A shard's score is the scan's; StoreError."""
+    def _scanned(self, query: int) -> Callable[[int], float]:
+        """The scan's score of a sequence; NaN where it has none."""
         if self.store.facts["top_k"] is None:
-            scanned = float(self.matrix[query, index])
-        else:
-            scanned = next((x for i, x in self.top(query, self._kept) if i == index), np.nan)
-        if not np.isclose(scanned, score, rtol=1e-6, atol=0.0):
-            raise StoreError(
-                f"{self.folder}: the detail of query {query} says {score:.6g} of sequence {index}, "
-                f"the scan {scanned:.6g}: shard_{query:06d}.safetensors is another run's. Delete "
-                "the folder and score again"
-            )
+            row = self.matrix[query]
+            return lambda index: float(row[index])
+        best = dict(self.top(query, self._kept))
+        return lambda index: best.get(index, np.nan)
 
     def _split(self, every: np.ndarray | None) -> tuple[Heads, ...]:
         """Heads by their layers and parts."""

@@ -34,6 +34,7 @@ from .files import (
     save_tensors,
     writing,
 )
+from .fingerprint import fingerprint
 from .matrix import Matrix
 
 _locks: set[int] = set()
@@ -263,32 +264,9 @@ class Store:
         which its `results` are, files by name.
         """
         self.commit()
-        if files := {name: mark_of(self.folder / name) for name in results}:
-            state["files"] = files
+        if results and self.process == 0:
+            state["files"] = {name: mark_of(self.folder / name) for name in results}
         self._save_manifest(state=self.state | state, finished=manifest.now())
-
-    def check_result(self, name: str) -> None:
-        """StoreError where one of a finished folder's results is not the file that was written; one
-        without a checksum of ours is whoever's put it there: kronfluence's, say.
-        """
-        noted = self.state.get("files", {}).get(name)
-        if self.finished and noted and (found := mark_of(self.folder / name)) not in ("", noted):
-            raise StoreError(
-                f"{self.folder / name} is not the file that this run wrote (checksum {found}, the "
-                f"manifest says {noted}): it is another run's, or the manifest is. Put the "
-                "folder's own back, or delete the folder and run again"
-            )
-
-    def check_results(self, but: Collection[str] = ()) -> None:
-        """StoreError where a finished folder lacks a result, or has another run's."""
-        for name in self.state.get("files", {}):
-            if self.finished and name not in but:
-                if not (self.folder / name).exists():
-                    raise StoreError(
-                        f"{self.folder} is finished, but {name} is gone: put it back, or delete "
-                        "the folder and run again"
-                    )
-                self.check_result(name)
 
     def _save_manifest(self, **changes: Any) -> None:
         self.check_writable()
@@ -347,7 +325,7 @@ class Store:
             save_tensors(
                 self._state(name, self.process),
                 {**{f"sum {key}": x for key, x in tensors.items()}, "done": batches},
-                {"notes": json.dumps(dict(notes or {}))},
+                {"notes": json.dumps(dict(notes or {})), "of": fingerprint(self.facts)},
             )
 
     def load_state(self, name: str, process: int | None = None) -> State:
@@ -356,6 +334,11 @@ class Store:
         if not path.exists():
             return State()
         tensors, metadata = load_noted(path, ours=self.checked)
+        if metadata.get("of") not in (None, fingerprint(self.facts)):
+            raise StoreError(
+                f"{path} is of another run than {manifest.MANIFEST}: put the folder's own back, or "
+                "delete the folder and run again"
+            )
         if "batches" in tensors:  # format 1: the first so many
             done = frozenset(range(int(tensors.pop("batches"))))
             return State(tensors, done)
