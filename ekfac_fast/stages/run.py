@@ -220,8 +220,8 @@ class Run:
         inputs, drawing = batch.inputs, draw is not None
         if drawing and self.batches.language:
             inputs = inputs | {"draw": draw}
-        own = of_package(self.task.compute_train_loss)
-        key = () if draw is None or own else (self.seed, draw)
+        ours = of_package(self.task.compute_train_loss)
+        key = () if draw is None or ours else (self.seed, draw)
         with seeded(self.device, *key, *batch.indices) if key else nullcontext():
             loss = self.task.compute_train_loss(batch=inputs, model=self.model, sample=drawing)
         return summed(loss, self.task, "compute_train_loss")
