@@ -113,6 +113,9 @@ def test_scale_over_folders_of_scores(made):
     first, second = rows_of(made / "scale/scale.jsonl")
     assert first["corpus"] == second["corpus"]
     assert first["parameters"] == second["parameters"] > 10_000
+    # From another folder than where its model and factors were typed.
+    run(made.parent, "table", made / "one", made / "corpus.jsonl", "--out", made / "t.parquet")
+    assert (made / "t.parquet").exists()
     run(made, "study", "tail", "one", "corpus.jsonl", "--out", "tail", "--draws", 9)
     assert rows_of(made / "tail/tail.jsonl")[0]["sequences"] == len(Scores(made / "one"))
 

@@ -205,11 +205,12 @@ def load_run(folder: Path) -> dict[str, Any]:
     check_json(run, SCHEMA, folder / RUN, "Score again")
     if "seconds" in run:
         check_json(run["seconds"], {str: float}, folder / RUN, "Score again")
-    for name in ("model", "factors", "adapter"):
+    at = Path(run.get("at", Path.cwd()))
+    if at != Path.cwd():
         # As it was typed, from where it was typed.
-        typed = run.get(name)
-        if typed is not None and (there := Path(run.get("at", ".")) / typed).exists():
-            run[name] = str(there)
+        for name in ("model", "factors", "adapter"):
+            if run.get(name) is not None and (there := at / run[name]).exists():
+                run[name] = str(there)
     return run
 
 
