@@ -31,6 +31,11 @@ def listed(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + more
 
 
+def are_texts(values: Any) -> bool:
+    """Whether it is a list of strings."""
+    return isinstance(values, list | tuple) and all(isinstance(x, str) for x in values)
+
+
 def require(right: bool, name: str, value: Any, expected: str) -> None:
     """ArgumentError unless an argument is right."""
     if not right:

@@ -6,7 +6,7 @@ What is no example of a language model (`examples`) is batched by torch's defaul
 import inspect
 import warnings
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 import numpy as np
@@ -22,7 +22,7 @@ from ..store.fingerprint import Digest
 from .choices import OnLongExample
 from .collate import collate, collate_fields, moved
 from .examples import IGNORED, Example, Indexable, Survey, example, named
-from .forms import LABELLED, RATED, REFERENCES, TEXT, WORDS, Form, pair_form
+from .forms import LABELLED, RATED, REFERENCES, TAGGED, TEXT, Form, pair_form
 
 # On a CPU activations and logits of more leave the caches: slower, and three times the memory.
 BATCH_TOKENS = {"cpu": 1024}
@@ -251,16 +251,22 @@ def data_fingerprint(dataset: Indexable, form: Form | None = None) -> str:
     return digest.hex()
 
 
-def fingerprints(dataset: Indexable) -> Iterator[str]:
-    """`Batches.fingerprint` of a data set as one kind of task after the other reads it: as it says
-    itself, as text, with a label of the whole, one a token, or of two sides.
+def fingerprint_like(dataset: Indexable, then: str) -> str:
+    """`then`, if it is `Batches.fingerprint` of a data set as any kind of task reads it: as it says
+    itself, as text, with a label of the whole, one a token, or of two sides; else the first.
     """
     own: Form = getattr(dataset, "form", TEXT)
-    for form in (own, TEXT, LABELLED, RATED, WORDS, pair_form(), pair_form(REFERENCES)):
+    kinds = (TEXT, LABELLED, RATED, TAGGED, pair_form(), pair_form(REFERENCES))
+    first = None
+    for form in (own, *(x for x in kinds if x != own)):
         try:
-            yield data_fingerprint(dataset, form)
+            found = data_fingerprint(dataset, form)
         except DataError:
             continue  # it has not what such a task reads
+        if found == then:
+            return found
+        first = first or found
+    return first or "none"
 
 
 def _by_arrays(

@@ -144,4 +144,4 @@ def _several(value: Any, kind: str) -> str:
 # Of texts with a label or a number, and of words with a label each, whatever the model knows.
 LABELLED = Form(None, values={"label": anything})
 RATED = Form(None, values={"label": Numbers(1)})
-WORDS = Form("own", classes=1 << 62)
+TAGGED = Form("own", classes=1 << 62)

@@ -20,8 +20,7 @@ from .choices import OnLong, Split
 from .encoding import tokenizer_fingerprint
 from .examples import IGNORED, Indexable
 from .fields import Named, text_of
-from .forms import LABELLED, Form
-from .forms import WORDS as WORD_FORM
+from .forms import LABELLED, TAGGED, Form
 from .recorded import Recorded
 from .records import read_columns
 from .tables import Written
@@ -91,7 +90,7 @@ def read_labelled(
             )
         examples.append(found)
         dropped.append(lost)
-    form = WORD_FORM if words else LABELLED
+    form = TAGGED if words else LABELLED
     return Labelled(
         records, examples, form, sum(map(bool, dropped)), sum(dropped),
         tokenizer_fingerprint(tokenizer),

@@ -17,7 +17,7 @@ from typing import IO, Any, get_args
 
 from torch.utils.data import ConcatDataset, Dataset
 
-from ..checks import choice, listed, require, sized
+from ..checks import are_texts, choice, listed, require, sized
 from ..checks import path as argument_path
 from ..errors import ArgumentError, DataError, Notice
 from .arrow import saved_files
@@ -179,8 +179,7 @@ def read(
     fields of every record, for `Tokens.column`. Raises DataError; ArgumentError for a `split` where
     no file is a .txt.
     """
-    named = isinstance(keep, list | tuple) and all(isinstance(x, str) and x for x in keep)
-    require(named, "keep", keep, "a list of names")
+    require(are_texts(keep) and all(keep), "keep", keep, "a list of names")
     found = read_columns(path, split, Columns(fields, keep=tuple(keep)))
     if split != "file" and not found.has_text:
         raise ArgumentError(f"split is {split!r}: {path} holds no .txt, whose records it makes")
@@ -256,7 +255,7 @@ def _records(
     if kind == ".parquet":
         return Rows(path, columns)
     if kind in SEPARATORS:
-        return Separated(path, columns)
+        return Separated(path, columns, SEPARATORS[kind])
     if kind == ".json" and _begins_an_array_or_spans_lines(path):
         return Objects(path, columns)
     return Lines(path, split if kind == ".txt" else "line", columns, kind != ".txt")

@@ -120,12 +120,11 @@ class Separated(Dataset):
     without quotes.
     """
 
-    def __init__(self, path: Path, columns: Columns) -> None:
+    def __init__(self, path: Path, columns: Columns, separator: str) -> None:
         self.path, self.columns = path, columns
         self.rows: list[list[Any]] = []
         self.lines: list[int] = []
         with _long_fields():
-            separator = SEPARATORS[_kind(path)]
             how: dict[str, Any] = {"quoting": csv.QUOTE_NONE} if separator == "\t" else {}
             text = StringIO(text_of_file(path), newline="")
             self._read(csv.reader(text, delimiter=separator, strict=True, **how))
@@ -176,11 +175,6 @@ class Separated(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = dict(zip(self.names, self.rows[index], strict=True))
         return self.columns.record(row, self.source(index))
-
-
-def _kind(path: Path) -> str:
-    """The ending of a file of separated values, compressed or not."""
-    return next(x for x in map(str.lower, reversed(path.suffixes)) if x in SEPARATORS)
 
 
 @contextmanager

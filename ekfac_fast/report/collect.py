@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..data.batches import data_fingerprint, fingerprints
+from ..data.batches import fingerprint_like
 from ..data.encoding import tokenizer_fingerprint
 from ..data.examples import IGNORED, Corpus
 from ..errors import StoreError
@@ -61,8 +61,7 @@ def check_together(
         now = tokenizer_fingerprint(tokenizer)
         for facts in (told, asked):
             pairs.append(("the tokenizer", facts.get("tokenizer"), now))
-    now = next((x for x in fingerprints(data) if x == told["data"]), None)
-    pairs.append(("the corpus", told["data"], now or data_fingerprint(data)))
+    pairs.append(("the corpus", told["data"], fingerprint_like(data, told["data"])))
     pairs.append(("the queries", told["queries"], queries.identity))
     pairs.append(("the factors", asked.get("factors"), factors.identity))
     for what, then, now in pairs:

@@ -5,7 +5,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ..checks import instance, require, whole
+from ..checks import are_texts, instance, require, whole
 from ..data.examples import Corpus
 from ..errors import ArgumentError
 from ..stages.damping import damping_rule
@@ -62,8 +62,7 @@ def write_report(
     if len(queries.examples) != len(queries):
         raise ArgumentError("queries have no tokens, and a report shows texts: use Scores.top")
     names = [f"query {q + 1}" for q in range(len(queries))] if names is None else names
-    texts = isinstance(names, list | tuple) and all(isinstance(x, str) for x in names)
-    require(texts, "names", names, "a list of texts")
+    require(are_texts(names), "names", names, "a list of texts")
     if len(names) != len(queries):
         raise ArgumentError(f"names are {len(names)}, the queries {len(queries)}")
     check_together(scores, factors, queries, data, tokenizer)

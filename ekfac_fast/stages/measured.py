@@ -70,8 +70,7 @@ class Measuring(Consumer):
                 )
                 for index in batch.indices
             ]
-        alone = [x.detach().float().reshape(()) for x in each]
-        found = torch.stack(alone)
+        found = torch.stack([x.detach().float().reshape(()) for x in each])
         check_is_sum(
             self.run, "compute_measurement", value.item(), found.tolist(),
             f"queries {listed([*map(str, batch.indices)])}", mean=True,

@@ -126,12 +126,11 @@ class Scores:
         return len(self.matrix if kept is None else self._heap["values"])
 
     def __repr__(self) -> str:
-        told = "" if self.store.finished else f", {UNFINISHED}"
         try:
             asked = f"{self.queries} queries, "
         except StoreError:  # nothing was kept yet, or it is damaged: whoever reads it hears of it
             asked = ""
-        return f"Scores({asked}{len(self)} sequences{told}, in {self.folder})"
+        return f"Scores({asked}{len(self)} sequences{self._state}, in {self.folder})"
 
     def __len__(self) -> int:
         """Sequences of the corpus, scanned or not."""
@@ -190,6 +189,11 @@ class Scores:
                 stacklevel=3,
             )
 
+    @property
+    def _state(self) -> str:
+        """What is said behind the counts."""
+        return "" if self.store.finished else f", {UNFINISHED}"
+
     def _repr_html_(self) -> str:
         """The best of every query, for notebooks."""
         rows = "".join(
@@ -198,9 +202,8 @@ class Scores:
             for place, (index, value) in enumerate(self.top(q, min(SHOWN, self._kept)), 1)
         )
         head = "".join(f"<th>{x}</th>" for x in ("query", "place", "index", "raw score"))
-        told = "" if self.store.finished else f", {UNFINISHED}"
         return (
-            f"<p>{self.queries} queries, {len(self)} sequences{told}, in "
+            f"<p>{self.queries} queries, {len(self)} sequences{self._state}, in "
             f"{escape(str(self.folder))}</p><table><tr>{head}</tr>{rows}</table>"
         )
 

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..checks import comparable, require
-from ..data.batches import fingerprints
+from ..checks import are_texts, comparable, require
+from ..data.batches import fingerprint_like
 from ..data.examples import Indexable, named
 from ..errors import ArgumentError
 from ..extras import optional
@@ -34,13 +34,12 @@ def arrow(
     if data is not None and len(data) != N:
         raise ArgumentError(f"data has {len(data)} sequences, {N} were scored: another corpus")
     then = scores.store.facts.get("data")
-    if data is not None and then is not None and then not in fingerprints(data):
+    if data is not None and then is not None and (now := fingerprint_like(data, then)) != then:
         raise ArgumentError(
             f"data has other sequences than were scored in {scores.folder} (fingerprint {then}, "
-            f"now {next(fingerprints(data), 'none')}): another corpus"
+            f"now {now}): another corpus"
         )
-    listed = isinstance(columns, list | tuple) and all(isinstance(x, str) for x in columns)
-    require(listed, "columns", columns, "a list of names")
+    require(are_texts(columns), "columns", columns, "a list of names")
     if columns and data is None:
         raise ArgumentError(f"columns {list(columns)} are of the records: give data=")
     taken = {"index", "read_from", "query", "place", "score"}

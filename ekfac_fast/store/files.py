@@ -190,10 +190,8 @@ def load_noted(path: str | Path, *, ours: bool = False) -> tuple[dict[str, Tenso
 
 def mark_of(path: Path) -> str:
     """What tells a file of ours from another run's: its checksum, of others that of their bytes;
-    "" of a file of safetensors that is not ours, and of a matrix, whose marks tell it.
+    "" of a file of safetensors that is not ours.
     """
-    if path.suffix == ".npy":
-        return ""
     if path.suffix != ".safetensors":
         return f"{zlib.crc32(path.read_bytes()):08x}"
     with _reading(path), safe_open(path, framework="pt") as file:
